@@ -1,0 +1,105 @@
+"""The rows of the UNet batch: which picture, which half of classifier-free guidance.
+
+One source and N targets are denoised together. With guidance each needs two rows, in the published order
+[u_source, u_1, .., u_N, c_source, c_1, .., c_N]; where a row would only repeat another it is left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Half = Literal["uncond", "cond"]
+SOURCE = 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sample of the batch: branch 0 is the source, 1..N the targets."""
+
+    branch: int
+    halves: tuple[Half, ...]  # both, where the two prompts are the same
+
+
+@dataclass(frozen=True)
+class Branches:
+    """The batch's rows, and how latents become rows and predictions become one eps per branch."""
+
+    rows: tuple[Row, ...]
+
+    @classmethod
+    def build(cls, targets: int, *, guided: bool, source: bool = True, merge_source: bool = False) -> Branches:
+        """Rows for one source and `targets` targets.
+
+        guided: two halves (guidance_scale > 1), else the conditional one alone. source: False leaves the
+        source out (pinned, and nobody reads it). merge_source: its two prompts are equal: one row serves both.
+        """
+        branches = [*([SOURCE] if source else []), *range(1, targets + 1)]
+        if not guided:
+            return cls(tuple(Row(branch, ("cond",)) for branch in branches))
+        rows: list[Row] = []
+        for half in ("uncond", "cond"):
+            for branch in branches:
+                if branch == SOURCE and merge_source:
+                    if half == "uncond":
+                        rows.append(Row(branch, ("uncond", "cond")))
+                else:
+                    rows.append(Row(branch, (half,)))
+        return cls(tuple(rows))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def present(self) -> tuple[int, ...]:
+        """The branches that have rows, source first."""
+        return tuple(sorted({row.branch for row in self.rows}))
+
+    @property
+    def targets(self) -> tuple[int, ...]:
+        return tuple(branch for branch in self.present if branch != SOURCE)
+
+    def row(self, branch: int, half: Half) -> int | None:
+        """Index of the row that serves this branch and half, or None."""
+        for i, row in enumerate(self.rows):
+            if row.branch == branch and half in row.halves:
+                return i
+        return None
+
+    @property
+    def source_rows(self) -> tuple[int, ...]:
+        """For each row, the source's row of the same half."""
+        rows = [self.row(SOURCE, row.halves[0]) for row in self.rows]
+        assert None not in rows, "the source has no rows in this batch"
+        return tuple(row for row in rows if row is not None)
+
+    def without_source(self) -> tuple[int, ...]:
+        """Indices of the targets' rows."""
+        return tuple(i for i, row in enumerate(self.rows) if row.branch != SOURCE)
+
+    def expand(self, latents: Tensor) -> Tensor:
+        """Latents (1 + N, 4, h, w), source first -> rows (len(self), 4, h, w)."""
+        return torch.cat([latents[row.branch : row.branch + 1] for row in self.rows])
+
+    def contexts(self, uncond: Tensor, cond: Tensor) -> Tensor:
+        """Prompt embeddings: uncond (1, 77, width) for all, cond (1 + N, 77, width) -> (rows, 77, width)."""
+        parts = [cond[row.branch : row.branch + 1] if "cond" in row.halves else uncond for row in self.rows]
+        return torch.cat(parts)
+
+    def guide(self, eps: Tensor, guidance_scale: float) -> Tensor:
+        """Classifier-free guidance (2207.12598, eq. 6): eps (rows, ..) -> (branches present, ..).
+
+        e_u + s (e_c - e_u); a branch of one row gives that row.
+        """
+        guided = []
+        for branch in self.present:
+            uncond, cond = self.row(branch, "uncond"), self.row(branch, "cond")
+            assert cond is not None
+            if uncond is None or uncond == cond:
+                guided.append(eps[cond])
+            else:
+                guided.append(eps[uncond] + guidance_scale * (eps[cond] - eps[uncond]))
+        return torch.stack(guided)

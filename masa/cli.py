@@ -1,0 +1,404 @@
+"""The command line: subcommands that mirror the functions of the library."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from masa.controls.base import Control
+from masa.errors import MasaError
+
+OUT = Path("masa-out")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"masa: {message}; see {self.prog} --help\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, 2 for bad input (one line on stderr), 130 after Ctrl-C."""
+    warnings.formatwarning = lambda message, *_: f"masa: {message}\n"
+    args = build_parser().parse_args(argv)
+    try:
+        args.run(args)
+    except (MasaError, OSError, ValueError, MemoryError) as error:
+        print(f"masa: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nmasa: interrupted; nothing unfinished was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+# ----------------------------------------------------------------------------------------------- commands
+
+
+def run_demo(args: argparse.Namespace) -> None:
+    from masa.demo import run
+
+    folder = choose_folder(args.out, ["synthesis.png", "editing.png"], args.overwrite)
+    for path in run(folder, seed=args.seed, progress=not args.quiet):
+        print(path)
+    print(
+        f"""
+Next, with the demo model:
+  masa sample "a cat sitting" "a cat standing" --guidance 3 --start-step 2 --start-layer 0 --steps 20
+  masa rerun {folder / "synthesis.png"}
+With Stable Diffusion v1.5 (any v1.x .safetensors file or diffusers folder):
+  masa edit photo.jpg "a photo of a running corgi" -c v1-5-pruned-emaonly.safetensors
+In Python:
+  import masa
+  sd = masa.load("v1-5-pruned-emaonly.safetensors")
+  masa.edit(sd, "photo.jpg", "a photo of a running corgi").save("out")"""
+    )
+
+
+def run_sample(args: argparse.Namespace) -> None:
+    import masa
+
+    names = ["source.png", *(f"target_{i}.png" for i in range(len(args.target))), "grid.png"]
+    folder = choose_folder(args.out, names, args.overwrite)
+    controls = build_controls(args)
+    trajectory = masa.Trajectory.load(args.trajectory) if args.trajectory else None
+    result = masa.sample(
+        load_model(args),
+        args.source,
+        args.target,
+        controls=controls,
+        trajectory=trajectory,
+        pin_source=not args.free_source,
+        steps=args.steps,
+        guidance_scale=args.guidance,
+        negative_prompt=args.negative_prompt,
+        height=args.height,
+        width=args.width,
+        seed=args.seed,
+        eta=args.eta,
+        backend=args.backend,
+        progress=not args.quiet,
+    )
+    report(result.save(folder))
+
+
+def run_edit(args: argparse.Namespace) -> None:
+    import masa
+
+    names = ["source.png", *(f"target_{i}.png" for i in range(len(args.target))), "grid.png"]
+    folder = choose_folder(args.out, names, args.overwrite)
+    controls = build_controls(args)
+    check_picture(args.image)
+    result = masa.edit(
+        load_model(args),
+        args.image,
+        args.target,
+        args.source,
+        controls=controls,
+        pin_source=not args.free_source,
+        steps=50 if args.steps is None else args.steps,
+        guidance_scale=args.guidance,
+        invert_guidance_scale=args.invert_guidance,
+        method=args.method,
+        negative_prompt=args.negative_prompt,
+        height=args.height,
+        width=args.width,
+        seed=args.seed,
+        eta=args.eta,
+        backend=args.backend,
+        progress=not args.quiet,
+    )
+    report(result.save(folder))
+
+
+def run_invert(args: argparse.Namespace) -> None:
+    import masa
+
+    out = Path(args.out) if args.out else Path(args.image).with_suffix(".safetensors").name
+    out = Path(out)
+    if out.suffix != ".safetensors":
+        raise MasaError(f"-o {out} must end in .safetensors, the format of a trajectory")
+    if out.exists() and not args.overwrite:
+        raise MasaError(f"{out} is already there; give another -o, or --overwrite")
+    check_picture(args.image)
+    trajectory = masa.invert(
+        load_model(args),
+        args.image,
+        args.prompt,
+        steps=50 if args.steps is None else args.steps,
+        guidance_scale=args.invert_guidance,
+        method=args.method,
+        height=args.height,
+        width=args.width,
+        progress=not args.quiet,
+    )
+    trajectory.save(out)
+    report([out])
+
+
+def run_inspect(args: argparse.Namespace) -> None:
+    from masa.pipeline import locate
+    from masa.weights.model_files import summarise
+
+    rows = summarise(locate(args.checkpoint, prefer_half=False))
+    width = max(len(label) for label, _ in rows)
+    for label, text in rows:
+        print(f"{label:<{width}}  {text}")
+
+
+def run_rerun(args: argparse.Namespace) -> None:
+    import masa
+    from masa.result import read_settings
+
+    targets = read_settings(args.picture)["target"]
+    names = ["source.png", *(f"target_{i}.png" for i in range(len(targets))), "grid.png"]
+    folder = choose_folder(args.out, names, args.overwrite)
+    report(masa.rerun(args.picture, progress=not args.quiet).save(folder))
+
+
+# ------------------------------------------------------------------------------------------------ helpers
+
+
+def load_model(args: argparse.Namespace):  # type: ignore[no-untyped-def]
+    import masa
+
+    return masa.load(args.checkpoint, device=args.device, dtype=args.dtype, tokenizer=args.tokenizer, vae=args.vae)
+
+
+def build_controls(args: argparse.Namespace) -> list[Control]:
+    """The controls that the options describe; [] for --no-control."""
+    import masa
+
+    if args.no_control:
+        return []
+    mask: masa.GivenMasks | masa.WordMasks | None = None
+    if args.words and args.masks:
+        raise MasaError("--words and --masks both say where the subject is; give one")
+    if args.words:
+        mask = masa.WordMasks(as_words(args.words[0]), as_words(args.words[1]), args.threshold)
+    if args.masks:
+        for path in args.masks:
+            check_picture(path)
+        mask = masa.GivenMasks(args.masks[0], args.masks[1])
+    return [
+        masa.MasaCtrl(
+            args.start_step,
+            args.start_layer,
+            steps=args.control_steps,
+            layers=args.control_layers,
+            mask=mask,
+            union=args.union,
+            source_weight=args.source_weight,
+        )
+    ]
+
+
+def as_words(text: str) -> str | int:
+    """A word or phrase, or the token position that a number means."""
+    return int(text) if text.isdecimal() else text
+
+
+def check_picture(path: str) -> None:
+    """Open a picture before the model's minutes are spent."""
+    from masa.image import open_picture
+
+    open_picture(path)
+
+
+def choose_folder(out: str | None, names: Sequence[str], overwrite: bool) -> Path:
+    """Where to write: `out`, refusing to overwrite unasked, or the next free masa-out/NNNN."""
+    if out is None:
+        used = [int(p.name) for p in OUT.glob("[0-9]*") if p.name.isdecimal()]
+        return OUT / f"{max(used, default=0) + 1:04d}"
+    folder = Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise MasaError(f"-o {folder} is a file; expected a folder to write into")
+    taken = [name for name in names if (folder / name).exists()]
+    if taken and not overwrite:
+        raise MasaError(f"{folder} already holds {', '.join(taken)}; give another -o, or --overwrite")
+    return folder
+
+
+def report(paths: Sequence[Path]) -> None:
+    for path in paths:
+        print(path)
+
+
+def parse_numbers(text: str) -> list[int]:
+    """ "3,5,10-12" -> [3, 5, 10, 11, 12]."""
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        try:
+            numbers += range(int(first), int(last or first) + 1)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 3,5,10-12") from None
+    return numbers
+
+
+# ------------------------------------------------------------------------------------------------- parser
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        prog="masa",
+        description="MasaCtrl on Stable Diffusion v1: the same subject, another pose.",
+        epilog="Begin with: masa demo",
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
+
+    text = "two labelled pictures from the embedded model, in under a minute"
+    demo = add(commands, "demo", run_demo, text, ["masa demo"])
+    demo.add_argument("--seed", type=int, default=None, help="another pair of pictures")
+    add_output(demo)
+
+    sample = add(
+        commands,
+        "sample",
+        run_sample,
+        "synthesise a source and targets that keep its subject",
+        [
+            'masa sample "a sitting cat" "a standing cat" -c v1-5-pruned-emaonly.safetensors --seed 0 -o cats',
+            'masa sample "" "a running corgi" --trajectory corgi.safetensors -c v1-5-pruned-emaonly.safetensors',
+        ],
+    )
+    sample.add_argument("source", help="the source's prompt")
+    sample.add_argument("target", nargs="*", help="the targets' prompts; none: plain text-to-image")
+    sample.add_argument("--trajectory", metavar="FILE", help="an inverted picture (masa invert) as the source")
+    add_sampling(sample)
+    add_control(sample)
+    add_model(sample)
+    add_output(sample)
+
+    edit = add(
+        commands,
+        "edit",
+        run_edit,
+        "edit a real picture",
+        [
+            'masa edit corgi.jpg "a photo of a running corgi" -c v1-5-pruned-emaonly.safetensors',
+            'masa edit cat.png "a cat jumping" --source "a cat sitting" --words cat cat -c sd15/ -o jump',
+        ],
+    )
+    edit.add_argument("image", help="the picture's path")
+    edit.add_argument("target", nargs="+", help="the targets' prompts")
+    edit.add_argument("--source", default="", help="the picture's own prompt (default: empty)")
+    add_inversion(edit)
+    add_sampling(edit)
+    add_control(edit)
+    add_model(edit)
+    add_output(edit)
+
+    invert = add(
+        commands,
+        "invert",
+        run_invert,
+        "invert a real picture once, for any number of edits",
+        ["masa invert corgi.jpg -o corgi.safetensors -c v1-5-pruned-emaonly.safetensors"],
+    )
+    invert.add_argument("image", help="the picture's path")
+    invert.add_argument("--prompt", default="", help="the picture's own prompt (default: empty)")
+    add_inversion(invert)
+    add_steps_and_size(invert)
+    add_model(invert)
+    add_output(invert, "the .safetensors file to write (default: named after the picture)")
+
+    inspect = add(
+        commands,
+        "inspect",
+        run_inspect,
+        "what is in a checkpoint: layout, parts, sizes, dtype, what is missing",
+        ["masa inspect v1-5-pruned-emaonly.safetensors", "masa inspect demo"],
+    )
+    inspect.add_argument("checkpoint", help="a file, folder or hub id; 'demo' is the embedded model")
+
+    rerun = add(
+        commands,
+        "rerun",
+        run_rerun,
+        "repeat the run that made a PNG",
+        ["masa rerun masa-out/0001/target_0.png"],
+    )
+    rerun.add_argument("picture", help="a PNG that masa saved")
+    add_output(rerun)
+    return parser
+
+
+def add(
+    commands: argparse._SubParsersAction[Parser],
+    name: str,
+    run: Callable[[argparse.Namespace], None],
+    text: str,
+    examples: Sequence[str],
+) -> Parser:
+    command = commands.add_parser(
+        name,
+        help=text,
+        description=text[0].upper() + text[1:] + ".",
+        epilog="examples:\n" + "\n".join(f"  {example}" for example in examples),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(run=run)
+    return command
+
+
+def add_model(parser: Parser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument("-c", "--checkpoint", help=".safetensors file, diffusers folder or hub id (default: demo model)")
+    group.add_argument("--device", help="cpu, cuda, cuda:1, .. (default: cuda where there is one)")
+    group.add_argument("--dtype", help="fp32, fp16 or bf16 (default: the fastest that the device has)")
+    group.add_argument("--vae", help="another autoencoder's file or folder")
+    group.add_argument("--tokenizer", help="a tokenizer's folder (default: the checkpoint's, else CLIP's)")
+
+
+def add_steps_and_size(parser: Parser) -> argparse._ArgumentGroup:
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--steps", type=int, help="denoising steps (default: 50)")
+    group.add_argument("--height", type=int, help="a multiple of 64 (default: the model's or the picture's)")
+    group.add_argument("--width", type=int, help="a multiple of 64")
+    return group
+
+
+def add_sampling(parser: Parser) -> None:
+    group = add_steps_and_size(parser)
+    group.add_argument("--guidance", type=float, default=7.5, help="classifier-free guidance (default: 7.5; 1 is off)")
+    group.add_argument("--negative-prompt", default="", help="what to be guided away from")
+    group.add_argument("--seed", type=int, help="of the starting noise (default: drawn, and written into the PNGs)")
+    group.add_argument("--eta", type=float, default=0.0, help="DDIM's randomness, 0 to 1 (default: 0)")
+    group.add_argument("--free-source", action="store_true", help="let a real source drift instead of pinning it")
+    backends = ("auto", "triton", "sdpa", "reference")
+    group.add_argument("--backend", choices=backends, default="auto", help="of controlled attention (default: auto)")
+
+
+def add_control(parser: Parser) -> None:
+    group = parser.add_argument_group("control (MasaCtrl)")
+    group.add_argument("--start-step", type=int, default=4, help="first step controlled (default: 4)")
+    group.add_argument("--start-layer", type=int, default=10, help="first layer controlled, 0..15 (default: 10)")
+    group.add_argument("--control-steps", type=parse_numbers, metavar="LIST", help="these steps instead: 4,6,10-20")
+    group.add_argument("--control-layers", type=parse_numbers, metavar="LIST", help="these layers instead: 10-15")
+    group.add_argument(
+        "--words", nargs=2, metavar=("SOURCE", "TARGET"), help="mask by these words' attention; a number is a token"
+    )
+    group.add_argument("--threshold", type=float, default=0.1, help="of the words' maps (default: 0.1)")
+    group.add_argument("--masks", nargs=2, metavar=("SOURCE", "TARGET"), help="mask by these pictures, white = subject")
+    group.add_argument("--union", action="store_true", help="targets see their own keys and values too")
+    group.add_argument("--source-weight", type=float, default=1.0, help="of the source in a union (default: 1)")
+    group.add_argument("--no-control", action="store_true", help="no control: the fixed-seed baseline")
+
+
+def add_inversion(parser: Parser) -> None:
+    group = parser.add_argument_group("inversion")
+    group.add_argument("--method", default="ddim", choices=("ddim",), help="(default: ddim)")
+    group.add_argument("--invert-guidance", type=float, default=1.0, help="guidance of the inversion (default: 1)")
+
+
+def add_output(parser: Parser, text: str = "the folder to write into (default: the next free masa-out/NNNN)") -> None:
+    group = parser.add_argument_group("output")
+    group.add_argument("-o", "--out", help=text)
+    group.add_argument("--overwrite", action="store_true", help="replace files that are already there")
+    group.add_argument("-q", "--quiet", action="store_true", help="no progress bars")

@@ -1,0 +1,72 @@
+"""Shapes and constants of the four parts of a Stable Diffusion v1 model, as frozen values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The denoiser: four levels, the last without attention; 16 transformer blocks at two per level."""
+
+    in_channels: int = 4
+    out_channels: int = 4
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int = 2
+    context_width: int = 768
+    heads: int = 8
+    norm_groups: int = 32
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """The autoencoder between pictures and latents, which are 8 times smaller on each side."""
+
+    in_channels: int = 3
+    latent_channels: int = 4
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    norm_groups: int = 32
+    scaling_factor: float = 0.18215
+
+    @property
+    def downsample(self) -> int:
+        """Picture pixels per latent pixel, on each side."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The CLIP text encoder."""
+
+    vocab_size: int = 49408
+    width: int = 768
+    intermediate_width: int = 3072
+    layers: int = 12
+    heads: int = 12
+    tokens: int = 77
+    activation: str = "quick_gelu"
+    norm_eps: float = 1e-5
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The training noise: betas whose square roots are evenly spaced ("scaled linear")."""
+
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    training_timesteps: int = 1000
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that a checkpoint's shapes and configuration files tell."""
+
+    unet: UNetConfig = UNetConfig()
+    vae: VAEConfig = VAEConfig()
+    text: TextConfig = TextConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    image_size: int = 512  # side of the pictures that the model was trained on, in pixels
+
+
+SD_V1 = ModelConfig()

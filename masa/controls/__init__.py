@@ -1,0 +1,1 @@
+"""Controls: frozen values that say which attention reads what. One file per published method."""

@@ -1,0 +1,85 @@
+"""What a control is, and how the edits of several become one set per step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from masa.attention import Edit, Grid, Site, Tape
+from masa.branches import Branches
+from masa.errors import MasaError
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a control may know of the run it acts in, before the first step."""
+
+    steps: int
+    sites: tuple[Site, ...]
+    prompts: tuple[str, ...]  # the source's, then the targets'
+    grid: Grid  # of the latents
+    device: torch.device
+    token_positions: Callable[[str, Any], tuple[int, ...]]  # (prompt, words) -> positions in 0..76
+    tokens: int = 77
+
+    @property
+    def layers(self) -> int:
+        return 1 + max(site.layer for site in self.sites)
+
+    def grid_at(self, downsample: int) -> Grid:
+        return self.grid[0] // downsample, self.grid[1] // downsample
+
+
+class ActiveControl:
+    """A control bound to one run: the only place for state that lasts from step to step."""
+
+    def edits(self, step: int, branches: Branches) -> Mapping[int, Edit]:
+        """This step's edits by site index. An empty mapping: the step does not need the source's rows."""
+        return {}
+
+    def after_step(self, step: int, latents: Tensor, tape: Tape, branches: Branches) -> Tensor:
+        """The latents (1 + N, 4, h, w) that the next step starts from."""
+        return latents
+
+    def masks(self) -> dict[int, Tensor]:
+        """Masks used, by step: (1 + N, h, w) float, source first."""
+        return {}
+
+
+class Control(Protocol):
+    """A frozen, reusable value. `begin` checks it against a run and raises before any long work."""
+
+    def begin(self, run: Run) -> ActiveControl: ...
+
+
+def resolve(controls: Sequence[ActiveControl], step: int, branches: Branches, sites: Sequence[Site]) -> dict[int, Edit]:
+    """All controls' edits of one step. MasaError where two set the same field of the same site."""
+    merged: dict[int, Edit] = {}
+    for control in controls:
+        for index, edit in control.edits(step, branches).items():
+            merged[index] = merged[index].merge(edit, sites[index]) if index in merged else edit
+    return merged
+
+
+def choose_steps(steps: Sequence[int] | None, start: int, run: Run, control: str) -> frozenset[int]:
+    """The listed steps, or those from `start` on, that the run has. MasaError where that is none."""
+    chosen = frozenset(range(start, run.steps) if steps is None else steps) & set(range(run.steps))
+    if not chosen:
+        asked = f"start_step={start}" if steps is None else f"steps={list(steps)}"
+        raise MasaError(
+            f"{control}({asked}) selects no step of a run of {run.steps}; expected numbers from 0 to {run.steps - 1}"
+        )
+    return chosen
+
+
+def choose_layers(layers: Sequence[int] | None, start: int, run: Run, control: str) -> frozenset[int]:
+    """The listed layers, or those from `start` on. MasaError for a layer that the model has not, or for none."""
+    chosen = frozenset(range(start, run.layers) if layers is None else layers)
+    if not chosen or not chosen <= set(range(run.layers)):
+        asked = f"start_layer={start}" if layers is None else f"layers={list(layers)}"
+        raise MasaError(f"{control}({asked}): expected transformer blocks from 0 to {run.layers - 1}")
+    return chosen

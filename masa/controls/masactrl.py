@@ -1,0 +1,93 @@
+"""MasaCtrl: mutual self-attention control (2304.08465)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from masa.attention import Edit, Site, Tape
+from masa.branches import SOURCE, Branches
+from masa.controls.base import ActiveControl, Run, choose_layers, choose_steps
+from masa.controls.masks import ActiveMasks, GivenMasks, WordMasks
+from masa.errors import MasaError
+
+
+@dataclass(frozen=True)
+class MasaCtrl:
+    """From a step and a layer on, targets read the source's keys and values with their own queries (eq. 5-6).
+
+    start_step, start_layer: first step and transformer block controlled (S and L in the paper).
+    steps, layers: explicit lists instead; steps beyond the run's last are left out.
+    mask: GivenMasks or WordMasks; subject attends to subject, background to background (eq. 7-9).
+    union: targets see the source's keys and values beside their own.
+    source_weight: in a union, the weight of the source's part against the target's own; > 0.
+    """
+
+    start_step: int = 4
+    start_layer: int = 10
+    steps: Sequence[int] | None = None
+    layers: Sequence[int] | None = None
+    mask: GivenMasks | WordMasks | None = None
+    union: bool = False
+    source_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.start_step < 0 or self.start_layer < 0:
+            raise MasaError(
+                f"MasaCtrl starts at step {self.start_step}, layer {self.start_layer}; expected 0 or more of both"
+            )
+        if self.source_weight <= 0:
+            raise MasaError(f"MasaCtrl source_weight is {self.source_weight}; expected more than 0")
+        if self.source_weight != 1.0 and not self.union:
+            raise MasaError("MasaCtrl source_weight weighs the source in a union; set union=True")
+
+    def begin(self, run: Run) -> ActiveControl:
+        steps = choose_steps(self.steps, self.start_step, run, "MasaCtrl")
+        layers = choose_layers(self.layers, self.start_layer, run, "MasaCtrl")
+        sites = tuple(site for site in run.sites if site.kind == "self" and site.layer in layers)
+        mask = None if self.mask is None else self.mask.begin(run, layers)
+        return _Active(self, steps, sites, mask)
+
+
+class _Active(ActiveControl):
+    def __init__(
+        self,
+        control: MasaCtrl,
+        steps: frozenset[int],
+        sites: tuple[Site, ...],
+        mask: ActiveMasks | None,
+    ) -> None:
+        self.control = control
+        self.steps = steps
+        self.sites = sites
+        self.mask = mask
+        self.used: dict[int, Tensor] = {}
+
+    def edits(self, step: int, branches: Branches) -> Mapping[int, Edit]:
+        if step not in self.steps:
+            return {}
+        source_rows = branches.source_rows
+        own = tuple(-1 if row.branch == SOURCE else i for i, row in enumerate(branches.rows))
+        edit = Edit(
+            k_from=source_rows,
+            v_from=source_rows,
+            union_with=own if self.control.union else None,
+            source_weight=self.control.source_weight if self.control.union else None,
+            mask=None if self.mask is None else self.mask.source(branches),
+        )
+        edits = {site.index: edit for site in self.sites}
+        if self.mask is not None:
+            edits.update(self.mask.records(branches))
+        return edits
+
+    def after_step(self, step: int, latents: Tensor, tape: Tape, branches: Branches) -> Tensor:
+        if self.mask is not None and step in self.steps:
+            masks = self.mask.after_step(tape, branches)
+            if masks is not None:
+                self.used[step] = masks
+        return latents
+
+    def masks(self) -> dict[int, Tensor]:
+        return self.used

@@ -1,0 +1,222 @@
+"""Masks of the subject in source and targets: given as pictures, or found from words in cross-attention."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from masa.attention import Edit, Grid, MaskSource, Record, Regions, Tape
+from masa.branches import SOURCE, Branches
+from masa.controls.base import Run
+from masa.errors import MasaError
+from masa.image import ImageLike, load_mask
+
+# Cross-attention maps are read where the grid is the latents' divided by 4: 16x16 at 512x512.
+MAP_DOWNSAMPLE = 4
+SOURCE_THRESHOLD = 0.5  # of a given source mask, which is binary: keys are in or out
+
+Words = str | int | Sequence[str | int]
+
+
+class ActiveMasks(Protocol):
+    """Masks bound to a run."""
+
+    def source(self, branches: Branches) -> MaskSource:
+        """The mask that this step's edits carry."""
+        ...
+
+    def records(self, branches: Branches) -> dict[int, Edit]:
+        """What must be recorded on the way, by site index."""
+        ...
+
+    def after_step(self, tape: Tape, branches: Branches) -> Tensor | None:
+        """Masks (1 + N, h, w) to keep for the user, source first; called after each controlled step."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class GivenMasks:
+    """Masks (h, w) of any size; 1 or white is the subject. MasaCtrl section 3.3.
+
+    source: binary (cut at 0.5). target: one for all targets, or a sequence of one per target; may be soft.
+    Tensors, arrays, PIL pictures or paths.
+    """
+
+    source: ImageLike
+    target: ImageLike | Sequence[ImageLike]
+
+    @property
+    def targets(self) -> list[ImageLike]:
+        """The target masks as given: one, or one per target."""
+        if isinstance(self.target, str | Path | Image.Image | np.ndarray | Tensor):
+            return [self.target]
+        return list(self.target)
+
+    def begin(self, run: Run, layers: frozenset[int]) -> ActiveMasks:
+        targets = self.targets
+        wanted = len(run.prompts) - 1
+        if len(targets) not in (1, wanted):
+            raise MasaError(f"GivenMasks has {len(targets)} target masks for {wanted} targets; give one, or one each")
+        if len(targets) == 1:
+            targets = targets * wanted
+        source = (load_mask(self.source) >= SOURCE_THRESHOLD).float()
+        masks = [mask.to(run.device) for mask in (source, *(load_mask(target) for target in targets))]
+        sizes = {run.grid_at(site.downsample) for site in run.sites if site.layer in layers}
+        return _ActiveGiven(masks, {size: torch.stack([_resize(m, size) for m in masks]) for size in sizes})
+
+
+@dataclass(frozen=True)
+class _ActiveGiven:
+    masks: list[Tensor]
+    by_grid: dict[Grid, Tensor]  # (1 + N, h, w)
+
+    def source(self, branches: Branches) -> MaskSource:
+        order = [row.branch for row in branches.rows]
+        regions = {}
+        for grid, masks in self.by_grid.items():
+            rows = masks[order].flatten(1)
+            regions[grid] = Regions(rows >= SOURCE_THRESHOLD, rows, _is_source(branches, rows.device))
+        return _FixedRegions(regions)
+
+    def records(self, branches: Branches) -> dict[int, Edit]:
+        return {}
+
+    def after_step(self, tape: Tape, branches: Branches) -> Tensor:
+        # The targets' masks may differ in size from the source's: shown on the finest grid that was used.
+        return self.by_grid[max(self.by_grid)]
+
+
+@dataclass(frozen=True)
+class _FixedRegions:
+    by_grid: dict[Grid, Regions]
+
+    def __call__(self, tape: Tape, grid: Grid) -> Regions:
+        return self.by_grid[grid]
+
+
+@dataclass(frozen=True)
+class WordMasks:
+    """Masks from the cross-attention of words, found anew at each controlled step. MasaCtrl section 3.3.
+
+    source, target: a word or phrase of the source's and of every target's prompt, a token position (0 is the
+    start token), or several of these. threshold: in [0, 1], of the min-max normalised map.
+    """
+
+    source: Words
+    target: Words
+    threshold: float = 0.1
+
+    def begin(self, run: Run, layers: frozenset[int]) -> ActiveMasks:
+        if not 0.0 <= self.threshold <= 1.0:
+            raise MasaError(f"WordMasks threshold is {self.threshold}; expected a number from 0 to 1")
+        positions = tuple(
+            run.token_positions(prompt, self.source if branch == SOURCE else self.target)
+            for branch, prompt in enumerate(run.prompts)
+        )
+        weights = torch.zeros(len(positions), 1, run.tokens)
+        for branch, tokens in enumerate(positions):
+            weights[branch, 0, list(tokens)] = 1.0
+        # Deeper maps than the last controlled layer would come too late to be read.
+        recorded = tuple(
+            site.index
+            for site in run.sites
+            if site.kind == "cross" and site.downsample == MAP_DOWNSAMPLE and site.layer < max(layers)
+        )
+        if not recorded:
+            raise MasaError(
+                f"WordMasks needs a controlled layer behind the first cross-attention at 1/{MAP_DOWNSAMPLE} of the "
+                f"latents' size; the last controlled layer is {max(layers)}"
+            )
+        return _ActiveWords(
+            weights.to(run.device),
+            self.threshold,
+            recorded,
+            run.grid_at(MAP_DOWNSAMPLE),
+            ("word masks", positions),
+        )
+
+
+class _ActiveWords:
+    """Holds the last controlled step's maps, for layers that run before this step's first map is there."""
+
+    def __init__(self, weights: Tensor, threshold: float, recorded: tuple[int, ...], grid: Grid, key: Hashable) -> None:
+        self.weights = weights
+        self.threshold = threshold
+        self.recorded = recorded
+        self.grid = grid
+        self.key = key
+        self.previous: Tensor | None = None
+
+    def source(self, branches: Branches) -> MaskSource:
+        return _WordRegions(self.key, self.recorded, self.grid, self.threshold, branches, self.previous)
+
+    def records(self, branches: Branches) -> dict[int, Edit]:
+        weights = self.weights[[row.branch for row in branches.rows]]
+        return {index: Edit(records=(Record(self.key, weights),)) for index in self.recorded}
+
+    def after_step(self, tape: Tape, branches: Branches) -> Tensor:
+        self.previous = _mean_map(tape, self.key, self.recorded, branches)
+        assert self.previous is not None
+        masks = normalise(self.previous)[0] >= self.threshold
+        first_rows = [next(i for i, row in enumerate(branches.rows) if row.branch == b) for b in branches.present]
+        return masks[first_rows].float().unflatten(1, self.grid)
+
+
+@dataclass(frozen=True)
+class _WordRegions:
+    key: Hashable
+    recorded: tuple[int, ...]
+    map_grid: Grid
+    threshold: float
+    branches: Branches
+    previous: Tensor | None
+
+    def __call__(self, tape: Tape, grid: Grid) -> Regions | None:
+        maps = _mean_map(tape, self.key, self.recorded, self.branches)
+        if maps is None:
+            maps = self.previous
+        if maps is None:  # the first step, in a layer before any map: nothing to mask by yet
+            return None
+        scaled, constant = normalise(maps)
+        masks = _resize(scaled.unflatten(1, self.map_grid), grid) >= self.threshold
+        # A constant map says nothing: its row, and every row that reads a source without a map, sees all keys.
+        source = list(self.branches.source_rows)
+        full = _is_source(self.branches, maps.device) | constant | constant[source]
+        return Regions(masks.flatten(1), masks.flatten(1).float(), full)
+
+
+def _mean_map(tape: Tape, key: Hashable, recorded: tuple[int, ...], branches: Branches) -> Tensor | None:
+    """Mean over the layers that have run so far of each row's conditional map: (rows, h*w), or None."""
+    maps = [tape[key, index] for index in recorded if (key, index) in tape]
+    if not maps:
+        return None
+    mean = torch.stack(maps).float().mean(0)[:, 0]
+    cond = [branches.row(row.branch, "cond") for row in branches.rows]
+    return mean[cond]
+
+
+def normalise(maps: Tensor) -> tuple[Tensor, Tensor]:
+    """Maps (rows, positions) scaled to [0, 1] each, and which of them are constant (and become 0)."""
+    low, high = maps.amin(1, keepdim=True), maps.amax(1, keepdim=True)
+    constant = high <= low
+    return (maps - low) / torch.where(constant, 1.0, high - low), constant[:, 0]
+
+
+def _is_source(branches: Branches, device: torch.device) -> Tensor:
+    """(rows,) bool: the source's rows, which are ordinary self-attention."""
+    return torch.tensor([row.branch == SOURCE for row in branches.rows], device=device)
+
+
+def _resize(masks: Tensor, size: Grid) -> Tensor:
+    """Nearest neighbour, torch's: (h, w) or (rows, h, w) -> the same with `size`."""
+    x = masks if masks.ndim == 3 else masks[None]
+    x = F.interpolate(x[:, None].float(), size=size, mode="nearest")[:, 0]
+    return x if masks.ndim == 3 else x[0]

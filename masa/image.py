@@ -1,0 +1,132 @@
+"""Pictures in and out: anything a user may hold <-> float tensors (1, 3, h, w) in [-1, 1]."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from masa.errors import MasaError
+
+# A path, a PIL picture, a uint8 array (h, w, 3) or (h, w), or a float tensor (3, h, w) in [-1, 1].
+ImageLike = str | Path | Image.Image | np.ndarray | Tensor
+
+MULTIPLE = 64  # the VAE divides each side by 8, the UNet by another 8
+
+
+def open_picture(path: str | Path) -> Image.Image:
+    """A picture file as RGB, turned upright as its EXIF data says, transparency over white."""
+    try:
+        with Image.open(path) as picture:
+            return flatten(ImageOps.exif_transpose(picture))
+    except UnidentifiedImageError as error:
+        raise MasaError(f"{path} is not a picture that Pillow can read; expected PNG, JPEG, WebP, ..") from error
+    except IsADirectoryError as error:
+        raise MasaError(f"{path} is a folder; expected a picture file") from error
+
+
+def flatten(picture: Image.Image) -> Image.Image:
+    """RGB; transparent parts become white."""
+    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture)
+    return picture.convert("RGB")
+
+
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of a file, in hex."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def load_image(image: ImageLike, *, short_side: int, height: int | None = None, width: int | None = None) -> Tensor:
+    """The picture as (1, 3, h, w) float32 in [-1, 1], both sides multiples of 64.
+
+    Without height and width: scaled so that the short side is `short_side`, then cropped in the middle to
+    multiples of 64. With them: scaled to cover exactly that size, the overhang cropped. A picture that fits
+    already is not resampled. MasaError for what is no picture, or a size that is no multiple of 64.
+    """
+    check_size(height, width)
+    if isinstance(image, Tensor):
+        return _fit_tensor(image, short_side, height, width)
+    picture = _to_pil(image)
+    target = _target_size(picture.height, picture.width, short_side, height, width)
+    if (picture.height, picture.width) != target:
+        # Scale to cover, crop the middle; ImageOps.fit does both in one resampling.
+        picture = ImageOps.fit(picture, (target[1], target[0]), Image.Resampling.LANCZOS)
+    array = np.asarray(picture, dtype=np.float32) / 127.5 - 1.0
+    return torch.from_numpy(array).permute(2, 0, 1)[None].contiguous()
+
+
+def check_size(height: int | None, width: int | None) -> None:
+    """MasaError unless each given side is a positive multiple of 64."""
+    for name, side in (("height", height), ("width", width)):
+        if side is not None and (not isinstance(side, int) or side < MULTIPLE or side % MULTIPLE):
+            near = max(MULTIPLE, round(side / MULTIPLE) * MULTIPLE) if isinstance(side, int) else 512
+            raise MasaError(f"{name} is {side!r}; expected a multiple of {MULTIPLE}, such as {near}")
+
+
+def _target_size(h: int, w: int, short_side: int, height: int | None, width: int | None) -> tuple[int, int]:
+    if height is not None and width is not None:
+        return height, width
+    if height is not None or width is not None:  # one side given: the other keeps the proportions
+        scale = height / h if height is not None else width / w  # type: ignore[operator]
+    else:
+        scale = short_side / min(h, w)
+
+    def side(given: int | None, length: int) -> int:
+        # The nearest pixel first, so that 511.99 does not lose a whole 64.
+        return given if given is not None else max(MULTIPLE, round(length * scale) // MULTIPLE * MULTIPLE)
+
+    return side(height, h), side(width, w)
+
+
+def _to_pil(image: ImageLike) -> Image.Image:
+    if isinstance(image, str | Path):
+        return open_picture(image)
+    if isinstance(image, Image.Image):
+        return flatten(image)
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
+            raise MasaError(f"the array is {image.dtype} {image.shape}; expected uint8 (h, w, 3)")
+        return Image.fromarray(image).convert("RGB")
+    raise MasaError(f"a picture cannot be a {type(image).__name__}; give a path, PIL picture, array or tensor")
+
+
+def _fit_tensor(image: Tensor, short_side: int, height: int | None, width: int | None) -> Tensor:
+    x = image[0] if image.ndim == 4 and len(image) == 1 else image
+    if x.ndim != 3 or x.shape[0] != 3 or not x.is_floating_point():
+        raise MasaError(f"the tensor is {x.dtype} {tuple(image.shape)}; expected float (3, h, w) in [-1, 1]")
+    if not bool((x.abs() <= 1.0 + 1e-3).all()):
+        raise MasaError(f"the tensor holds values from {x.min():.4g} to {x.max():.4g}; expected [-1, 1]")
+    x = x.detach().float().cpu()
+    target = _target_size(x.shape[1], x.shape[2], short_side, height, width)
+    if tuple(x.shape[1:]) == target:
+        return x[None].contiguous()
+    return load_image(to_pil(x[None])[0], short_side=short_side, height=height, width=width)
+
+
+def to_pil(pictures: Tensor) -> list[Image.Image]:
+    """Tensors (n, 3, h, w), about [-1, 1], clipped -> PIL pictures."""
+    array = ((pictures.detach().float().cpu().clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
+    return [Image.fromarray(a.permute(1, 2, 0).contiguous().numpy()) for a in array]
+
+
+def load_mask(mask: ImageLike) -> Tensor:
+    """A mask as float32 (h, w) in [0, 1]: from a path, PIL picture, array or tensor; white is 1."""
+    if isinstance(mask, Tensor | np.ndarray):
+        x = mask if isinstance(mask, Tensor) else torch.tensor(mask)
+        x = x.float() / 255.0 if x.dtype == torch.uint8 and x.numel() and int(x.max()) > 1 else x.float()
+        x = x.reshape(x.shape[-2:]) if x.ndim > 2 and x.numel() == x.shape[-1] * x.shape[-2] else x
+        if x.ndim != 2 or not x.numel():
+            raise MasaError(f"the mask has shape {tuple(mask.shape)}; expected (h, w)")
+    else:
+        picture = mask if isinstance(mask, Image.Image) else open_picture(mask)
+        x = torch.from_numpy(np.asarray(flatten(picture).convert("L"), dtype=np.float32) / 255.0)
+    if not bool(((x >= 0) & (x <= 1)).all()):
+        raise MasaError(f"the mask holds values from {x.min():.4g} to {x.max():.4g}; expected [0, 1]")
+    return x.cpu()

@@ -1,0 +1,1 @@
+"""The networks of Stable Diffusion v1, one file per part."""

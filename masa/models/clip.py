@@ -1,0 +1,53 @@
+"""The CLIP text encoder: transformers' CLIPTextModel inside, token ids to context outside."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from masa.config import TextConfig
+
+
+class TextEncoder(nn.Module):
+    """Token ids (n, 77) -> context (n, 77, width): the last hidden state after the final layer norm.
+
+    `model` is a transformers CLIPTextModel; `state_prefix` is what its parameter names start with, which
+    differs between releases of transformers.
+    """
+
+    def __init__(self, config: TextConfig = TextConfig()) -> None:
+        super().__init__()
+        # Imported here: transformers takes seconds, and `import masa` should not.
+        from transformers import CLIPTextConfig, CLIPTextModel
+
+        self.config = config
+        self.model = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=config.vocab_size,
+                hidden_size=config.width,
+                intermediate_size=config.intermediate_width,
+                projection_dim=config.width,
+                num_hidden_layers=config.layers,
+                num_attention_heads=config.heads,
+                max_position_embeddings=config.tokens,
+                hidden_act=config.activation,
+                layer_norm_eps=config.norm_eps,
+                bos_token_id=0,
+                # As published. It only matters for the pooled output, which is not used.
+                eos_token_id=2,
+                pad_token_id=1,
+            )
+        )
+
+    @property
+    def state_prefix(self) -> str:
+        return "text_model." if hasattr(self.model, "text_model") else ""
+
+    def restore_buffers(self, device: torch.device | str) -> None:
+        """Fill what no checkpoint holds: the positions 0..76, left empty by construction on the meta device."""
+        for module in self.model.modules():
+            if "position_ids" in module._buffers:
+                module._buffers["position_ids"] = torch.arange(self.config.tokens, device=device)[None]
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.model(ids).last_hidden_state

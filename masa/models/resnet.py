@@ -1,0 +1,62 @@
+"""The convolutional parts that UNet and VAE share."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ResnetBlock(nn.Module):
+    """Two 3x3 convolutions around a residual sum, with the timestep added between them.
+
+    `emb_width=None` leaves the timestep out (the VAE). `eps` belongs to the checkpoint: 1e-5 in the UNet,
+    1e-6 in the VAE.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, emb_width: int | None, norm_groups: int, eps: float
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(norm_groups, in_channels, eps=eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        if emb_width is not None:
+            self.time_emb_proj = nn.Linear(emb_width, out_channels)
+        self.norm2 = nn.GroupNorm(norm_groups, out_channels, eps=eps)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        if in_channels != out_channels:
+            self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+        self.has_shortcut = in_channels != out_channels
+
+    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+        """x (b, c_in, h, w), emb (b, emb_width) or None -> (b, c_out, h, w)."""
+        residual = self.conv_shortcut(x) if self.has_shortcut else x
+        x = self.conv1(F.silu(self.norm1(x)))
+        if emb is not None:
+            x = x + self.time_emb_proj(F.silu(emb))[:, :, None, None]
+        return residual + self.conv2(F.silu(self.norm2(x)))
+
+
+class Downsample(nn.Module):
+    """A strided convolution that halves each side.
+
+    The UNet pads both sides by one pixel; the VAE encoder pads right and bottom only (`asymmetric`).
+    """
+
+    def __init__(self, channels: int, asymmetric: bool = False) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if asymmetric else 1)
+        self.asymmetric = asymmetric
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour doubling, then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))

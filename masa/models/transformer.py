@@ -1,0 +1,97 @@
+"""The transformer block of SD v1: self-attention, cross-attention to the prompt, gated MLP."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from masa.attention import Call, Site, attend, take
+
+
+class Attention(nn.Module):
+    """Multi-head attention whose edits, if any, come from the call: the module itself keeps no state."""
+
+    def __init__(self, width: int, context_width: int, site: Site) -> None:
+        super().__init__()
+        self.site = site
+        self.to_q = nn.Linear(width, width, bias=False)
+        self.to_k = nn.Linear(context_width, width, bias=False)
+        self.to_v = nn.Linear(context_width, width, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+
+    def forward(self, x: Tensor, context: Tensor, grid: tuple[int, int], call: Call) -> Tensor:
+        """x (rows, h*w, width), context (rows, keys, context_width), grid (h, w) -> (rows, h*w, width)."""
+        edit = call.edit_at(self.site)
+        # Only the rows that somebody reads are projected: a MasaCtrl target's own K and V never are.
+        k_rows, v_rows = edit.read_rows(len(x))
+        k_input = take(context, k_rows)
+        v_input = k_input if v_rows == k_rows else take(context, v_rows)
+        q, k, v = (
+            rearrange(t, "b n (h d) -> b h n d", h=self.site.heads)
+            for t in (self.to_q(x), self.to_k(k_input), self.to_v(v_input))
+        )
+        out = attend(q, k, v, self.site, grid, call)
+        return self.to_out[0](rearrange(out, "b h n d -> b n (h d)"))
+
+
+class GEGLU(nn.Module):
+    """The gated half of the MLP: linear(x) * gelu(gate(x))."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(width, 2 * hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, gate = self.proj(x).chunk(2, dim=-1)
+        return x * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """GEGLU to four times the width and back; the names net.0 and net.2 are the checkpoints'."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.net = nn.ModuleList([GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net[2](self.net[0](x))
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm self-attention, cross-attention and MLP, each with a residual sum."""
+
+    def __init__(self, width: int, context_width: int, self_site: Site, cross_site: Site) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attn1 = Attention(width, width, self_site)
+        self.norm2 = nn.LayerNorm(width)
+        self.attn2 = Attention(width, context_width, cross_site)
+        self.norm3 = nn.LayerNorm(width)
+        self.ff = FeedForward(width)
+
+    def forward(self, x: Tensor, context: Tensor, grid: tuple[int, int], call: Call) -> Tensor:
+        h = self.norm1(x)
+        x = x + self.attn1(h, h, grid, call)
+        x = x + self.attn2(self.norm2(x), context, grid, call)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer(nn.Module):
+    """A transformer block on a feature map: 1x1 convolutions in and out, tokens in between."""
+
+    def __init__(self, width: int, context_width: int, norm_groups: int, self_site: Site, cross_site: Site) -> None:
+        super().__init__()
+        self.layer = self_site.layer
+        # eps 1e-6 here, 1e-5 in the residual blocks: the checkpoints were trained so.
+        self.norm = nn.GroupNorm(norm_groups, width, eps=1e-6)
+        self.proj_in = nn.Conv2d(width, width, 1)
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(width, context_width, self_site, cross_site)])
+        self.proj_out = nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor, context: Tensor, call: Call) -> Tensor:
+        """x (rows, width, h, w), context (rows, 77, context_width) -> (rows, width, h, w)."""
+        height, width = x.shape[-2:]
+        tokens = rearrange(self.proj_in(self.norm(x)), "b c h w -> b (h w) c")
+        tokens = self.transformer_blocks[0](tokens, context, (height, width), call)
+        return x + self.proj_out(rearrange(tokens, "b (h w) c -> b c h w", h=height))

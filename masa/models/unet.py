@@ -1,0 +1,200 @@
+"""The denoising UNet of Stable Diffusion v1.
+
+Four levels down, a middle, four levels up; every level but the deepest holds transformer blocks, 16 in all.
+Module names follow diffusers, which LoRA files and papers speak.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from masa.attention import Backend, Call, Edit, Place, Site, Tape, take
+from masa.config import UNetConfig
+from masa.models.resnet import Downsample, ResnetBlock, Upsample
+from masa.models.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class Retirement:
+    """Rows that leave the batch once the transformer block `layer` is done: `keep` are those that stay."""
+
+    layer: int
+    keep: tuple[int, ...]
+
+
+class TimestepEmbedding(nn.Module):
+    """The sinusoidal timestep through a two-layer MLP."""
+
+    def __init__(self, width: int, emb_width: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(width, emb_width)
+        self.linear_2 = nn.Linear(emb_width, emb_width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class Block(nn.Module):
+    """One level's modules under the checkpoints' names; UNet.forward runs them."""
+
+    def __init__(
+        self,
+        resnets: Sequence[ResnetBlock],
+        attentions: Sequence[Transformer] = (),
+        downsampler: Downsample | None = None,
+        upsampler: Upsample | None = None,
+    ) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        self.attentions = nn.ModuleList(attentions)
+        self.downsamplers = nn.ModuleList([] if downsampler is None else [downsampler])
+        self.upsamplers = nn.ModuleList([] if upsampler is None else [upsampler])
+
+
+class UNet(nn.Module):
+    """Predicts the noise in latents at a timestep, given a prompt's embedding.
+
+    `sites` lists every attention in forward order; an edit is addressed to a site's index.
+    """
+
+    def __init__(self, config: UNetConfig = UNetConfig()) -> None:
+        super().__init__()
+        self.config = config
+        self.sites: tuple[Site, ...] = ()
+        channels, groups = config.block_out_channels, config.norm_groups
+        emb_width = 4 * channels[0]
+        deepest = len(channels) - 1
+
+        def resnet(in_channels: int, out_channels: int) -> ResnetBlock:
+            return ResnetBlock(in_channels, out_channels, emb_width, groups, eps=1e-5)
+
+        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
+        self.time_embedding = TimestepEmbedding(channels[0], emb_width)
+
+        self.down_blocks = nn.ModuleList()
+        skips = [channels[0]]  # widths of the feature maps that the way up will concatenate
+        for level, width in enumerate(channels):
+            resnets, attentions = [], []
+            for i in range(config.layers_per_block):
+                resnets.append(resnet(skips[-1], width))
+                if level < deepest:
+                    attentions.append(self._transformer(width, "down", level, i))
+                skips.append(width)
+            down = Downsample(width) if level < deepest else None
+            if down is not None:
+                skips.append(width)
+            self.down_blocks.append(Block(resnets, attentions, downsampler=down))
+
+        width = channels[-1]
+        self.mid_block = Block(
+            [resnet(width, width), resnet(width, width)], [self._transformer(width, "mid", deepest, 0)]
+        )
+
+        self.up_blocks = nn.ModuleList()
+        below = channels[-1]
+        for level in reversed(range(len(channels))):
+            width = channels[level]
+            resnets, attentions = [], []
+            for i in range(config.layers_per_block + 1):
+                resnets.append(resnet(below + skips.pop(), width))
+                below = width
+                if level < deepest:
+                    attentions.append(self._transformer(width, "up", level, i))
+            up = Upsample(width) if level > 0 else None
+            self.up_blocks.append(Block(resnets, attentions, upsampler=up))
+
+        self.conv_norm_out = nn.GroupNorm(groups, channels[0], eps=1e-5)
+        self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
+
+    def _transformer(self, width: int, place: Place, level: int, i: int) -> Transformer:
+        """The next transformer block; its two attentions are added to `sites`."""
+        config, index = self.config, len(self.sites)
+        block = {
+            "down": f"down_blocks.{level}",
+            "mid": "mid_block",
+            "up": f"up_blocks.{len(config.block_out_channels) - 1 - level}",
+        }[place]
+        name = f"{block}.attentions.{i}.transformer_blocks.0"
+        self_site = Site(index, index // 2, f"{name}.attn1", place, "self", 2**level, config.heads)
+        cross_site = Site(index + 1, index // 2, f"{name}.attn2", place, "cross", 2**level, config.heads)
+        self.sites += (self_site, cross_site)
+        return Transformer(width, config.context_width, config.norm_groups, self_site, cross_site)
+
+    @property
+    def layers(self) -> int:
+        """Number of transformer blocks (16 in SD v1)."""
+        return len(self.sites) // 2
+
+    def forward(
+        self,
+        x: Tensor,
+        timestep: int | Tensor,
+        context: Tensor,
+        edits: Mapping[int, Edit] | None = None,
+        retire: Retirement | None = None,
+        backend: Backend = "auto",
+    ) -> tuple[Tensor, Tape]:
+        """Noise in x, and what the edits asked to record.
+
+        x (rows, 4, h, w) with h and w multiples of 8; timestep 0..999, one for all rows or (rows,);
+        context (rows, 77, context_width); edits by site index; retire drops rows on the way.
+        Returns eps (rows kept, 4, h, w) and the tape of this call. Nothing outlives the call.
+        """
+        call = Call(edits or {}, {}, backend)
+        emb = self.time_embedding(timestep_embedding(timestep, self.config.block_out_channels[0], x))
+        emb = emb.expand(len(x), -1)
+
+        def run(block: Block, i: int, x: Tensor) -> Tensor:
+            """Residual block i and, where the level has one, transformer block i."""
+            nonlocal emb, context
+            x = block.resnets[i](x, emb)
+            if i < len(block.attentions):
+                attention = block.attentions[i]
+                x = attention(x, context, call)
+                if retire is not None and attention.layer == retire.layer:
+                    x, emb, context = (take(t, retire.keep) for t in (x, emb, context))
+            return x
+
+        x = self.conv_in(x)
+        skips = [x]
+        for block in cast("list[Block]", self.down_blocks):
+            for i in range(len(block.resnets)):
+                x = run(block, i, x)
+                skips.append(x)
+            for down in block.downsamplers:
+                x = down(x)
+                skips.append(x)
+
+        x = run(self.mid_block, 0, x)
+        x = self.mid_block.resnets[1](x, emb)
+
+        for block in cast("list[Block]", self.up_blocks):
+            for i in range(len(block.resnets)):
+                skip = skips.pop()
+                if retire is not None and len(skip) != len(x):  # stored before rows retired
+                    skip = take(skip, retire.keep)
+                x = run(block, i, torch.cat([x, skip], dim=1))
+            for up in block.upsamplers:
+                x = up(x)
+
+        return self.conv_out(F.silu(self.conv_norm_out(x))), call.tape
+
+
+def timestep_embedding(timestep: int | Tensor, width: int, like: Tensor) -> Tensor:
+    """Cosines, then sines, of the timestep at `width / 2` frequencies from 1 to 1/10000: (1 or rows, width).
+
+    Computed in float32, given in the dtype and on the device of `like`.
+    """
+    half = width // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=like.device) / half
+    frequencies = torch.exp(-math.log(10000.0) * exponents)
+    t = torch.as_tensor(timestep, dtype=torch.float32, device=like.device).reshape(-1, 1)
+    angles = t * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1).to(like.dtype)

@@ -1,0 +1,213 @@
+"""load(): from a checkpoint to a StableDiffusion, the model's parts in one value."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from masa.config import ModelConfig
+from masa.errors import CheckpointError, MasaError
+from masa.image import ImageLike, load_image, to_pil
+from masa.models.clip import TextEncoder
+from masa.models.tokenizer import Tokenizer
+from masa.models.unet import UNet
+from masa.models.vae import VAE
+from masa.schedule import Schedule
+from masa.weights import hub
+from masa.weights.checkpoint import Part, check_parts, load_parts
+from masa.weights.model_files import Checkpoint, open_checkpoint
+
+DEMO = Path(__file__).parent / "weights" / "demo" / "model"
+
+DTYPE_NAMES = {
+    "fp32": torch.float32,
+    "float32": torch.float32,
+    "fp16": torch.float16,
+    "float16": torch.float16,
+    "half": torch.float16,
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class StableDiffusion:
+    """The parts of a Stable Diffusion v1 model, all on one device and in one dtype."""
+
+    unet: UNet
+    vae: VAE
+    text_encoder: TextEncoder
+    tokenizer: Tokenizer
+    schedule: Schedule
+    config: ModelConfig
+    checkpoint: str  # where it came from, as given to load()
+
+    def __repr__(self) -> str:
+        parameters = sum(p.numel() for m in (self.unet, self.vae, self.text_encoder) for p in m.parameters())
+        return f"StableDiffusion({self.checkpoint!r}, {parameters:,} parameters, {self.dtype}, {self.device})"
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.conv_in.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.unet.conv_in.weight.dtype
+
+    @torch.no_grad()
+    def encode_image(self, image: ImageLike, *, height: int | None = None, width: int | None = None) -> Tensor:
+        """A picture -> latents (1, 4, h/8, w/8), float32: the posterior mean times 0.18215.
+
+        Without height and width the picture is scaled to the model's training size on its short side and
+        cropped to multiples of 64.
+        """
+        picture = load_image(image, short_side=self.config.image_size, height=height, width=width)
+        return self.vae.encode(picture.to(self.device, self.dtype)).float()
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor, *, progress: bool = False) -> list[Image.Image]:
+        """Latents (n, 4, h, w) -> n pictures of 8h x 8w pixels, decoded one at a time."""
+        latents = latents.to(self.device, self.dtype)
+        bar = tqdm(latents, desc="decode", disable=not progress)
+        return [to_pil(self.vae.decode(z[None]))[0] for z in bar]
+
+    @torch.no_grad()
+    def encode_prompt(self, prompts: Sequence[str]) -> Tensor:
+        """n prompts -> context (n, 77, width)."""
+        if isinstance(prompts, str):
+            raise MasaError(f"encode_prompt takes a list of prompts; give [{prompts!r}]")
+        return self.text_encoder(self.tokenizer(prompts).to(self.device))
+
+
+def load(
+    checkpoint: str | Path | None = None,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    tokenizer: str | Path | None = None,
+    vae: str | Path | None = None,
+) -> StableDiffusion:
+    """Load a Stable Diffusion v1 model.
+
+    checkpoint: a single safetensors file in LDM layout, a diffusers-layout folder, a hub id ("owner/name"), or
+    None for the demo model that ships with the library. device: default cuda where there is one, else cpu.
+    dtype: a torch dtype or "fp32", "fp16", "bf16"; default float16 on cuda, bfloat16 on a CPU with AMX or
+    AVX512-BF16, else float32. tokenizer: a folder with vocab.json and merges.txt; default the checkpoint's
+    own, else CLIP's. vae: another autoencoder's file or folder.
+
+    Raises CheckpointError, with reason and remedy, for whatever is not a whole Stable Diffusion v1 model.
+    """
+    device = choose_device(device)
+    dtype = choose_dtype(dtype, device)
+    opened = open_checkpoint(
+        locate(checkpoint, prefer_half=dtype == torch.float16),
+        prefer_half=dtype == torch.float16,
+        vae=None if vae is None else Path(vae),
+    )
+    if tokenizer is not None:
+        words = Tokenizer.from_folder(tokenizer)
+    else:
+        words = Tokenizer.from_folder(opened.tokenizer) if opened.tokenizer else Tokenizer.clip()
+    if words.vocab_size > opened.config.text.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer has {words.vocab_size:,} tokens and {opened.path}'s text encoder knows "
+            f"{opened.config.text.vocab_size:,}; give its own tokenizer's folder as tokenizer="
+        )
+    unet, vae_model, text_encoder = build_models(opened, dtype, device)
+    return StableDiffusion(
+        unet,
+        vae_model,
+        text_encoder,
+        words,
+        Schedule(opened.config.schedule),
+        opened.config,
+        "demo" if checkpoint is None else str(checkpoint),
+    )
+
+
+def build_models(opened: Checkpoint, dtype: torch.dtype, device: torch.device) -> tuple[UNet, VAE, TextEncoder]:
+    """The three networks with the checkpoint's tensors. Built on the meta device: no weight exists twice."""
+    unet, vae, text_encoder = meta_models(opened.config)
+    parts = checkpoint_parts(opened, unet, vae, text_encoder)
+    load_parts(parts, opened.path, dtype=dtype, device=device)
+    text_encoder.restore_buffers(device)
+    return unet, vae, text_encoder.eval()
+
+
+def check_keys(opened: Checkpoint) -> None:
+    """CheckpointError naming the tensors that are missing, unexpected, misshapen or of another dtype."""
+    check_parts(checkpoint_parts(opened, *meta_models(opened.config)), opened.path)
+
+
+def meta_models(config: ModelConfig) -> tuple[UNet, VAE, TextEncoder]:
+    """The three networks without memory for their weights."""
+    with torch.device("meta"):
+        return UNet(config.unet), VAE(config.vae), TextEncoder(config.text)
+
+
+def checkpoint_parts(opened: Checkpoint, unet: UNet, vae: VAE, text_encoder: TextEncoder) -> dict[str, Part]:
+    """The networks beside the tensors of an opened checkpoint that fill them."""
+    modules = {"unet": unet, "vae": vae, "text_encoder": text_encoder.model}
+    parts = {}
+    for part, files in opened.parts.items():
+        strip = len(text_encoder.state_prefix) if part == "text_encoder" else 0
+        names = {name: files.namer(name[strip:]) for name in modules[part].state_dict()}
+        parts[part] = Part(modules[part], names, files.entries, files.ignore)
+    return parts
+
+
+def locate(checkpoint: str | Path | None, prefer_half: bool) -> Path:
+    """The path that load()'s first argument means; a hub id is downloaded where it is not cached."""
+    if checkpoint is None or checkpoint == "demo":
+        return DEMO
+    path = Path(checkpoint).expanduser()
+    if path.exists():
+        return path
+    if isinstance(checkpoint, str) and hub.is_hub_id(checkpoint):
+        return hub.fetch(checkpoint, prefer_half)
+    raise FileNotFoundError(
+        f"no checkpoint at {checkpoint}; expected a .safetensors file, a diffusers-layout folder or a hub id owner/name"
+    )
+
+
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for, or cuda where there is one, else cpu."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise MasaError(f"device is {device!r}; expected such as 'cpu' or 'cuda'") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise MasaError(f"device is {device!r}, and torch sees no CUDA GPU here; use device='cpu'")
+    return chosen
+
+
+def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The dtype asked for, or the fastest that the device computes natively."""
+    if dtype is None:
+        if device.type == "cuda":
+            return torch.float16
+        return torch.bfloat16 if device.type == "cpu" and cpu_has_bf16() else torch.float32
+    chosen = DTYPE_NAMES.get(dtype) if isinstance(dtype, str) else dtype
+    if chosen not in (torch.float32, torch.float16, torch.bfloat16):
+        raise MasaError(f"dtype is {dtype!r}; expected fp32, fp16 or bf16")
+    return chosen
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the CPU multiplies bfloat16 matrices in hardware (AMX or AVX512-BF16)."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    if capabilities:
+        return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "amx_bf16" in flags or "avx512_bf16" in flags

@@ -1,0 +1,68 @@
+"""Settings of a run as JSON: what results carry, PNGs keep and `masa rerun` reads back."""
+
+from __future__ import annotations
+
+import base64
+import io
+import zlib
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from masa.controls.masactrl import MasaCtrl
+from masa.controls.masks import GivenMasks, WordMasks
+from masa.errors import MasaError
+from masa.image import load_mask
+
+# Values that can stand in a settings file, by class name.
+KINDS = {kind.__name__: kind for kind in (MasaCtrl, GivenMasks, WordMasks)}
+
+
+def describe(value: Any) -> Any:
+    """A control, mask or plain value as JSON. Masks given as pictures are embedded, compressed."""
+    if isinstance(value, GivenMasks):
+        targets = [pack(load_mask(mask)) for mask in value.targets]
+        return {"kind": "GivenMasks", "source": pack(load_mask(value.source)), "target": targets}
+    if is_dataclass(value) and type(value).__name__ in KINDS:
+        return {"kind": type(value).__name__} | {f.name: describe(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Tensor):
+        return pack(value)
+    if isinstance(value, list | tuple | range):
+        return [describe(v) for v in value]
+    if isinstance(value, Path):
+        return str(value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise MasaError(f"a {type(value).__name__} cannot be written into settings")
+
+
+def restore(value: Any) -> Any:
+    """The inverse of `describe`. MasaError for a kind that this version does not know."""
+    if isinstance(value, list):
+        return tuple(restore(v) for v in value)
+    if not isinstance(value, Mapping):
+        return value
+    if "packed" in value:
+        return unpack(value)
+    kind = KINDS.get(value.get("kind", ""))
+    if kind is None:
+        raise MasaError(f"settings name a {value.get('kind')!r}, unknown to this version of masa")
+    return kind(**{name: restore(v) for name, v in value.items() if name != "kind"})
+
+
+def pack(tensor: Tensor) -> dict[str, str]:
+    """A tensor as compressed text."""
+    buffer = io.BytesIO()
+    np.save(buffer, tensor.detach().cpu().numpy())
+    return {"packed": base64.b64encode(zlib.compress(buffer.getvalue(), 9)).decode("ascii")}
+
+
+def unpack(packed: Mapping[str, str]) -> Tensor:
+    """The tensor that `pack` wrote."""
+    data = zlib.decompress(base64.b64decode(packed["packed"]))
+    return torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False))

@@ -1,0 +1,52 @@
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).parent
+
+
+def data(package: str, *patterns: str) -> list[str]:
+    """Data files of a package, relative to it."""
+    folder = HERE / package.replace(".", "/")
+    return sorted(str(path.relative_to(folder)) for pattern in patterns for path in folder.glob(pattern))
+
+
+setup(
+    name="masa",
+    version="0.1.0",
+    description="MasaCtrl and its neighbours on Stable Diffusion v1, from scratch in PyTorch",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    # Listed, not found: kernels/ and weights/ have no __init__.py, so that no top-level `kernels` package exists.
+    packages=["masa", "masa.models", "masa.controls", "masa.kernels", "masa.weights", "masa.weights.demo"],
+    package_data={
+        "masa.weights": data("masa.weights", "clip/*"),
+        "masa.weights.demo": data("masa.weights.demo", "*.md", "*.png", "*.json", "*.safetensors", "model/**/*.*"),
+    },
+    install_requires=[
+        "torch>=2.6,<2.14",
+        "safetensors>=0.4.3",
+        "transformers>=4.45",
+        "tokenizers>=0.20",
+        "huggingface_hub>=0.26",
+        "einops>=0.8",
+        "pillow>=10.1",
+        "numpy>=1.26",
+        "tqdm>=4.66",
+        "triton>=3.2; sys_platform == 'linux'",
+    ],
+    extras_require={
+        "test": [
+            "pytest>=8",
+            "diffusers>=0.30",
+            "accelerate>=0.30",
+            "scikit-image>=0.22",
+            "ruff>=0.17,<0.18",
+            "mypy>=2.4,<2.5",
+        ],
+        "plots": ["matplotlib>=3.8"],
+    },
+    entry_points={"console_scripts": ["masa = masa.cli:main"]},
+)

@@ -1,0 +1,254 @@
+"""Compile the Triton kernels for GPUs that are not there, and report what the compiler made of them.
+
+Run as a script it compiles launches of the tile tables and prints one JSON record per line:
+
+    python tests/kernel_gate.py sm_90 --widths 40 80 160 --dtypes fp16 --forms plain masked union maps
+
+It must run without TRITON_INTERPRET, which decides at import whether kernels can be compiled at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+
+from masa.kernels import device, tiles
+from masa.kernels.launch import dot_precision, split_width
+from masa.kernels.tiles import Tile
+
+# Dynamic shared memory per block, bytes (AMD: LDS per workgroup).
+SHARED_LIMIT = {"sm_80": 166912, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+TOKENS = {40: 4096, 80: 1024, 160: 256}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One compiled configuration: a kernel form at a head width, dtype and tile on an architecture."""
+
+    arch: str
+    form: str
+    width: int
+    dtype: str
+    tile: Tile
+    even: bool = False  # the keys fill whole blocks; ragged lengths need more registers
+
+    @property
+    def name(self) -> str:
+        return f"{self.arch}-{self.form}-{self.width}-{self.dtype}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What came out: registers per thread, spilled bytes, shared memory, instructions, compile seconds."""
+
+    name: str
+    tile: Tile
+    registers: int
+    spills: int
+    shared: int
+    shared_limit: int
+    warpgroup_mma: bool
+    wide_copies: bool
+    warnings: str
+    per_score: float
+    seconds: float
+
+    def problems(self, dtype: str) -> list[str]:
+        """Why this configuration must not ship on a CUDA architecture; empty if it may.
+
+        float32 products take three passes over split operands, so those kernels may spill; "auto" avoids them.
+        """
+        found = []
+        if self.spills and dtype != "fp32":
+            found.append(f"{self.spills} bytes spilled")
+        if self.shared > self.shared_limit:
+            found.append(f"{self.shared} bytes of shared memory, the limit is {self.shared_limit}")
+        if "sm_90" in self.name and dtype != "fp32" and not self.warpgroup_mma:
+            found.append("no warpgroup matrix instructions (HGMMA)")
+        if dtype != "fp32" and not self.wide_copies:
+            found.append("no 16-byte asynchronous copies")
+        if self.warnings:
+            found.append(self.warnings)
+        return found
+
+
+def launches(arch: str, widths: list[int], dtypes: list[str], forms: list[str]) -> Iterator[Launch]:
+    """The configurations that the tile tables give for these shapes."""
+    for dtype in dtypes:
+        for width in widths:
+            size = 4 if dtype == "fp32" else 2
+            for form in forms:
+                tile = tiles.lookup(arch, form, size, width)
+                yield Launch(arch, form, width, dtype, tile)
+
+
+def build(launch: Launch) -> Report:
+    """Compile one configuration and take the result apart."""
+    arch, width, tile = launch.arch, launch.width, launch.tile
+    split = split_width(width)
+    precision = dot_precision(DTYPES[launch.dtype], arch)
+    constants: dict[str, object] = {"D": width, "D0": split[0], "D1": split[1], "M": tile.block_m, "N": tile.block_n}
+    constants |= {"UNIT": 8, "WIDEN": False, "PRECISION": precision}
+    kernel = device.cross_attention_maps_kernel
+    if launch.form != "maps":
+        kernel = device.mutual_attention_kernel
+        constants |= {"MASKED": "masked" in launch.form, "UNION": "union" in launch.form}
+        constants["EVEN"] = launch.even
+        constants["ONES"] = tile.ones_column and width < sum(split)
+    else:
+        constants["T"] = 16
+
+    # As in a UNet: 8 heads, (B, N, H, D) in memory; strides in units of 8 elements.
+    tokens = TOKENS.get(width, 1024)
+    values = {"heads": 8, "n_queries": tokens, "n_keys": tokens, "n_keys2": tokens, "n_maps": 2}
+    values |= {"weights_batch": 0}
+    if launch.form == "maps":
+        values["n_keys"] = 77
+    signature, attributes = {}, {}
+    for place, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        signature[name] = _type(name, launch.dtype)
+        stride = {"batch": tokens * width, "token": width, "head": width // 8}.get(name.split("_")[-1], 1)
+        value = values.get(name, stride)
+        if signature[name].startswith("*") or (signature[name] == "i32" and value % 16 == 0):
+            attributes[(place,)] = [["tt.divisibility", 16]]
+
+    hip = arch.startswith("gfx")
+    target = GPUTarget("hip", arch, 64) if hip else GPUTarget("cuda", int(arch[3:]), 32)
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+    began = time.perf_counter()
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    compiled = compile(source, target=target, options=options)
+    seconds = time.perf_counter() - began
+    parts = _amd(compiled.asm["amdgcn"]) if hip else _nvidia(compiled, int(arch[3:]), tile)
+    shared = compiled.metadata.shared
+    return Report(launch.name, tile, shared=shared, shared_limit=SHARED_LIMIT[arch], seconds=seconds, **parts)
+
+
+def _type(name: str, dtype: str) -> str:
+    if name in ("Q", "K", "V", "K2", "V2", "OUT"):
+        return f"*{dtype}"
+    if name in ("QUERY_WEIGHT", "TOKEN_WEIGHTS", "MAPS"):
+        return "*fp32"
+    if name == "FULL_ROWS":
+        return "*i1"
+    if name.isupper():
+        return "*i32"
+    return "fp32" if name in ("scale", "bias") else "i32"
+
+
+def _nvidia(compiled: object, capability: int, tile: Tile) -> dict[str, object]:
+    """Registers and spills from ptxas, instructions from the disassembly."""
+    assembly = compiled.asm  # type: ignore[attr-defined]
+    with tempfile.TemporaryDirectory() as folder:
+        ptx, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        ptx.write_text(assembly["ptx"])
+        cubin.write_bytes(assembly["cubin"])
+        target = re.search(r"^\.target (\w+)", assembly["ptx"], re.M)
+        assert target is not None
+        # The PTX names the version that its own ptxas understands; Triton ships two.
+        for assembler in ("ptxas", "ptxas-blackwell"):
+            done = subprocess.run(
+                [BINARIES / assembler, "-v", f"--gpu-name={target[1]}", ptx, "-o", Path(folder, "out")],
+                capture_output=True,
+                text=True,
+            )
+            if done.returncode == 0:
+                break
+        done.check_returncode()
+        sass = subprocess.run([BINARIES / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True).stdout
+    log = done.stderr
+
+    def number(pattern: str) -> int:
+        found = re.search(pattern, log)
+        return int(found[1]) if found else 0
+
+    serialized = [line for line in log.splitlines() if "wgmma" in line or re.search(r"C75\d\d", line)]
+    loop = _inner_loop(sass)
+    return {
+        "registers": number(r"Used (\d+) registers"),
+        "spills": number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
+        "warpgroup_mma": "HGMMA" in sass,
+        "wide_copies": bool(re.search(r"LDGSTS\.E\.BYPASS[.\w]*\.128|UTMALDG", sass)),
+        "warnings": "; ".join(serialized),
+        "per_score": round(loop * tile.warps * 32 / (tile.block_m * tile.block_n), 2),
+    }
+
+
+def _amd(assembly: str) -> dict[str, object]:
+    def number(pattern: str) -> int:
+        found = re.search(pattern, assembly)
+        return int(found[1]) if found else 0
+
+    return {
+        "registers": number(r"\.vgpr_count:\s+(\d+)"),
+        "spills": 4 * number(r"\.vgpr_spill_count:\s+(\d+)"),
+        "warpgroup_mma": "v_mfma" in assembly,
+        "wide_copies": "global_load_dwordx4" in assembly or "buffer_load_dwordx4" in assembly,
+        "warnings": "",
+        "per_score": 0.0,
+    }
+
+
+def _inner_loop(sass: str) -> int:
+    """Instructions in the innermost loop that holds most matrix instructions; 0 where there is none."""
+    labels, body = {}, []
+    for line in sass.splitlines():
+        label = re.match(r"^(\.L_x_\d+):", line)
+        if label:
+            labels[label[1]] = len(body)
+        instruction = re.match(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)(.*)", line)
+        if instruction:
+            body.append((instruction[1], instruction[2]))
+    loops = []
+    for end, (operation, rest) in enumerate(body):
+        jump = re.search(r"`\((\.L_x_\d+)\)", rest) if operation.startswith("BRA") else None
+        if jump and labels.get(jump[1], end + 1) <= end:
+            start = labels[jump[1]]
+            matrix = sum(name.startswith(("HGMMA", "HMMA", "UTCHMMA", "FFMA")) for name, _ in body[start:end])
+            loops.append((start, end, matrix))
+    # Barrier retries also jump backwards: only loops with matrix instructions count.
+    loops = [loop for loop in loops if loop[2]]
+    inner = [
+        loop
+        for loop in loops
+        if not any(loop[0] <= other[0] and other[1] <= loop[1] and other != loop for other in loops)
+    ]
+    return max(((matrix, end + 1 - start) for start, end, matrix in inner), default=(0, 0))[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("arch", nargs="+", choices=sorted(SHARED_LIMIT))
+    parser.add_argument("--widths", nargs="+", type=int, default=[40, 80, 160])
+    parser.add_argument("--dtypes", nargs="+", default=["fp16"], choices=list(DTYPES))
+    parser.add_argument("--forms", nargs="+", default=list(tiles.FORMS), choices=list(tiles.FORMS))
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache  # compile for real, and leave no files behind
+        for arch in arguments.arch:
+            for launch in launches(arch, arguments.widths, arguments.dtypes, arguments.forms):
+                report = build(launch)
+                record = asdict(report) | {"problems": report.problems(launch.dtype)}
+                print(json.dumps(record), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""Rows of the batch: their order, and what they become."""
+
+from __future__ import annotations
+
+import torch
+
+from masa.branches import Branches, Row
+
+
+def test_rows_are_in_the_published_order():
+    assert Branches.build(2, guided=True).rows == (
+        Row(0, ("uncond",)),
+        Row(1, ("uncond",)),
+        Row(2, ("uncond",)),
+        Row(0, ("cond",)),
+        Row(1, ("cond",)),
+        Row(2, ("cond",)),
+    )
+
+
+def test_every_row_reads_the_source_of_its_half():
+    assert Branches.build(2, guided=True).source_rows == (0, 0, 0, 3, 3, 3)
+    assert Branches.build(2, guided=False).source_rows == (0, 0, 0)
+    # A source whose two prompts are equal has one row, which serves both halves.
+    merged = Branches.build(2, guided=True, merge_source=True)
+    assert len(merged) == 5
+    assert merged.source_rows == (0, 0, 0, 0, 0)
+
+
+def test_without_the_source_only_targets_are_present():
+    branches = Branches.build(2, guided=True, source=False)
+    assert branches.present == (1, 2)
+    assert len(branches) == 4
+
+
+def test_expand_repeats_each_branch_per_row():
+    latents = torch.arange(3.0).reshape(3, 1, 1, 1).expand(3, 4, 2, 2)
+    rows = Branches.build(2, guided=True, merge_source=True).expand(latents)
+    assert rows[:, 0, 0, 0].tolist() == [0, 1, 2, 1, 2]
+
+
+def test_contexts_follow_the_halves():
+    uncond, cond = torch.zeros(1, 77, 2), torch.arange(1.0, 4.0).reshape(3, 1, 1).expand(3, 77, 2)
+    branches = Branches.build(2, guided=True)
+    assert branches.contexts(uncond, cond)[:, 0, 0].tolist() == [0, 0, 0, 1, 2, 3]
+
+
+def test_guidance_moves_away_from_uncond():
+    eps = torch.tensor([0.0, 10.0, 1.0, 12.0]).reshape(4, 1, 1, 1)
+    guided = Branches.build(1, guided=True).guide(eps, 3.0)
+    assert guided.flatten().tolist() == [3.0, 16.0]
+
+
+def test_a_branch_of_one_row_is_taken_as_it_is():
+    eps = torch.tensor([5.0, 10.0, 12.0]).reshape(3, 1, 1, 1)
+    guided = Branches.build(1, guided=True, merge_source=True).guide(eps, 3.0)
+    assert guided.flatten().tolist() == [5.0, 16.0]
+    assert Branches.build(1, guided=False).guide(eps[:2], 3.0).flatten().tolist() == [5.0, 10.0]

@@ -1,0 +1,161 @@
+"""The command line as a user meets it: files written, one line for a mistake, exit codes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import masa
+from masa.cli import build_parser, choose_folder, main, parse_numbers
+
+ROOT = Path(__file__).parent.parent
+FAST = ["--steps", "3", "--start-step", "1", "--height", "64", "--width", "64", "-q"]
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """An empty working folder with a picture in it."""
+    monkeypatch.chdir(tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (80, 100, 3), generator=generator, dtype=torch.uint8)
+    Image.fromarray(pixels.numpy()).save("photo.jpg")
+    return tmp_path
+
+
+def mistake(capsys, *argv: str) -> str:
+    """The one line on stderr that a bad call ends with."""
+    try:
+        code = main(argv)
+    except SystemExit as error:
+        code = error.code
+    captured = capsys.readouterr()
+    assert code == 2
+    assert captured.out == ""
+    assert captured.err.startswith("masa: ")
+    assert captured.err.count("\n") == 1, captured.err
+    return captured.err
+
+
+def test_sample_writes_pictures_and_says_where(home, tiny_folder, capsys):
+    argv = ["sample", "a sitting cat", "a running cat", "-c", str(tiny_folder), "--seed", "1", *FAST]
+    assert main(argv) == 0
+    printed = capsys.readouterr().out.split()
+    assert printed == [f"masa-out/0001/{name}.png" for name in ("source", "target_0", "grid")]
+    assert all(Path(path).is_file() for path in printed)
+    assert main(argv) == 0
+    assert Path("masa-out/0002/grid.png").read_bytes() == Path("masa-out/0001/grid.png").read_bytes()
+    # A run from its own picture gives the same bytes.
+    assert main(["rerun", "masa-out/0001/target_0.png", "-o", "again", "-q"]) == 0
+    assert Path("again/target_0.png").read_bytes() == Path("masa-out/0001/target_0.png").read_bytes()
+
+
+def test_edit_equals_the_library(home, tiny_folder, tiny):
+    argv = ["edit", "photo.jpg", "a running cat", "--source", "a sitting cat", "-c", str(tiny_folder), "-o", "out"]
+    assert main([*argv, *FAST, "--words", "cat", "cat", "--threshold", "0.3", "--guidance", "3"]) == 0
+    control = masa.MasaCtrl(1, mask=masa.WordMasks("cat", "cat", 0.3))
+    settings = {"steps": 3, "guidance_scale": 3.0, "height": 64, "width": 64, "progress": False}
+    expected = masa.edit(tiny, "photo.jpg", "a running cat", "a sitting cat", controls=control, **settings)
+    with Image.open("out/target_0.png") as picture:
+        assert picture.tobytes() == expected.targets[0].tobytes()
+
+
+def test_invert_then_sample(home, tiny_folder):
+    model = ["-c", str(tiny_folder)]
+    assert main(["invert", "photo.jpg", "--steps", "3", "--height", "64", "--width", "64", "-q", *model]) == 0
+    assert masa.Trajectory.load("photo.safetensors").steps == 3
+    argv = ["sample", "", "a cat", "--trajectory", "photo.safetensors", "--start-step", "1", "-q", "-o", "out", *model]
+    assert main(argv) == 0
+    assert Path("out/target_0.png").is_file()
+
+
+def test_masks_from_pictures(home, tiny_folder):
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (16, 16, 48, 48))
+    mask.save("mask.png")
+    argv = ["sample", "a cat", "a dog", "-c", str(tiny_folder), "--seed", "0", *FAST, "--start-layer", "4"]
+    assert main([*argv, "-o", "plain"]) == 0
+    assert main([*argv, "-o", "masked", "--masks", "mask.png", "mask.png"]) == 0
+    assert Path("plain/source.png").is_file()
+    with Image.open("plain/target_0.png") as plain, Image.open("masked/target_0.png") as masked:
+        assert plain.tobytes() != masked.tobytes()
+
+
+def test_inspect_tells_what_a_file_is(capsys):
+    assert main(["inspect", "demo"]) == 0
+    out = capsys.readouterr().out
+    assert "diffusers" in out
+    assert "unet" in out.lower()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["edit", "none.jpg", "a cat"], "none.jpg"),
+        (["edit", "photo.jpg", "a cat", "-c", "none.safetensors"], "no checkpoint at none.safetensors"),
+        (["edit", "photo.jpg", "a cat", "-c", "photo.jpg"], "photo.jpg"),
+        (["edit", "photo.jpg"], "the following arguments are required: target"),
+        (["sample", "a cat", "--steps", "many"], "invalid int value: 'many'"),
+        (["sample", "a cat", "--control-steps", "1-x"], "is not a list of numbers"),
+        (["sample", "a cat", "a dog", "--words", "bird", "dog", *FAST], "'bird' is not in the prompt 'a cat'"),
+        (["sample", "a cat", "a dog", "--words", "cat", "dog", "--masks", "photo.jpg", "photo.jpg"], "give one"),
+        (["sample", "a cat", "a dog", "--start-step", "50", "--steps", "3"], "selects no step"),
+        (["sample", "a cat", "--height", "100"], "height is 100; expected a multiple of 64"),
+        (["sample", "a cat", "--dtype", "int8"], "dtype is 'int8'"),
+        (["sample", "a cat", "--trajectory", "photo.jpg"], "photo.jpg"),
+        (["sample", "a cat", "-o", "photo.jpg"], "is a file"),
+        (["invert", "photo.jpg", "-o", "photo.txt"], "must end in .safetensors"),
+        (["rerun", "photo.jpg"], "carries no masa settings"),
+        (["nonsense"], "invalid choice: 'nonsense'"),
+        ([], "required"),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else None,
+)
+def test_a_mistake_is_one_line(home, capsys, argv, message):
+    assert message in mistake(capsys, *argv)
+    assert sorted(p.name for p in home.iterdir()) == ["photo.jpg"]
+
+
+def test_nothing_is_overwritten_unasked(home, tiny_folder, capsys):
+    Path("out").mkdir()
+    Path("out/source.png").write_bytes(b"mine")
+    argv = ["sample", "a cat", "-c", str(tiny_folder), "-o", "out", *FAST]
+    assert "already holds source.png" in mistake(capsys, *argv)
+    assert Path("out/source.png").read_bytes() == b"mine"
+    assert main([*argv, "--overwrite"]) == 0
+    assert Path("out/source.png").read_bytes() != b"mine"
+
+
+def test_interrupting_leaves_no_file(home, tiny_folder, monkeypatch, capsys):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(masa.pipeline.StableDiffusion, "decode_latents", interrupt)
+    assert main(["sample", "a cat", "-c", str(tiny_folder), "-o", "out", *FAST]) == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
+def test_next_free_folder(home):
+    assert choose_folder(None, [], False) == Path("masa-out/0001")
+    Path("masa-out/0007").mkdir(parents=True)
+    assert choose_folder(None, [], False) == Path("masa-out/0008")
+
+
+def test_number_lists():
+    assert parse_numbers("3,5,10-12") == [3, 5, 10, 11, 12]
+
+
+def test_every_command_has_help_with_an_example(capsys):
+    commands = build_parser()._subparsers._group_actions[0].choices
+    for name, parser in commands.items():
+        assert f"masa {name}" in parser.format_help()
+
+
+def test_module_runs():
+    out = subprocess.run([sys.executable, "-m", "masa", "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "masa demo" in out.stdout

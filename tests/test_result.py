@@ -1,0 +1,148 @@
+"""Results: what is saved, and that a saved picture runs again."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+import masa
+from masa.result import read_settings, wrap
+from masa.settings import describe, restore
+
+SETTINGS = {"steps": 3, "height": 64, "width": 64, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def out(tiny):
+    mask = torch.zeros(8, 8)
+    mask[2:6, 1:5] = 1.0
+    controls = masa.MasaCtrl(1, 4, mask=masa.GivenMasks(mask, mask * 0.75))
+    return masa.sample(tiny, "a sitting cat", ["a cat", "a dog"], controls=controls, seed=5, eta=0.5, **SETTINGS)
+
+
+def test_saved_files(out, tmp_path):
+    paths = out.save(tmp_path / "new" / "folder")
+    assert [p.name for p in paths] == ["source.png", "target_0.png", "target_1.png", "grid.png"]
+    assert sorted(p.name for p in (tmp_path / "new" / "folder").iterdir()) == sorted(p.name for p in paths)
+    with Image.open(paths[1]) as picture:
+        assert picture.size == (64, 64)
+
+
+def test_images_are_the_decoded_latents(tiny, out):
+    assert out.images[0].tobytes() == tiny.decode_latents(out.latents)[0].tobytes()
+    assert out.source is out.images[0]
+    assert len(out.targets) == 2
+
+
+def test_a_saved_picture_runs_again(tiny, out, tmp_path):
+    out.targets[1].save(tmp_path / "target.png")
+    again = masa.rerun(tmp_path / "target.png", tiny, progress=False)
+    assert torch.equal(again.latents, out.latents)
+
+
+@pytest.mark.parametrize("start", ["latents", "generator"])
+def test_every_kind_of_start_runs_again(tiny, tmp_path, start):
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    given = {"latents": noise} if start == "latents" else {"generator": torch.Generator().manual_seed(9)}
+    first = masa.sample(tiny, "a cat", "a dog", controls=masa.MasaCtrl(1), **given, **SETTINGS)
+    first.source.save(tmp_path / "source.png")
+    assert torch.equal(masa.rerun(tmp_path / "source.png", tiny, progress=False).latents, first.latents)
+
+
+def test_an_edit_runs_again_from_its_picture(tiny, out, tmp_path):
+    out.source.save(tmp_path / "real.png")
+    settings = {"steps": 3, "controls": masa.MasaCtrl(1), "progress": False, "height": 64, "width": 64}
+    edit = masa.edit(tiny, tmp_path / "real.png", "a dog", "a cat", **settings)
+    edit.save(tmp_path / "edit")
+    again = masa.rerun(tmp_path / "edit" / "target_0.png", tiny, progress=False)
+    assert torch.equal(again.latents, edit.latents)
+
+    Image.new("RGB", (64, 64)).save(tmp_path / "real.png")
+    with pytest.raises(masa.MasaError, match="has changed since"):
+        masa.rerun(tmp_path / "edit" / "target_0.png", tiny, progress=False)
+    (tmp_path / "real.png").unlink()
+    with pytest.raises(masa.MasaError, match="not there any more"):
+        masa.rerun(tmp_path / "edit" / "target_0.png", tiny, progress=False)
+
+
+def test_pictures_without_settings_are_refused(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
+    with pytest.raises(masa.MasaError, match="carries no masa settings"):
+        read_settings(tmp_path / "plain.png")
+
+
+def test_other_formats_save_without_settings(out, tmp_path):
+    out.source.save(tmp_path / "source.jpg", quality=90)
+    with Image.open(tmp_path / "source.jpg") as picture:
+        assert picture.format == "JPEG"
+
+
+def test_a_failed_save_leaves_nothing(out, tmp_path):
+    with pytest.raises(ValueError, match="unknown file extension"):
+        out.source.save(tmp_path / "source.nonsense")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_settings_are_json_and_come_back():
+    mask = torch.rand(4, 4, generator=torch.Generator().manual_seed(0))
+    for control in (
+        masa.MasaCtrl(),
+        masa.MasaCtrl(steps=range(3), layers=[1, 2], union=True, source_weight=2.0),
+        masa.MasaCtrl(mask=masa.WordMasks(["wooden", "chair"], 3, threshold=0.2)),
+    ):
+        back = restore(json.loads(json.dumps(describe(control))))
+        assert json.dumps(describe(back)) == json.dumps(describe(control))
+        assert type(back) is type(control)
+    masks = restore(json.loads(json.dumps(describe(masa.GivenMasks(mask.round(), [mask, mask])))))
+    assert torch.equal(masks.source, mask.round())
+    assert torch.equal(masks.target[1], mask)
+
+
+def test_unknown_kinds_are_named():
+    with pytest.raises(masa.MasaError, match="'Magic'"):
+        restore({"kind": "Magic"})
+
+
+def test_the_grid_shows_every_picture_under_its_prompt(out):
+    grid = out.grid()
+    assert grid.width >= 3 * 64
+    assert grid.height > 64
+    right = grid.crop((2 * 68, grid.height - 64, 2 * 68 + 64, grid.height))
+    assert right.tobytes() == out.targets[1].tobytes()
+
+
+def test_labels_are_wrapped():
+    from PIL import ImageFont
+
+    font = ImageFont.load_default(size=12)
+    lines = wrap("a photo of a very long prompt indeed", font, 80)
+    assert len(lines) > 1
+    assert " ".join(lines) == "a photo of a very long prompt indeed"
+
+
+def test_trajectories_come_back_whole(tiny, tmp_path, generator):
+    picture = torch.rand(3, 64, 64, generator=generator) * 2 - 1
+    first = masa.invert(tiny, picture, "a cat", steps=3, progress=False)
+    first.save(tmp_path / "t.safetensors")
+    back = masa.Trajectory.load(tmp_path / "t.safetensors")
+    assert torch.equal(back.latents, first.latents)
+    assert back.prompt == "a cat"
+    assert back.steps == 3
+    assert back.settings["trajectory"] == str(tmp_path / "t.safetensors")
+    masa.sample(tiny, target="a dog", trajectory=back, controls=masa.MasaCtrl(1), progress=False).save(tmp_path / "o")
+    again = masa.rerun(tmp_path / "o" / "grid.png", tiny, progress=False)
+    assert again.settings["trajectory"]["steps"] == 3
+
+
+def test_other_files_are_no_trajectories(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"latents": torch.zeros(1)}, tmp_path / "other.safetensors")
+    (tmp_path / "broken.safetensors").write_bytes(b"123")
+    with pytest.raises(masa.MasaError, match="is no trajectory"):
+        masa.Trajectory.load(tmp_path / "other.safetensors")
+    with pytest.raises(masa.MasaError, match="not a whole safetensors file"):
+        masa.Trajectory.load(tmp_path / "broken.safetensors")

@@ -1,0 +1,106 @@
+"""The UNet: equality with diffusers, its sites, and that a forward leaves nothing behind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from masa.attention import Edit
+from masa.config import SD_V1
+from masa.models.unet import Retirement, UNet, timestep_embedding
+
+
+def relative_error(out: torch.Tensor, ref: torch.Tensor) -> float:
+    return float((out - ref).abs().max() / ref.abs().max())
+
+
+@pytest.fixture
+def inputs(generator):
+    x = torch.randn(3, 4, 16, 24, generator=generator)
+    context = torch.randn(3, 77, 32, generator=generator)
+    return x, context
+
+
+@torch.no_grad()
+def test_equals_diffusers(tiny, tiny_folder, inputs):
+    from diffusers import UNet2DConditionModel
+
+    oracle = UNet2DConditionModel.from_pretrained(tiny_folder / "unet").eval()
+    x, context = inputs
+    for timestep in (1, 500, torch.tensor([981, 21, 1])):
+        eps, tape = tiny.unet(x, timestep, context)
+        # 1e-4: float32 rounding through some 60 layers, summed in another order.
+        assert relative_error(eps, oracle(x, timestep, context).sample) < 1e-4
+        assert tape == {}
+
+
+def test_sd_v1_parameter_count():
+    with torch.device("meta"):
+        unet = UNet(SD_V1.unet)
+    assert sum(p.numel() for p in unet.parameters()) == 859_520_964
+
+
+def test_sites_are_the_published_layers():
+    with torch.device("meta"):
+        unet = UNet(SD_V1.unet)
+    own = [site for site in unet.sites if site.kind == "self"]
+    assert [site.layer for site in own] == list(range(16))
+    assert [site.index for site in unet.sites] == list(range(32))
+    places = [site.place for site in own]
+    assert places == ["down"] * 6 + ["mid"] + ["up"] * 9
+    # Token grids at 512x512 are 64, 32, 16 and 8 wide: downsample 1, 2, 4, 8.
+    assert [site.downsample for site in own] == [1, 1, 2, 2, 4, 4, 8, 4, 4, 4, 2, 2, 2, 1, 1, 1]
+    modules = dict(unet.named_modules())
+    for site in unet.sites:
+        assert modules[site.name].site == site
+
+
+def test_norm_eps_are_the_checkpoints():
+    with torch.device("meta"):
+        unet = UNet(SD_V1.unet)
+    for name, module in unet.named_modules():
+        if isinstance(module, torch.nn.GroupNorm):
+            assert module.eps == (1e-6 if "attentions" in name else 1e-5), name
+
+
+@torch.no_grad()
+def test_rows_do_not_see_each_other(tiny, inputs):
+    x, context = inputs
+    together, _ = tiny.unet(x, 300, context)
+    alone = torch.cat([tiny.unet(x[i : i + 1], 300, context[i : i + 1])[0] for i in range(3)])
+    assert relative_error(together, alone) < 1e-5
+
+
+@torch.no_grad()
+def test_forward_changes_nothing_that_outlives_it(tiny, inputs):
+    x, context = inputs
+    edits = {20: Edit(k_from=(0, 0, 0), v_from=(0, 0, 0))}
+    before = {name: tensor.clone() for name, tensor in tiny.unet.state_dict().items()}
+    attributes = {name: set(vars(module)) for name, module in tiny.unet.named_modules()}
+    first, _ = tiny.unet(x, 300, context)
+    edited, _ = tiny.unet(x, 300, context, edits)
+    second, _ = tiny.unet(x, 300, context)
+    assert torch.equal(first, second)
+    assert not torch.equal(first[1:], edited[1:])
+    assert attributes == {name: set(vars(module)) for name, module in tiny.unet.named_modules()}
+    for name, tensor in tiny.unet.state_dict().items():
+        assert torch.equal(before[name], tensor)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer", [0, 3, 6, 9, 15])
+def test_retired_rows_do_not_change_the_others(tiny, inputs, layer):
+    x, context = inputs
+    site = 2 * layer
+    edits = {site: Edit(k_from=(0, 0, 2), v_from=(0, 0, 2))}
+    full, _ = tiny.unet(x, 300, context, edits)
+    kept, _ = tiny.unet(x, 300, context, edits, retire=Retirement(layer, (1, 2)))
+    assert kept.shape[0] == 2
+    assert relative_error(kept, full[1:]) < 1e-5
+
+
+def test_timestep_embedding_has_cosines_first():
+    emb = timestep_embedding(7, 32, torch.zeros(1))
+    assert emb.shape == (1, 32)
+    assert emb[0, 0] == pytest.approx(torch.cos(torch.tensor(7.0)).item())
+    assert emb[0, 16] == pytest.approx(torch.sin(torch.tensor(7.0)).item())

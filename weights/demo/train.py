@@ -1,0 +1,233 @@
+"""Trains the demo model from nothing, in stages that a second call goes on from.
+
+The run's folder keeps rendered pools, checkpoints and sample grids; --out receives the finished model.
+"""
+
+import argparse
+import json
+import os
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from masa.config import TextConfig, UNetConfig, VAEConfig
+from masa.models.tokenizer import Tokenizer
+from masa.models.vae import VAE
+
+from .autoencoder import VAERecipe, encode, held_out_psnr, polish_decoder, reconstruct, train_vae, whiten
+from .denoiser import Denoiser, UNetRecipe, draw, train_unet
+from .export import write_folder
+from .loop import Budget, save_atomically, to_device
+from .pool import FIRST_TRAINING_SEED, Pool, as_pictures, render_pool
+from .vocabulary import write_tokenizer
+from .world import POSES, SUBJECTS
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Sizes, widths and recipes that fit a kind of machine."""
+
+    size: int  # side of the pictures, pixels
+    subjects: tuple[str, ...]
+    vae_pictures: int
+    unet_pictures: int
+    vae: VAEConfig
+    vae_recipe: VAERecipe
+    vae_minutes: float
+    unet: UNetConfig
+    unet_recipe: UNetRecipe
+    unet_minutes: float
+    text_width: int
+    text_layers: int
+
+
+PRESETS = {
+    # two cores without matrix units: cats only, so that they are learnt in an hour or two
+    "cpu": Preset(
+        size=128,
+        subjects=("cat",),
+        vae_pictures=6000,
+        unet_pictures=12000,
+        vae=VAEConfig(block_out_channels=(16, 48, 96, 128), layers_per_block=1, norm_groups=8),
+        vae_recipe=VAERecipe(),
+        vae_minutes=32,
+        unet=UNetConfig(block_out_channels=(48, 96, 128, 192), context_width=128, heads=4, norm_groups=8),
+        unet_recipe=UNetRecipe(batch=8, peak_rate=8e-4, decay=0.999),
+        unet_minutes=80,
+        text_width=128,
+        text_layers=2,
+    ),
+    # one H200 and sixteen cores: everybody, twice the size, twenty minutes in all
+    "gpu": Preset(
+        size=256,
+        subjects=SUBJECTS,
+        vae_pictures=20000,
+        unet_pictures=60000,
+        vae=VAEConfig(block_out_channels=(32, 64, 96, 128), layers_per_block=1, norm_groups=8),
+        vae_recipe=VAERecipe(batch=16, peak_rate=1e-3, warmup=200),
+        vae_minutes=5,
+        unet=UNetConfig(block_out_channels=(64, 128, 160, 192), context_width=128, heads=8, norm_groups=8),
+        unet_recipe=UNetRecipe(batch=256, decay=0.9995, warmup=300),
+        unet_minutes=11,
+        text_width=128,
+        text_layers=3,
+    ),
+}  # fmt: skip
+
+
+def cached_pool(path: Path, seeds: range, size: int, subjects: tuple[str, ...], workers: int) -> Pool:
+    """The rendered pool, from the run's folder where it lies there already."""
+    key = [seeds.start, seeds.stop, size, *subjects]
+    if path.exists():
+        state = torch.load(path, weights_only=True)
+        if state["key"] == key:
+            return Pool(state["pictures"], state["captions"], seeds)
+    pool = render_pool(seeds, size, subjects, workers)
+    save_atomically({"key": key, "pictures": pool.pictures, "captions": pool.captions}, path)
+    return pool
+
+
+def write_sheet(rows: list[Tensor], path: Path) -> None:
+    """Writes rows of uint8 pictures (n, 3, h, w), n the same in each, as one PNG."""
+    picture = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1).permute(1, 2, 0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture.cpu().numpy()).save(path)
+
+
+def vae_pool(run: Path, preset: Preset, workers: int) -> Pool:
+    """The autoencoder's pictures: of every subject, so that a later run can teach the UNet more of them."""
+    mixture = preset.subjects if preset.subjects == SUBJECTS else (*(preset.subjects * 3), *SUBJECTS)
+    seeds = range(FIRST_TRAINING_SEED, FIRST_TRAINING_SEED + preset.vae_pictures)
+    return cached_pool(run / "vae_pool.pt", seeds, preset.size, mixture, workers)
+
+
+def train_or_load_vae(run: Path, preset: Preset, held_out: Tensor, threads: int | None, workers: int) -> VAE:
+    """The finished autoencoder, whitened, in evaluation mode on the device of `held_out`."""
+    finished = run / "vae_final.pt"
+    if finished.exists():
+        vae = VAE(preset.vae)
+        vae.load_state_dict(torch.load(finished, weights_only=True, map_location="cpu"))
+        to_device(vae, held_out.device)
+        return vae.eval().requires_grad_(False)
+    pictures = vae_pool(run, preset, workers).pictures.to(held_out.device)
+    budget = Budget(minutes=preset.vae_minutes)
+    vae = train_vae(pictures, held_out, preset.vae, preset.vae_recipe, budget, run / "vae.pt", threads=threads)
+    whiten(vae, pictures[:1024])
+    save_atomically(vae.state_dict(), finished)
+    return vae
+
+
+def cached_latents(path: Path, vae: VAE, pool: Pool, device: torch.device) -> Tensor:
+    """The pool's scaled latents in float16 on the device, from the run's folder where they lie there already."""
+    if path.exists():
+        return torch.load(path, weights_only=True, map_location=device)
+    latents = encode(vae, pool.pictures.to(device)).half()
+    save_atomically(latents, path)
+    return latents
+
+
+def grid_reporter(run: Path, preset: Preset, vae: VAE, device: torch.device) -> Callable[[Denoiser, int], None]:
+    """A report that draws every pose of every subject, facing both ways, from two noises."""
+    prompts = [
+        f"a photo of a {s} {p}, facing {f}" for s in preset.subjects for p in POSES[s] for f in ("left", "right")
+    ]
+    side = preset.size // preset.vae.downsample
+
+    @torch.no_grad()
+    def report(model: Denoiser, steps: int) -> None:
+        noise = torch.randn(2, 4, side, side, generator=torch.Generator().manual_seed(3)).to(device)
+        rows = [
+            as_pictures(vae.decode(draw(model, prompts, each.expand(len(prompts), -1, -1, -1).contiguous())))
+            for each in noise
+        ]
+        write_sheet(rows, run / "grids" / f"{steps:06d}.png")
+
+    return report
+
+
+def main() -> None:
+    """Runs the stages that the run's folder has not finished."""
+    parser = argparse.ArgumentParser(prog="python -m masa.weights.demo.train", description=__doc__)
+    parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="checkpoints and grids (%(default)s)")
+    parser.add_argument("--out", type=Path, help="the finished model's folder (RUN/model)")
+    parser.add_argument("--preset", choices=PRESETS, default="cpu", help="sizes for a machine (%(default)s)")
+    parser.add_argument("--subjects", help="comma-separated: " + ",".join(SUBJECTS))
+    parser.add_argument("--vae-minutes", type=float, help="training time of the autoencoder")
+    parser.add_argument("--unet-minutes", type=float, help="training time of the UNet; more than before goes on")
+    parser.add_argument("--polish-minutes", type=float, help="train the finished autoencoder's decoder further first")
+    parser.add_argument("--threads", type=int, help="fixed number; default: the cores that nobody else uses")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="rendering processes (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    preset: Preset = PRESETS[args.preset]
+    if args.subjects:
+        preset = replace(preset, subjects=tuple(args.subjects.split(",")))
+        unknown = set(preset.subjects) - set(SUBJECTS)
+        if unknown:
+            parser.error(f"unknown subjects {sorted(unknown)}; there are {', '.join(SUBJECTS)}")
+    if args.vae_minutes is not None:
+        preset = replace(preset, vae_minutes=args.vae_minutes)
+    if args.unet_minutes is not None:
+        preset = replace(preset, unet_minutes=args.unet_minutes)
+    run: Path = args.run
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
+    torch.manual_seed(args.seed)
+    random.seed(args.seed)
+
+    held_out = render_pool(range(48), preset.size, preset.subjects).pictures.to(device)
+    vae = train_or_load_vae(run, preset, held_out, args.threads, args.workers)
+    quality = held_out_psnr(vae, held_out)
+    if args.polish_minutes:
+        recipe = replace(preset.vae_recipe, peak_rate=preset.vae_recipe.peak_rate / 2)
+        budget = Budget(minutes=args.polish_minutes)
+        pool = vae_pool(run, preset, args.workers)
+        vae = polish_decoder(
+            vae, pool.pictures.to(device), held_out, recipe, budget, run / "polish.pt", threads=args.threads
+        )
+        save_atomically(vae.state_dict(), run / "vae_final.pt")
+        quality = held_out_psnr(vae, held_out)
+    print(f"autoencoder: held out {quality:.2f} dB", flush=True)
+    write_sheet([held_out[:8], as_pictures(reconstruct(vae, held_out[:8]))], run / "vae.png")
+
+    first = FIRST_TRAINING_SEED + 1_000_000
+    seeds = range(first, first + preset.unet_pictures)
+    pool = cached_pool(run / "unet_pool.pt", seeds, preset.size, preset.subjects, args.workers)
+    latents = cached_latents(run / "latents.pt", vae, pool, device)
+    vocabulary = write_tokenizer(run / "tokenizer")
+    tokenizer = Tokenizer.from_folder(run / "tokenizer")
+    text = TextConfig(
+        vocab_size=vocabulary,
+        width=preset.text_width,
+        intermediate_width=4 * preset.text_width,
+        layers=preset.text_layers,
+        heads=4,
+    )
+    model = Denoiser.build(preset.unet, text, tokenizer, device)
+    trained = train_unet(
+        latents,
+        pool.captions,
+        model,
+        preset.unet_recipe,
+        Budget(minutes=preset.unet_minutes),
+        run / "unet.pt",
+        seed=args.seed,
+        threads=args.threads,
+        report=grid_reporter(run, preset, vae, device),
+    )
+    out: Path = args.out or run / "model"
+    write_folder(out, vae, trained, preset.size)
+    facts = {"preset": args.preset, "subjects": preset.subjects, "autoencoder_psnr_db": round(quality, 2)}
+    (out / "facts.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    main()
