@@ -27,7 +27,7 @@ setup(
     },
     install_requires=[
         "torch>=2.6,<2.14",
-        "safetensors>=0.4.3",
+        "safetensors>=0.5",
         "transformers>=4.45",
         "tokenizers>=0.20",
         "huggingface_hub>=0.26",

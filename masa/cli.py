@@ -142,10 +142,10 @@ def run_invert(args: argparse.Namespace) -> None:
 
 
 def run_inspect(args: argparse.Namespace) -> None:
-    from masa.pipeline import locate
+    from masa.pipeline import check_keys, locate
     from masa.weights.model_files import summarise
 
-    rows = summarise(locate(args.checkpoint, prefer_half=False))
+    rows = summarise(locate(args.checkpoint, prefer_half=False), check=check_keys)
     width = max(len(label) for label, _ in rows)
     for label, text in rows:
         print(f"{label:<{width}}  {text}")

@@ -32,7 +32,7 @@ _OLD_VAE_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0
 _VAE_ENDS = {"conv_norm_out": "norm_out"}
 
 
-def ldm_unet_name(name: str, layers_per_block: int, levels: int = 4) -> str:
+def ldm_unet_name(name: str, layers_per_block: int) -> str:
     """LDM name, without prefix, of a UNet parameter.
 
     LDM numbers the way down and the way up in one row each: `layers_per_block` residual blocks and one change
