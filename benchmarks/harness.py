@@ -128,7 +128,8 @@ def plot(path: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
 
     timed = [row for row in rows if row["p50_ms"] != ""]
     cases = list(dict.fromkeys(row["case"] for row in timed))
-    figure, axes = pyplot.subplots(len(cases), 1, figsize=(8, 1.1 + 1.6 * len(cases)), squeeze=False)
+    height = 1.1 + 1.6 * len(cases)
+    figure, axes = pyplot.subplots(len(cases), 1, figsize=(8, height), squeeze=False)
     for axis, case in zip(axes[:, 0], cases, strict=True):
         bars = sorted((row for row in timed if row["case"] == case), key=lambda row: -row["p50_ms"])
         middle = [row["p50_ms"] for row in bars]
@@ -142,5 +143,5 @@ def plot(path: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
         axis.tick_params(labelsize=8)
     axes[-1, 0].set_xlabel("ms")
     figure.suptitle(title, fontsize=10)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.2 / height))
     figure.savefig(path, dpi=120)
