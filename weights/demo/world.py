@@ -107,45 +107,14 @@ def _vary(rng: random.Random, appearance: Appearance, pose: str, scene: Scene) -
     )
 
 
-_GRAMMAR = (
-    "a",
-    "an",
-    "the",
-    "photo",
-    "picture",
-    "of",
-    "on",
-    "in",
-    "at",
-    "and",
-    "with",
-    "facing",
-    "left",
-    "right",
-    ",",
-    ".",
-)
+_ARTICLES = ("a", "an", "the")
+_GRAMMAR = (*_ARTICLES, "photo", "picture", "of", "on", "in", "at", "and", "with", "facing", "left", "right", ",", ".")
+
+# Every word that a caption can hold.
 WORDS: tuple[str, ...] = tuple(
     sorted(
         {
-            *[
-                "a",
-                "an",
-                "the",
-                "photo",
-                "picture",
-                "of",
-                "on",
-                "in",
-                "at",
-                "and",
-                "with",
-                "facing",
-                "left",
-                "right",
-                ",",
-                ".",
-            ],
+            *_GRAMMAR,
             *SUBJECTS,
             *COLOURS,
             *PATTERNS,
