@@ -8,7 +8,6 @@ For loading, memory and timing, none of which care about content. About 2.1 GB i
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
@@ -21,6 +20,7 @@ from masa.models.clip import TextEncoder
 from masa.models.unet import UNet
 from masa.models.vae import VAE
 from masa.pipeline import DTYPE_NAMES
+from masa.weights.folder import write_folder
 from masa.weights.layouts import UNET_PREFIX, VAE_PREFIX, ldm_unet_name, ldm_vae_name
 
 LDM_TEXT_PREFIX = "cond_stage_model.transformer.text_model."
@@ -65,69 +65,6 @@ def to_ldm(parts: dict[str, dict[str, Tensor]], config: ModelConfig) -> dict[str
     return state
 
 
-def folder_configs(config: ModelConfig) -> dict[str, dict[str, object]]:
-    """The configuration files of a diffusers folder, by path."""
-    levels = len(config.unet.block_out_channels)
-    vae_levels = len(config.vae.block_out_channels)
-    return {
-        "model_index.json": {"_class_name": "StableDiffusionPipeline"},
-        "unet/config.json": {
-            "_class_name": "UNet2DConditionModel",
-            "act_fn": "silu",
-            "attention_head_dim": config.unet.heads,
-            "block_out_channels": list(config.unet.block_out_channels),
-            "cross_attention_dim": config.unet.context_width,
-            "down_block_types": ["CrossAttnDownBlock2D"] * (levels - 1) + ["DownBlock2D"],
-            "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * (levels - 1),
-            "in_channels": config.unet.in_channels,
-            "out_channels": config.unet.out_channels,
-            "layers_per_block": config.unet.layers_per_block,
-            "norm_num_groups": config.unet.norm_groups,
-            "sample_size": config.image_size // config.vae.downsample,
-        },
-        "vae/config.json": {
-            "_class_name": "AutoencoderKL",
-            "act_fn": "silu",
-            "block_out_channels": list(config.vae.block_out_channels),
-            "down_block_types": ["DownEncoderBlock2D"] * vae_levels,
-            "up_block_types": ["UpDecoderBlock2D"] * vae_levels,
-            "in_channels": config.vae.in_channels,
-            "out_channels": config.vae.in_channels,
-            "latent_channels": config.vae.latent_channels,
-            "layers_per_block": config.vae.layers_per_block,
-            "norm_num_groups": config.vae.norm_groups,
-            "scaling_factor": config.vae.scaling_factor,
-        },
-        "text_encoder/config.json": {
-            "architectures": ["CLIPTextModel"],
-            "model_type": "clip_text_model",
-            "hidden_act": config.text.activation,
-            "hidden_size": config.text.width,
-            "intermediate_size": config.text.intermediate_width,
-            "layer_norm_eps": config.text.norm_eps,
-            "max_position_embeddings": config.text.tokens,
-            "num_attention_heads": config.text.heads,
-            "num_hidden_layers": config.text.layers,
-            "vocab_size": config.text.vocab_size,
-            "projection_dim": config.text.width,
-            "eos_token_id": 2,
-            "bos_token_id": 0,
-            "pad_token_id": 1,
-        },
-        "scheduler/scheduler_config.json": {
-            "_class_name": "DDIMScheduler",
-            "beta_start": config.schedule.beta_start,
-            "beta_end": config.schedule.beta_end,
-            "beta_schedule": "scaled_linear",
-            "num_train_timesteps": config.schedule.training_timesteps,
-            "clip_sample": False,
-            "set_alpha_to_one": False,
-            "steps_offset": 1,
-            "prediction_type": "epsilon",
-        },
-    }
-
-
 def write(
     out: Path, config: ModelConfig = SD_V1, *, layout: str = "ldm", dtype: torch.dtype = torch.float16, seed: int = 0
 ) -> None:
@@ -137,13 +74,7 @@ def write(
         with replacing(out) as temporary:
             save_file({k: v.contiguous() for k, v in to_ldm(parts, config).items()}, temporary)
         return
-    for name, settings in folder_configs(config).items():
-        (out / name).parent.mkdir(parents=True, exist_ok=True)
-        (out / name).write_text(json.dumps(settings, indent=2))
-    for part, state in parts.items():
-        name = "model.safetensors" if part == "text_encoder" else "diffusion_pytorch_model.safetensors"
-        with replacing(out / part / name) as temporary:
-            save_file(state, temporary, {"format": "pt"})
+    write_folder(out, config, parts, max_shard_size="5GB")
 
 
 def main() -> None:

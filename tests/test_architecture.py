@@ -16,7 +16,7 @@ OURS = [p for p in PRODUCT if "masa/kernels" not in str(p) and "masa/weights" no
 # Module -> what of masa it may import, by prefix.
 ALLOWED = {
     "kernels": ("masa.kernels", "masa.errors"),
-    "weights": ("masa.weights", "masa.config", "masa.errors"),
+    "weights": ("masa.weights", "masa.config", "masa.errors", "masa.files"),
     "masa/attention.py": ("masa.kernels", "masa.errors"),
     "masa/branches.py": (),
     "masa/schedule.py": ("masa.config", "masa.errors"),

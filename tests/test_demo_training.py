@@ -18,7 +18,7 @@ from masa.weights.demo.autoencoder import (
     whiten,
 )
 from masa.weights.demo.denoiser import Denoiser, UNetRecipe, draw, stratified_timesteps, train_unet
-from masa.weights.demo.export import write_folder
+from masa.weights.demo.export import export
 from masa.weights.demo.loop import Average, Budget, Progress, SpareCores, learning_rate
 from masa.weights.demo.pool import render_pool
 from masa.weights.demo.vocabulary import write_tokenizer
@@ -141,7 +141,7 @@ def test_written_folder_is_the_model_and_loads_in_diffusers(tokenizer, tmp_path)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
     vae = VAE(TINY_VAE)
-    write_folder(tmp_path, vae, model, size=64)
+    export(tmp_path, vae, model, size=64)
     x, context = torch.randn(2, 4, 8, 8), torch.randn(2, 77, 16)
     theirs = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "unet")
     with torch.no_grad():

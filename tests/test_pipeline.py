@@ -16,6 +16,7 @@ import masa
 from benchmarks import random_checkpoint
 from masa.config import ModelConfig, TextConfig, UNetConfig, VAEConfig
 from masa.pipeline import StableDiffusion, choose_device, choose_dtype
+from masa.weights.folder import folder_configs
 from masa.weights.layouts import old_diffusers_vae_name
 
 # Narrow, and with the heads and norm groups that an LDM file cannot tell.
@@ -49,7 +50,7 @@ def write_ldm(path: Path, parts: dict[str, State], dtype: torch.dtype = torch.fl
 def write_folder(
     folder: Path, parts: dict[str, State], dtype: torch.dtype = torch.float32, variant: str = "", shards: int = 1
 ) -> Path:
-    for name, settings in random_checkpoint.folder_configs(SMALL).items():
+    for name, settings in folder_configs(SMALL).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(json.dumps(settings))
     suffix = f".{variant}" if variant else ""

@@ -68,22 +68,25 @@ class GivenMasks:
         if len(targets) == 1:
             targets = targets * wanted
         source = (load_mask(self.source) >= SOURCE_THRESHOLD).float()
-        masks = [mask.to(run.device) for mask in (source, *(load_mask(target) for target in targets))]
+        masks = [source, *(load_mask(target) for target in targets)]
+        soft = any(bool(((mask > 0) & (mask < 1)).any()) for mask in masks)
         sizes = {run.grid_at(site.downsample) for site in run.sites if site.layer in layers}
-        return _ActiveGiven(masks, {size: torch.stack([_resize(m, size) for m in masks]) for size in sizes})
+        by_grid = {size: torch.stack([_resize(mask, size) for mask in masks]).to(run.device) for size in sizes}
+        return _ActiveGiven(by_grid, soft)
 
 
 @dataclass(frozen=True)
 class _ActiveGiven:
-    masks: list[Tensor]
     by_grid: dict[Grid, Tensor]  # (1 + N, h, w)
+    soft: bool
 
     def source(self, branches: Branches) -> MaskSource:
         order = [row.branch for row in branches.rows]
         regions = {}
         for grid, masks in self.by_grid.items():
             rows = masks[order].flatten(1)
-            regions[grid] = Regions(rows >= SOURCE_THRESHOLD, rows, _is_source(branches, rows.device))
+            region = rows >= SOURCE_THRESHOLD
+            regions[grid] = Regions(region, rows if self.soft else region, _is_source(branches, rows.device))
         return _FixedRegions(regions)
 
     def records(self, branches: Branches) -> dict[int, Edit]:
@@ -190,7 +193,7 @@ class _WordRegions:
         # A constant map says nothing: its row, and every row that reads a source without a map, sees all keys.
         source = list(self.branches.source_rows)
         full = _is_source(self.branches, maps.device) | constant | constant[source]
-        return Regions(masks.flatten(1), masks.flatten(1).float(), full)
+        return Regions(masks.flatten(1), masks.flatten(1), full)
 
 
 def _mean_map(tape: Tape, key: Hashable, recorded: tuple[int, ...], branches: Branches) -> Tensor | None:

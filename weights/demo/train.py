@@ -21,7 +21,7 @@ from masa.models.vae import VAE
 
 from .autoencoder import VAERecipe, encode, held_out_psnr, polish_decoder, reconstruct, train_vae, whiten
 from .denoiser import Denoiser, UNetRecipe, draw, train_unet
-from .export import write_folder
+from .export import export
 from .loop import Budget, save_atomically, to_device
 from .pool import FIRST_TRAINING_SEED, Pool, as_pictures, render_pool
 from .vocabulary import write_tokenizer
@@ -223,7 +223,7 @@ def main() -> None:
         report=grid_reporter(run, preset, vae, device),
     )
     out: Path = args.out or run / "model"
-    write_folder(out, vae, trained, preset.size)
+    export(out, vae, trained, preset.size)
     facts = {"preset": args.preset, "subjects": preset.subjects, "autoencoder_psnr_db": round(quality, 2)}
     (out / "facts.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     print(f"wrote {out}")
