@@ -18,23 +18,30 @@ ImageLike = str | Path | Image.Image | np.ndarray | Tensor
 MULTIPLE = 64  # the VAE divides each side by 8, the UNet by another 8
 
 
-def open_picture(path: str | Path) -> Image.Image:
-    """A picture file as RGB, turned upright as its EXIF data says, transparency over white."""
+def open_picture(path: str | Path, background: str = "white") -> Image.Image:
+    """A picture file as RGB, turned upright as its EXIF data says, transparent parts over the background."""
     try:
         with Image.open(path) as picture:
-            return flatten(ImageOps.exif_transpose(picture))
+            return flatten(ImageOps.exif_transpose(picture), background)
+    except Image.DecompressionBombError as error:
+        raise MasaError(f"{path} has more pixels than Pillow opens ({error}); scale it down first") from error
     except UnidentifiedImageError as error:
         raise MasaError(f"{path} is not a picture that Pillow can read; expected PNG, JPEG, WebP, ..") from error
     except IsADirectoryError as error:
         raise MasaError(f"{path} is a folder; expected a picture file") from error
+    except FileNotFoundError:
+        raise
+    except OSError as error:  # what Pillow raises for a file that ends early
+        raise MasaError(f"{path} cannot be read as a picture ({error}); take another copy") from error
 
 
-def flatten(picture: Image.Image) -> Image.Image:
-    """RGB; transparent parts become white."""
+def flatten(picture: Image.Image, background: str = "white") -> Image.Image:
+    """8-bit RGB; transparent parts show the background."""
+    if picture.mode.startswith("I"):  # 16 bits of grey, which Pillow's own conversion would clip
+        picture = Image.fromarray((np.asarray(picture).clip(0, 65535) / 257.0).round().astype(np.uint8))
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture)
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, background), picture)
     return picture.convert("RGB")
 
 
@@ -124,9 +131,12 @@ def load_mask(mask: ImageLike) -> Tensor:
         x = x.reshape(x.shape[-2:]) if x.ndim > 2 and x.numel() == x.shape[-1] * x.shape[-2] else x
         if x.ndim != 2 or not x.numel():
             raise MasaError(f"the mask has shape {tuple(mask.shape)}; expected (h, w)")
+    elif not isinstance(mask, str | Path | Image.Image):
+        raise MasaError(f"a mask cannot be a {type(mask).__name__}; give a path, PIL picture, array or tensor")
     else:
-        picture = mask if isinstance(mask, Image.Image) else open_picture(mask)
-        x = torch.from_numpy(np.asarray(flatten(picture).convert("L"), dtype=np.float32) / 255.0)
+        # Transparent parts of a mask are outside the subject.
+        picture = flatten(mask, "black") if isinstance(mask, Image.Image) else open_picture(mask, "black")
+        x = torch.from_numpy(np.asarray(picture.convert("L"), dtype=np.float32) / 255.0)
     if not bool(((x >= 0) & (x <= 1)).all()):
         raise MasaError(f"the mask holds values from {x.min():.4g} to {x.max():.4g}; expected [0, 1]")
     return x.cpu()

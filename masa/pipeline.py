@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,15 @@ DTYPE_NAMES = {
 }
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where a model came from: load()'s arguments as given, and "demo" for the embedded model."""
+
+    checkpoint: str
+    vae: str | None = None
+    tokenizer: str | None = None
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class StableDiffusion:
     """The parts of a Stable Diffusion v1 model, all on one device and in one dtype."""
@@ -46,11 +56,26 @@ class StableDiffusion:
     tokenizer: Tokenizer
     schedule: Schedule
     config: ModelConfig
-    checkpoint: str  # where it came from, as given to load()
+    origin: Origin
 
     def __repr__(self) -> str:
         parameters = sum(p.numel() for m in (self.unet, self.vae, self.text_encoder) for p in m.parameters())
         return f"StableDiffusion({self.checkpoint!r}, {parameters:,} parameters, {self.dtype}, {self.device})"
+
+    @property
+    def checkpoint(self) -> str:
+        """What load() was given."""
+        return self.origin.checkpoint
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of the weights as loaded: it differs between models, and between dtypes of the same model."""
+        digest = hashlib.sha256()
+        for network in (self.unet, self.vae, self.text_encoder):
+            # A few values of each tensor: any training, merging or conversion changes some of them.
+            ends = [tensor.detach().flatten()[:16].float() for tensor in network.parameters()]
+            digest.update(torch.cat(ends).cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     @property
     def device(self) -> torch.device:
@@ -92,6 +117,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     tokenizer: str | Path | None = None,
     vae: str | Path | None = None,
+    progress: bool = True,
 ) -> StableDiffusion:
     """Load a Stable Diffusion v1 model.
 
@@ -99,7 +125,7 @@ def load(
     None for the demo model that ships with the library. device: default cuda where there is one, else cpu.
     dtype: a torch dtype or "fp32", "fp16", "bf16"; default float16 on cuda, bfloat16 on a CPU with AMX or
     AVX512-BF16, else float32. tokenizer: a folder with vocab.json and merges.txt; default the checkpoint's
-    own, else CLIP's. vae: another autoencoder's file or folder.
+    own, else CLIP's. vae: another autoencoder's file or folder. progress: a bar while a large file is read.
 
     Raises CheckpointError, with reason and remedy, for whatever is not a whole Stable Diffusion v1 model.
     """
@@ -119,7 +145,7 @@ def load(
             f"the tokenizer has {words.vocab_size:,} tokens and {opened.path}'s text encoder knows "
             f"{opened.config.text.vocab_size:,}; give its own tokenizer's folder as tokenizer="
         )
-    unet, vae_model, text_encoder = build_models(opened, dtype, device)
+    unet, vae_model, text_encoder = build_models(opened, dtype, device, progress)
     return StableDiffusion(
         unet,
         vae_model,
@@ -127,15 +153,21 @@ def load(
         words,
         Schedule(opened.config.schedule),
         opened.config,
-        "demo" if checkpoint is None else str(checkpoint),
+        Origin(
+            "demo" if checkpoint is None else str(checkpoint),
+            None if vae is None else str(vae),
+            None if tokenizer is None else str(tokenizer),
+        ),
     )
 
 
-def build_models(opened: Checkpoint, dtype: torch.dtype, device: torch.device) -> tuple[UNet, VAE, TextEncoder]:
+def build_models(
+    opened: Checkpoint, dtype: torch.dtype, device: torch.device, progress: bool
+) -> tuple[UNet, VAE, TextEncoder]:
     """The three networks with the checkpoint's tensors. Built on the meta device: no weight exists twice."""
     unet, vae, text_encoder = meta_models(opened.config)
     parts = checkpoint_parts(opened, unet, vae, text_encoder)
-    load_parts(parts, opened.path, dtype=dtype, device=device)
+    load_parts(parts, opened.path, dtype=dtype, device=device, progress=progress)
     text_encoder.restore_buffers(device)
     return unet, vae, text_encoder.eval()
 
@@ -164,11 +196,13 @@ def checkpoint_parts(opened: Checkpoint, unet: UNet, vae: VAE, text_encoder: Tex
 
 def locate(checkpoint: str | Path | None, prefer_half: bool) -> Path:
     """The path that load()'s first argument means; a hub id is downloaded where it is not cached."""
-    if checkpoint is None or checkpoint == "demo":
+    if checkpoint is None:
         return DEMO
     path = Path(checkpoint).expanduser()
     if path.exists():
         return path
+    if checkpoint == "demo":
+        return DEMO
     if isinstance(checkpoint, str) and hub.is_hub_id(checkpoint):
         return hub.fetch(checkpoint, prefer_half)
     raise FileNotFoundError(

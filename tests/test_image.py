@@ -72,11 +72,37 @@ def test_exif_orientation_is_applied(tmp_path):
     assert load_image(tmp_path / "turned.jpg", short_side=64).shape == (1, 3, 128, 64)
 
 
-def test_sixteen_bit_and_palette_pictures_open(tmp_path):
+def test_palette_and_grey_pictures_open(tmp_path):
     Image.new("P", (64, 64)).save(tmp_path / "palette.png")
     Image.new("L", (64, 64), 128).save(tmp_path / "grey.png")
     for name in ("palette.png", "grey.png"):
         assert load_image(tmp_path / name, short_side=64).shape == (1, 3, 64, 64)
+
+
+def test_sixteen_bits_of_grey_are_scaled_not_clipped(tmp_path):
+    ramp = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    x = load_image(tmp_path / "ramp.png", short_side=64)
+    assert x.mean().abs() < 0.02
+    assert x.max() == 1.0
+    assert x.min() == -1.0
+
+
+def test_transparent_parts_of_a_mask_are_outside(tmp_path):
+    picture = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    picture.paste((255, 255, 255, 255), (0, 0, 4, 8))
+    picture.save(tmp_path / "mask.png")
+    assert load_mask(tmp_path / "mask.png").mean() == 0.5
+
+
+def test_broken_and_huge_files_are_named(tmp_path, picture, monkeypatch):
+    picture.save(tmp_path / "whole.jpg")
+    (tmp_path / "half.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:2000])
+    with pytest.raises(MasaError, match=r"half\.jpg cannot be read"):
+        load_image(tmp_path / "half.jpg", short_side=64)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(MasaError, match=r"whole\.jpg has more pixels"):
+        load_image(tmp_path / "whole.jpg", short_side=64)
 
 
 @pytest.mark.parametrize(

@@ -234,3 +234,13 @@ def test_devices_that_are_none_are_refused():
 
 def test_half_precision_is_the_default_on_a_gpu():
     assert choose_dtype(None, torch.device("cuda")) == torch.float16
+
+
+def test_fingerprint_tells_models_apart(parts, tmp_path):
+    sd = load(write_ldm(tmp_path / "a.safetensors", parts))
+    assert sd.fingerprint == load(write_folder(tmp_path / "b", parts)).fingerprint
+    assert sd.fingerprint != load(tmp_path / "a.safetensors", dtype="bf16").fingerprint
+    other = parts | {"vae": {name: value * 1.01 for name, value in parts["vae"].items()}}
+    changed = load(tmp_path / "a.safetensors", vae=write_folder(tmp_path / "c", other) / "vae")
+    assert sd.fingerprint != changed.fingerprint
+    assert changed.origin.vae == str(tmp_path / "c" / "vae")

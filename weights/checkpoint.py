@@ -13,12 +13,16 @@ from typing import NoReturn
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from masa.errors import CheckpointError
 
 # Tensors are converted in groups of this size, each through a mapping of its own: peak memory is the model in
 # its final dtype plus one group, however large the file.
 GROUP_BYTES = 128 * 2**20
+
+# Less than this loads in about a second, which needs no progress bar.
+SILENT_BYTES = 500 * 10**6
 
 DTYPES = {
     "F64": torch.float64,
@@ -202,14 +206,20 @@ def check_parts(parts: Mapping[str, Part], where: object) -> None:
         )
 
 
-def load_parts(parts: Mapping[str, Part], where: object, *, dtype: torch.dtype, device: torch.device) -> None:
+def load_parts(
+    parts: Mapping[str, Part], where: object, *, dtype: torch.dtype, device: torch.device, progress: bool = True
+) -> None:
     """Fill modules built on the meta device, strictly; their weights then need no gradients.
 
     1x1 convolutions and linear layers hold the same numbers and stand for each other. CheckpointError names and
     counts the keys that are missing, unexpected or misshapen (before any tensor is read), and then those with NaN
-    or infinite values, or values beyond dtype's range.
+    or infinite values, or values beyond dtype's range. progress: a bar, for what takes longer than a second.
     """
     check_parts(parts, where)
+    total = sum(entry.bytes for part in parts.values() for entry in part.entries.values())
+    bar = tqdm(
+        desc="load", total=total, unit="B", unit_scale=True, disable=not progress or total < SILENT_BYTES, leave=False
+    )
     broken: list[str] = []
     too_large: list[str] = []
     for part in parts.values():
@@ -224,8 +234,10 @@ def load_parts(parts: Mapping[str, Part], where: object, *, dtype: torch.dtype, 
             moved = tensor.reshape(shapes[name]).to(device=device, dtype=dtype)
             # A tensor that is still the file's own memory would change, or crash, when the file does.
             state[name] = moved.clone() if moved.data_ptr() == tensor.data_ptr() else moved
+            bar.update(part.entries[key].bytes)
         part.module.load_state_dict(state, strict=True, assign=True)
         part.module.requires_grad_(False).eval()
+    bar.close()
     if broken:
         raise CheckpointError(
             f"{where}: NaN or infinite values in {len(broken)} tensors: {listed(broken)}; "
