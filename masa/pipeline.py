@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -232,6 +233,9 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
     chosen = DTYPE_NAMES.get(dtype) if isinstance(dtype, str) else dtype
     if chosen not in (torch.float32, torch.float16, torch.bfloat16):
         raise MasaError(f"dtype is {dtype!r}; expected fp32, fp16 or bf16")
+    if device.type == "cpu" and chosen != torch.float32 and not (chosen == torch.bfloat16 and cpu_has_bf16()):
+        name = str(chosen).removeprefix("torch.")
+        warnings.warn(f"this CPU only emulates {name}, at a small fraction of float32's speed", stacklevel=3)
     return chosen
 
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from masa.errors import MasaError
 from masa.files import replacing
 
-KEY = "masa"  # the text chunk of a PNG that holds its settings
+KEY = "masa"  # the text chunks of a PNG that hold its settings: masa, masa.1, ..
+CHUNK = 900_000  # characters in each; Pillow opens no PNG with a text chunk above 2**20 bytes
 
 
 class Picture(Image.Image):
@@ -37,7 +39,9 @@ class Picture(Image.Image):
         named_png = is_path and Path(fp).suffix.lower() == ".png"
         if (format or "").upper() == "PNG" or (format is None and named_png):
             chunks = PngInfo()
-            chunks.add_itxt(KEY, json.dumps(self.settings), zip=True)
+            text = json.dumps(self.settings)  # ASCII: as many bytes as characters
+            for i, start in enumerate(range(0, len(text), CHUNK)):
+                chunks.add_itxt(f"{KEY}.{i}" if i else KEY, text[start : start + CHUNK], zip=True)
             params.setdefault("pnginfo", chunks)
         if not is_path:
             super().save(fp, format, **params)
@@ -48,12 +52,25 @@ class Picture(Image.Image):
 
 def read_settings(path: str | Path) -> dict[str, Any]:
     """The settings inside a PNG that masa saved. MasaError where there are none."""
-    with Image.open(path) as picture:
-        picture.load()
-        text = getattr(picture, "text", {}).get(KEY)
-    if text is None:
-        raise MasaError(f"{path} carries no masa settings; expected a PNG saved by masa and not edited since")
-    return json.loads(text)
+    remedy = "expected a PNG saved by masa and not edited since"
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            texts = getattr(picture, "text", {})
+    except UnidentifiedImageError as error:
+        raise MasaError(f"{path} is not a picture; {remedy}") from error
+    if KEY not in texts:
+        raise MasaError(f"{path} carries no masa settings; {remedy}")
+    pieces = [texts[KEY]]
+    while (name := f"{KEY}.{len(pieces)}") in texts:
+        pieces.append(texts[name])
+    try:
+        settings = json.loads("".join(pieces))
+    except json.JSONDecodeError as error:
+        raise MasaError(f"{path} carries damaged masa settings; {remedy}") from error
+    if not isinstance(settings, dict) or "function" not in settings:
+        raise MasaError(f"{path} carries settings that are not masa's; {remedy}")
+    return settings
 
 
 @dataclass(frozen=True)
@@ -61,13 +78,15 @@ class Result:
     """One source and N targets.
 
     images: PIL pictures, source first. latents (1 + N, 4, h, w): float32, on the CPU. masks: by control (its
-    place in the list) and step: (1 + N, h, w), source first. settings: JSON values that suffice to run it again.
+    place in the list) and step: (1 + N, h, w), source first. attention: what RecordAttention kept, by control
+    and name. settings: JSON values that suffice to run it again.
     """
 
     images: list[Picture]
     latents: Tensor
     settings: Mapping[str, Any]
     masks: Mapping[int, Mapping[int, Tensor]] = field(default_factory=dict)
+    attention: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
 
     @property
     def source(self) -> Picture:
@@ -89,11 +108,17 @@ class Result:
 
     def save(self, folder: str | Path) -> list[Path]:
         """Write source.png, target_0.png, .. and grid.png, all carrying the settings. Returns their paths."""
-        folder = Path(folder)
-        names = ["source.png", *(f"target_{i}.png" for i in range(len(self.targets))), "grid.png"]
-        for name, picture in zip(names, [*self.images, self.grid()], strict=True):
-            picture.save(folder / name)
-        return [folder / name for name in names]
+        paths = [Path(folder) / name for name in file_names(len(self.targets))]
+        with ExitStack() as stack:  # all are written before the first takes its name
+            temporaries = [stack.enter_context(replacing(path)) for path in paths]
+            for temporary, picture in zip(temporaries, [*self.images, self.grid()], strict=True):
+                picture.save(temporary)
+        return paths
+
+
+def file_names(targets: int) -> list[str]:
+    """What `Result.save` writes for a number of targets."""
+    return ["source.png", *(f"target_{i}.png" for i in range(targets)), "grid.png"]
 
 
 def label_row(images: Sequence[Image.Image], labels: Sequence[str], gap: int = 4) -> Image.Image:

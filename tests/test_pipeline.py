@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -244,3 +245,14 @@ def test_fingerprint_tells_models_apart(parts, tmp_path):
     changed = load(tmp_path / "a.safetensors", vae=write_folder(tmp_path / "c", other) / "vae")
     assert sd.fingerprint != changed.fingerprint
     assert changed.origin.vae == str(tmp_path / "c" / "vae")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "native", "warns"), [("fp16", True, True), ("bf16", False, True), ("bf16", True, False)]
+)
+def test_emulated_dtypes_are_warned_about(monkeypatch, dtype, native, warns):
+    monkeypatch.setattr(masa.pipeline, "cpu_has_bf16", lambda: native)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        choose_dtype(dtype, torch.device("cpu"))
+    assert any("only emulates" in str(w.message) for w in caught) == warns

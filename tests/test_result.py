@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import masa
-from masa.result import read_settings, wrap
+from masa.result import Picture, read_settings, wrap
 from masa.settings import describe, restore
 
 SETTINGS = {"steps": 3, "height": 64, "width": 64, "progress": False}
@@ -72,6 +72,43 @@ def test_pictures_without_settings_are_refused(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
     with pytest.raises(masa.MasaError, match="carries no masa settings"):
         read_settings(tmp_path / "plain.png")
+
+
+def test_large_settings_survive_in_the_picture(tiny, tmp_path):
+    """A noisy mask hardly compresses: its settings are larger than Pillow's limit for one text chunk."""
+    noise = torch.rand(1000, 1000, generator=torch.Generator().manual_seed(0))
+    controls = masa.MasaCtrl(1, 4, mask=masa.GivenMasks(noise, noise))
+    first = masa.sample(tiny, "a cat", "a dog", controls=controls, seed=1, **SETTINGS)
+    first.source.save(tmp_path / "source.png")
+    assert len(json.dumps(first.settings)) > 2**20
+    assert read_settings(tmp_path / "source.png")["controls"] == first.settings["controls"]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}"])
+def test_damaged_settings_are_named(tmp_path, text):
+    from PIL.PngImagePlugin import PngInfo
+
+    chunks = PngInfo()
+    chunks.add_itxt("masa", text)
+    Image.new("RGB", (8, 8)).save(tmp_path / "odd.png", pnginfo=chunks)
+    with pytest.raises(masa.MasaError, match=r"odd\.png carries"):
+        read_settings(tmp_path / "odd.png")
+
+
+def test_pictures_are_saved_together_or_not_at_all(out, tmp_path, monkeypatch):
+    saved = []
+    original = Picture.save
+
+    def fail_at_the_third(self, fp, *args, **params):
+        saved.append(fp)
+        if len(saved) == 3:
+            raise OSError("disk full")
+        original(self, fp, *args, **params)
+
+    monkeypatch.setattr(Picture, "save", fail_at_the_third)
+    with pytest.raises(OSError, match="disk full"):
+        out.save(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_other_formats_save_without_settings(out, tmp_path):
