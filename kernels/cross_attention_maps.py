@@ -43,7 +43,7 @@ def cross_attention_with_maps(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     _check(q, k, v, token_weights, scale)
-    why_not = launch.unserved({"q": q, "k": k, "v": v})
+    why_not = launch.unserved({"q": q, "k": k, "v": v}, q.shape[0])
     if why_not is None and token_weights.shape[-2] > MAX_MAPS:
         why_not = f"token_weights has {token_weights.shape[-2]} sets, served are up to {MAX_MAPS}: use several calls"
     chosen = launch.choose_backend(backend, q, why_not)
@@ -168,5 +168,5 @@ def _check(q: Tensor, k: Tensor, v: Tensor, token_weights: Tensor, scale: float)
         )
     if token_weights.device != q.device:
         raise ValueError(f"token_weights is on {token_weights.device}, q on {q.device}: move it there")
-    if not (scale > 0 and math.isfinite(scale)):
+    if not 0 < scale < math.inf:  # a comparison, because torch.compile may trace a changing float
         raise ValueError(f"scale is {scale}, expected a positive number: 1/sqrt(D) is {q.shape[-1] ** -0.5:.4g}")

@@ -112,9 +112,20 @@ def _segment(
 
 
 @triton.jit
+def _row(INDEX, PACKED, batch):
+    """The row that `batch` reads: from a tensor, or, without one, from PACKED, see `rows.packed`."""
+    if INDEX is None:
+        row = (PACKED >> (batch * 4).to(tl.int64)).to(tl.int32) & 15
+        return tl.where(row == 15, -1, row)
+    else:
+        return tl.load(INDEX + batch)
+
+
+# Specialised on packed rows, the kernel would be compiled again for some values of them.
+@triton.jit(do_not_specialize=["PACKED", "PACKED2"])
 def mutual_attention_kernel(
     Q, K, V, K2, V2, OUT, KV_INDEX, KV_INDEX2, KEY_ORDER, KEY_COUNT, QUERY_ORDER, QUERY_WEIGHT, FULL_ROWS,
-    scale, bias, heads, n_queries, n_keys, n_keys2,
+    PACKED: tl.int64, PACKED2: tl.int64, scale, bias, heads, n_queries, n_keys, n_keys2,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token,
     k2_batch, k2_head, k2_token, v2_batch, v2_head, v2_token, o_batch, o_head, o_token,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, M: tl.constexpr, N: tl.constexpr, UNIT: tl.constexpr,
@@ -124,41 +135,43 @@ def mutual_attention_kernel(
     """Out (B, H, Nq, D) for M queries of one row and head per program; online softmax in float32.
 
     Row b reads source KV_INDEX[b]; in a UNION also the keys of row KV_INDEX2[b] of K2 and V2, unless that is -1.
+    Rows known to the host come in PACKED and PACKED2 instead, and the tensors are None.
     MASKED: queries come in QUERY_ORDER and keys in KEY_ORDER, both grouped by region, so nearly every program
     needs the keys of one region only.
     """
     batch = tl.program_id(1) // heads
     head = tl.program_id(1) % heads
-    source = tl.load(KV_INDEX + batch)
+    wide = tl.full((), UNIT, tl.int64)  # offsets of rows and heads may exceed 32 bits, those within a head do not
+    source = _row(KV_INDEX, PACKED, batch)
     position = tl.program_id(0) * M + tl.arange(0, M)
     ok = position < n_queries
     # Beyond the end the last query is computed again, which needs fewer registers than masked loads.
     rows = tl.minimum(position, n_queries - 1)
     if MASKED:
-        rows = tl.load(QUERY_ORDER + batch * n_queries + rows)
-    q_base = Q + batch.to(tl.int64) * (q_batch * UNIT) + head * (q_head * UNIT)
+        rows = tl.load(QUERY_ORDER + batch.to(tl.int64) * n_queries + rows)
+    q_base = Q + batch * (q_batch * wide) + head * (q_head * wide)
     q0 = _load(q_base, rows * (q_token * UNIT), ok, 0, D0, D, False, 0.0)
     q1 = q0
     if D1 > 0:
         q1 = _load(q_base, rows * (q_token * UNIT), ok, D0, D1, D, False, 0.0)
-    k_base = K + source.to(tl.int64) * (k_batch * UNIT) + head * (k_head * UNIT)
-    v_base = V + source.to(tl.int64) * (v_batch * UNIT) + head * (v_head * UNIT)
-    o_base = OUT + batch.to(tl.int64) * (o_batch * UNIT) + head * (o_head * UNIT)
+    k_base = K + source * (k_batch * wide) + head * (k_head * wide)
+    v_base = V + source * (v_batch * wide) + head * (v_head * wide)
+    o_base = OUT + batch * (o_batch * wide) + head * (o_head * wide)
     own = source
     if UNION:
-        own = tl.load(KV_INDEX2 + batch)
-    k2_base = K2 + own.to(tl.int64) * (k2_batch * UNIT) + head * (k2_head * UNIT)
-    v2_base = V2 + own.to(tl.int64) * (v2_batch * UNIT) + head * (v2_head * UNIT)
+        own = _row(KV_INDEX2, PACKED2, batch)
+    k2_base = K2 + own * (k2_batch * wide) + head * (k2_head * wide)
+    v2_base = V2 + own * (v2_batch * wide) + head * (v2_head * wide)
 
     first = 0
     last = 1
     split = n_keys
     weight = tl.full([M], 1.0, tl.float32)
-    order = KV_INDEX
+    order = KEY_ORDER
     if MASKED:
         order = KEY_ORDER + source.to(tl.int64) * n_keys
         count = tl.load(KEY_COUNT + source)
-        weight = tl.load(QUERY_WEIGHT + batch * n_queries + rows)
+        weight = tl.load(QUERY_WEIGHT + batch.to(tl.int64) * n_queries + rows)
         # A full row, or one whose source has an empty region, sees every key: one region, of all the keys.
         whole = (tl.load(FULL_ROWS + batch) != 0) | (count == 0) | (count == n_keys)
         split = tl.where(whole, n_keys, count)
@@ -217,18 +230,19 @@ def cross_attention_maps_kernel(
     output and no probability outlives its block.
     """
     batch = tl.program_id(1)
+    wide = tl.full((), UNIT, tl.int64)
     position = tl.program_id(0) * M + tl.arange(0, M)
     ok = position < n_queries
     rows = tl.minimum(position, n_queries - 1)
     lane = tl.arange(0, N)
     token_set = tl.arange(0, T)
-    weights = TOKEN_WEIGHTS + batch * weights_batch + token_set * n_keys
+    weights = TOKEN_WEIGHTS + batch.to(tl.int64) * weights_batch + token_set * n_keys
     head_sum = tl.zeros([M, T], tl.float32)
     for head in range(heads):
-        q_base = Q + batch.to(tl.int64) * (q_batch * UNIT) + head * (q_head * UNIT)
-        k_base = K + batch.to(tl.int64) * (k_batch * UNIT) + head * (k_head * UNIT)
-        v_base = V + batch.to(tl.int64) * (v_batch * UNIT) + head * (v_head * UNIT)
-        o_base = OUT + batch.to(tl.int64) * (o_batch * UNIT) + head * (o_head * UNIT)
+        q_base = Q + batch * (q_batch * wide) + head * (q_head * wide)
+        k_base = K + batch * (k_batch * wide) + head * (k_head * wide)
+        v_base = V + batch * (v_batch * wide) + head * (v_head * wide)
+        o_base = OUT + batch * (o_batch * wide) + head * (o_head * wide)
         q0 = _load(q_base, rows * (q_token * UNIT), ok, 0, D0, D, False, 0.0)
         q1 = q0
         if D1 > 0:
@@ -265,5 +279,5 @@ def cross_attention_maps_kernel(
         _store(o_base, rows * (o_token * UNIT), ok, acc0 / total[:, None], 0, D0, D)
         if D1 > 0:
             _store(o_base, rows * (o_token * UNIT), ok, acc1 / total[:, None], D0, D1, D)
-    address = MAPS + (batch * n_maps + token_set).to(tl.int64)[None, :] * n_queries + rows[:, None]
+    address = MAPS + (batch.to(tl.int64) * n_maps + token_set)[None, :] * n_queries + rows[:, None]
     tl.store(address, head_sum / heads, mask=ok[:, None] & (token_set < n_maps)[None, :])

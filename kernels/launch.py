@@ -13,6 +13,8 @@ Backend = Literal["auto", "triton", "sdpa", "reference"]
 
 LOG2_E = 1.4426950408889634
 MAX_HEAD_WIDTH = 256
+MAX_PROGRAMS = 65535  # CUDA's limit on the second axis of a grid
+MAX_SPAN = 2**31 - 1  # kernels count in 32 bits within a row and head
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 SERVED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -70,8 +72,13 @@ def interpreted() -> bool:
     return not isinstance(device.mutual_attention_kernel, triton.runtime.JITFunction)
 
 
-def unserved(tensors: dict[str, Tensor]) -> str | None:
-    """Why the dtype, head width or layout of these tensors is not for Triton, with the remedy; None if it is."""
+def unserved(tensors: dict[str, Tensor], programs: int) -> str | None:
+    """Why the dtype, head width, layout or size of these tensors is not for Triton, with the remedy; None if it is.
+
+    programs: how many rows, or rows times heads, the kernel spreads over the grid's second axis.
+    """
+    if programs > MAX_PROGRAMS:
+        return f"{programs} rows and heads, served are up to {MAX_PROGRAMS}: split the batch"
     for name, tensor in tensors.items():
         if tensor.dtype not in SERVED_DTYPES:
             return f"{name} is {tensor.dtype}, served are float16, bfloat16 and float32: convert it"
@@ -80,6 +87,10 @@ def unserved(tensors: dict[str, Tensor]) -> str | None:
             return f"{name} has head width {width}, served are multiples of 8 up to {MAX_HEAD_WIDTH}: pad it"
         if tensor.stride(-1) != 1:
             return f"{name} has stride {tensor.stride(-1)} over the head width, 1 is needed: call .contiguous()"
+        # The output's tokens are all heads wide.
+        token = max(tensor.stride(2), tensor.shape[1] * width) if tensor.shape[2] > 1 else 0
+        if tensor.shape[2] * token > MAX_SPAN:
+            return f"{name} spreads {tensor.shape[2]} tokens over 2**31 elements or more: call .contiguous()"
     return None
 
 
@@ -128,15 +139,10 @@ def architecture(device: torch.device) -> str:
     return "sm_80" if capability in ((8, 0), (8, 7)) else "sm_89"
 
 
-@functools.lru_cache(maxsize=256)
-def device_rows(rows: tuple[int, ...], device: torch.device) -> Tensor:
-    """Host rows as an int32 tensor on the device, copied there once."""
-    with torch.inference_mode(False):
-        return torch.tensor(rows, dtype=torch.int32, device=device)
-
-
 def dot_precision(dtype: torch.dtype, arch: str, interpreted: bool = False) -> str:
     """How the matrix unit multiplies: float32 in three TF32 passes (22 bits), or directly where that is offered."""
+    if arch.startswith("gfx"):
+        return "ieee"  # AMD's compiler refuses TF32 on most architectures, whatever the dtype
     if dtype != torch.float32:
         return "tf32"  # says nothing about 16-bit operands
-    return "ieee" if interpreted or arch.startswith("gfx") else "tf32x3"
+    return "ieee" if interpreted else "tf32x3"

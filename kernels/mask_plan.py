@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from masa.kernels.rows import RowIndex, pick_rows
+
 
 @dataclass(frozen=True, eq=False)
 class MaskPlan:
@@ -62,6 +64,13 @@ class MaskPlan:
             names = ", ".join(sorted(map(str, devices)))
             raise ValueError(f"key_region, query_weight and full_rows are on {names}: move them to one device")
 
+        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+            # A plan outlives the call that makes it, and backward could not save inference tensors.
+            with torch.inference_mode(False):
+                key_region, query_weight, full_rows = (
+                    x.clone() if x.is_inference() else x for x in (key_region, query_weight, full_rows)
+                )
+                return cls.build(key_region, query_weight, full_rows)
         binary = query_weight.dtype == torch.bool
         # Contiguous, because the kernel indexes these tensors flat.
         weight = query_weight.float().clamp(0, 1).contiguous()
@@ -80,9 +89,9 @@ class MaskPlan:
             binary=binary,
         )
 
-    def effective_weight(self, rows: Tensor) -> Tensor:
+    def effective_weight(self, rows: RowIndex) -> Tensor:
         """Weights (B, Nq) when row b reads source rows[b]: an empty region hands its queries to the other one."""
-        count = self.key_count[rows][:, None]
+        count = pick_rows(self.key_count, rows)[:, None]
         weight = torch.where(count == self.key_region.shape[1], 1.0, self.query_weight)
         return torch.where(count == 0, 0.0, weight)
 

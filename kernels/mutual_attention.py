@@ -16,7 +16,7 @@ from torch import Tensor
 from masa.kernels import launch, reference
 from masa.kernels.launch import Backend
 from masa.kernels.mask_plan import MaskPlan
-from masa.kernels.reference import RowIndex
+from masa.kernels.rows import RowIndex, packed, row_tensor
 from masa.kernels.tiles import lookup
 
 __all__ = ["MaskPlan", "mutual_attention"]
@@ -42,8 +42,9 @@ def mutual_attention(
     """Attention of every row's queries to a source row's keys and values; returns (B, H, Nq, D) like q.
 
     q (B, H, Nq, D); k, v (S, H, Nk, D), any strides, unit stride over D for Triton. kv_index: for each row the
-    source it reads, in [0, S), a tuple of ints or an int32 tensor (B,) (values on a GPU are not checked; a tuple
-    lets the SDPA path use views). scale: on the logits, > 0, 1/sqrt(D) by default.
+    source it reads, in [0, S), a tuple of ints or an int32 tensor (B,) (values on a GPU are not checked). A tuple
+    lets the SDPA path use views; up to 16 rows of 15 sources reach a Triton kernel in one of its arguments, more
+    of them take a fill for every run of equal rows. scale: on the logits, > 0, 1/sqrt(D) by default.
 
     Union: with kv_index2, row b also attends to row kv_index2[b] of k2, v2 (S2, H, Nk2, D), by default of k, v;
     -1 means no second segment. source_weight > 0 multiplies the source's unnormalised probabilities (log
@@ -66,11 +67,11 @@ def mutual_attention(
         k2, v2 = k, v
     _check(q, k, v, kv_index, k2, v2, kv_index2, plan, scale, source_weight)
     tensors = {"q": q, "k": k, "v": v} | ({"k2": k2, "v2": v2} if k2 is not None and v2 is not None else {})
-    chosen = launch.choose_backend(backend, q, launch.unserved(tensors))
+    chosen = launch.choose_backend(backend, q, launch.unserved(tensors, q.shape[0] * q.shape[1]))
 
     if chosen == "reference":
         return reference.mutual_attention_reference(q, k, v, kv_index, k2, v2, kv_index2, plan, scale, source_weight)
-    if chosen == "sdpa" and (plan is None or q.is_cuda):
+    if chosen == "sdpa" and (plan is None or q.device.type != "cpu"):
         index, index2 = _host_rows(kv_index), None if kv_index2 is None else _host_rows(kv_index2)
         return reference.mutual_attention_sdpa(q, k, v, index, k2, v2, index2, plan, scale, source_weight)
     # An operator, because Triton launches and the CPU's partition read values that a compiler cannot trace.
@@ -193,9 +194,9 @@ def _launch(
     batch, heads, queries, width = q.shape
     if k2 is None or v2 is None:
         k2, v2 = k, v
-    rows = _device_index(index, q.device)
-    rows2 = rows if index2 is None else _device_index(index2, q.device)
-    masks = (rows,) * 5
+    rows, by_value = _kernel_rows(index, q.device)
+    rows2, by_value2 = (None, 0) if index2 is None else _kernel_rows(index2, q.device)
+    masks: tuple[Tensor | None, ...] = (None,) * 5
     if plan is not None:
         masks = (plan.key_order, plan.key_count, plan.query_order, plan.query_weight, plan.full_rows)
     out = reference.empty_token_major(q)
@@ -205,7 +206,7 @@ def _launch(
     tile = lookup(arch, FORMS[plan is not None, index2 is not None], q.element_size(), width)
     with torch.cuda.device_of(q):  # Triton launches on the current device
         mutual_attention_kernel[(-(-queries // tile.block_m), batch * heads)](
-            *(q, k, v, k2, v2, out, rows, rows2, *masks),
+            *(q, k, v, k2, v2, out, rows, rows2, *masks, by_value, by_value2),
             *(scale * launch.LOG2_E, math.log2(source_weight), heads, queries, k.shape[2], k2.shape[2]),
             *(stride for tensor in (q, k, v, k2, v2, out) for stride in launch.strides(tensor, unit)),
             D=width,
@@ -227,8 +228,10 @@ def _launch(
     return out
 
 
-def _device_index(rows: RowIndex, device: torch.device) -> Tensor:
-    return rows.int().contiguous() if isinstance(rows, Tensor) else launch.device_rows(rows, device)
+def _kernel_rows(rows: RowIndex, device: torch.device) -> tuple[Tensor | None, int]:
+    """Rows as the kernel takes them: by value (up to 16 rows of 15 sources), else as a tensor."""
+    value = packed(rows)
+    return (row_tensor(rows, device, torch.int32), 0) if value is None else (None, value)
 
 
 # ------------------------------------------------------------------------------------------------------ checks
@@ -261,9 +264,9 @@ def _check(
     elif k2 is not None and v2 is not None:
         _check_segment("k2", "v2", q, k2, v2)
         _check_rows("kv_index2", kv_index2, q, low=-1, high=k2.shape[0])
-    if not (scale > 0 and math.isfinite(scale)):
+    if not 0 < scale < math.inf:  # a comparison, because torch.compile may trace a changing float
         raise ValueError(f"scale is {scale}, expected a positive number: 1/sqrt(D) is {q.shape[-1] ** -0.5:.4g}")
-    if not (source_weight > 0 and math.isfinite(source_weight)):
+    if not 0 < source_weight < math.inf:
         raise ValueError(
             f"source_weight is {source_weight}, expected a positive number: to leave the source out, point kv_index "
             "at the rows themselves and drop kv_index2"

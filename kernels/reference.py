@@ -14,9 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from masa.kernels.mask_plan import MaskPlan
-
-# Rows to read: a host tuple, or an integer tensor (B,) on the device of q.
-RowIndex = tuple[int, ...] | Tensor
+from masa.kernels.rows import RowIndex, pick_rows, put_rows, row_tensor
 
 # Width of the columns that carry region labels; a multiple of 8 keeps rows 16-byte aligned in 16-bit dtypes.
 LABEL_WIDTH = 8
@@ -119,13 +117,12 @@ def mutual_attention_sdpa(
     k2, v2 = (k if k2 is None else k2), (v if v2 is None else v2)
     if plan is None and isinstance(kv_index, tuple) and isinstance(kv_index2, tuple):
         return _attend_union_rows(q, k, v, kv_index, k2, v2, kv_index2, scale, source_weight)
-    own = row_tensor(kv_index2, q.device)
-    bias = _segment_bias(q, k.shape[2], k2.shape[2], source_weight, own >= 0)
-    own_keys, own_values = k2[own.clamp(min=0)], v2[own.clamp(min=0)]
+    bias = _segment_bias(q, k.shape[2], k2.shape[2], source_weight, row_tensor(kv_index2, q.device) >= 0)
+    own = tuple(max(row, 0) for row in kv_index2) if isinstance(kv_index2, tuple) else kv_index2.clamp(min=0)
+    own_keys, own_values = pick_rows(k2, own), pick_rows(v2, own)
     if plan is not None:
         return _attend_labelled(q, k, v, kv_index, plan, scale, own_keys, own_values, bias)
-    source = row_tensor(kv_index, q.device)
-    keys, values = torch.cat([k[source], own_keys], 2), torch.cat([v[source], own_values], 2)
+    keys, values = (torch.cat([pick_rows(x, kv_index), y], 2) for x, y in ((k, own_keys), (v, own_values)))
     return F.scaled_dot_product_attention(q, keys, values, attn_mask=bias, scale=scale)
 
 
@@ -209,11 +206,6 @@ def cross_attention_with_maps_sdpa(
 # ----------------------------------------------------------------------------------------------------- helpers
 
 
-def row_tensor(rows: RowIndex, device: torch.device) -> Tensor:
-    """Rows as an int64 tensor (B,) that can index."""
-    return rows.long() if isinstance(rows, Tensor) else torch.tensor(rows, device=device)
-
-
 def empty_token_major(q: Tensor) -> Tensor:
     """An output like q (B, H, Nq, D), laid out (B, Nq, H, D) so that joining heads afterwards is a view."""
     batch, heads, queries, width = q.shape
@@ -233,8 +225,7 @@ def _attend_rows(q: Tensor, k: Tensor, v: Tensor, rows: RowIndex, scale: float) 
     """
     runs = _even_runs(rows) if isinstance(rows, tuple) else None
     if runs is None:
-        source = row_tensor(rows, q.device)
-        return F.scaled_dot_product_attention(q, k[source], v[source], scale=scale)
+        return F.scaled_dot_product_attention(q, pick_rows(k, rows), pick_rows(v, rows), scale=scale)
     start, step, count = runs
     batch, heads, length, width = q.shape
     keys, values = k[start::step][:count], v[start::step][:count]
@@ -272,18 +263,20 @@ def _attend_union_rows(
     source_weight: float,
 ) -> Tensor:
     """Union over host rows: those with a second segment in one call, the others in another."""
-    joint = [row for row, own in enumerate(rows2) if own >= 0]
-    alone = [row for row, own in enumerate(rows2) if own < 0]
+    joint = tuple(row for row, own in enumerate(rows2) if own >= 0)
+    alone = tuple(row for row, own in enumerate(rows2) if own < 0)
     if not joint:
         return _attend_rows(q, k, v, rows, scale)
-    source, own = [rows[row] for row in joint], [rows2[row] for row in joint]
-    keys, values = torch.cat([k[source], k2[own]], 2), torch.cat([v[source], v2[own]], 2)
+    source, own = tuple(rows[row] for row in joint), tuple(rows2[row] for row in joint)
+    keys = torch.cat([pick_rows(k, source), pick_rows(k2, own)], 2)
+    values = torch.cat([pick_rows(v, source), pick_rows(v2, own)], 2)
     bias = _segment_bias(q, k.shape[2], k2.shape[2], source_weight)
     if not alone:
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=bias, scale=scale)
     out = empty_token_major(q)
-    out[joint] = F.scaled_dot_product_attention(q[joint], keys, values, attn_mask=bias, scale=scale)
-    out[alone] = _attend_rows(q[alone], k, v, tuple(rows[row] for row in alone), scale)
+    queries = pick_rows(q, joint)
+    put_rows(out, joint, F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=scale))
+    put_rows(out, alone, _attend_rows(pick_rows(q, alone), k, v, tuple(rows[row] for row in alone), scale))
     return out
 
 
@@ -312,11 +305,10 @@ def _attend_labelled(
     bias: Tensor | None = None,
 ) -> Tensor:
     """Masked mutual attention by label columns: a pair of different regions gets -LABEL**2 from the dot product."""
-    source = row_tensor(rows, q.device)
-    region = plan.key_region[source][:, None, :, None]
+    region = pick_rows(plan.key_region, rows)[:, None, :, None]
     hidden = torch.cat([~region, region], -1).to(q.dtype) * -LABEL  # hidden from foreground, from background
     hidden = F.pad(hidden, (0, LABEL_WIDTH - 2)).expand(-1, q.shape[1], -1, -1)
-    keys, values = torch.cat([k[source], hidden], -1), F.pad(v[source], (0, LABEL_WIDTH))
+    keys, values = torch.cat([pick_rows(k, rows), hidden], -1), F.pad(pick_rows(v, rows), (0, LABEL_WIDTH))
     if own_keys is not None and own_values is not None:  # no label: visible to all
         keys = torch.cat([keys, F.pad(own_keys, (0, LABEL_WIDTH))], 2)
         values = torch.cat([values, F.pad(own_values, (0, LABEL_WIDTH))], 2)
@@ -328,7 +320,7 @@ def _attend_labelled(
         out = F.scaled_dot_product_attention(torch.cat([q, label], -1), keys, values, attn_mask=bias, scale=scale)
         return out[..., : q.shape[-1]]
 
-    weight = plan.effective_weight(source)
+    weight = plan.effective_weight(rows)
     if plan.binary:
         return attend(weight == 1)
     # weight > 0 and weight == 1 differ only for soft queries, which see one region in each call.

@@ -1,7 +1,8 @@
-"""The one call site of every attention, and the edits that controls may ask of it.
+"""The one call site of every attention, and the edits that controls may ask of it and of residual blocks.
 
-A control never touches the network. It names, per attention site, which rows' queries, keys and values each
-row of the batch reads; `attend` carries that out. Rows are those of `masa.branches`.
+A control never touches the network. It names, per site, which rows' queries, keys, values and features each row
+of the batch reads, and how one row's probabilities become another's; `attend` carries that out, at residual
+blocks their own forward. Rows are those of `masa.branches`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from masa.errors import MasaError
 from masa.kernels.cross_attention_maps import cross_attention_with_maps
 from masa.kernels.launch import Backend
 from masa.kernels.mutual_attention import MaskPlan, mutual_attention
@@ -28,15 +28,15 @@ Tape = dict[tuple[Hashable, int], Tensor]
 
 @dataclass(frozen=True)
 class Site:
-    """One attention of the UNet: its place in forward order and the token grid it works on."""
+    """One attention or residual block of the UNet: its place in forward order and the grid it works on."""
 
-    index: int  # 0..31 in SD v1: self- and cross-attention of layer n are 2n and 2n + 1
-    layer: int  # transformer block, 0..15
+    index: int  # in SD v1, self- and cross-attention of layer n are 2n and 2n + 1; residual blocks follow from 32 on
+    layer: int  # transformer block, 0..15; of a residual block, the next one to run
     name: str  # module name, as in the checkpoint
     place: Place
-    kind: Literal["self", "cross"]
+    kind: Literal["self", "cross", "res"]
     downsample: int  # 1, 2, 4 or 8, relative to the latents
-    heads: int
+    heads: int  # 0 of a residual block
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Regions:
     """Two-part masks on one grid: a query sees the keys of its own part.
 
     key_region (rows, keys) bool: the subject, in each row's own keys.
-    query_weight (rows, queries) in [0, 1]: how far each query belongs to the subject.
+    query_weight (rows, queries), bool or in [0, 1]: how far each query belongs to the subject.
     full_rows (rows,) bool: rows that see every key.
     """
 
@@ -58,8 +58,23 @@ MaskSource = Callable[[Tape, Grid], Regions | None]
 
 
 @dataclass(frozen=True)
+class Mix:
+    """Probabilities of some rows made from the source's and their own: P = P_source @ from_source + P_own * own.
+
+    rows, sources: the rows edited and, for each, the row that P_source is of. from_source (rows edited, tokens,
+    tokens), from the source's tokens to the row's. own (rows edited, tokens), None for zeros. Nothing is
+    renormalised. Prompt-to-Prompt section 3.2.
+    """
+
+    rows: tuple[int, ...]
+    sources: tuple[int, ...]
+    from_source: Tensor
+    own: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Record:
-    """Keep head-mean cross-attention maps: token_weights (rows, maps, tokens) picks and sums the tokens."""
+    """Keep head-mean attention maps: token_weights (rows, maps, keys) picks and sums the keys."""
 
     key: Hashable
     token_weights: Tensor
@@ -67,42 +82,44 @@ class Record:
 
 @dataclass(frozen=True)
 class Edit:
-    """What one attention does differently in one step; rows are indices into the UNet batch.
+    """What one site does differently in one step; rows are indices into the UNet batch.
 
-    k_from, v_from: the row whose keys and values each row reads (default: its own).
+    q_from, k_from, v_from: the row whose queries, keys and values each row reads (default: its own).
     union_with: a second row whose keys and values each row also sees, -1 for none.
     source_weight: weight of the first part against the second in a union (log-weight on its logits).
     mask: restricts each query to its own region of the keys.
-    records: maps to keep on the tape (cross-attention only).
+    mix: rows whose probabilities come from the source's (cross-attention only).
+    features_from: the row whose features, before the residual sum, each row takes (residual blocks only).
+    records: maps to keep on the tape, as they are after `mix`, and without `mask` and `union_with`.
     """
 
+    q_from: tuple[int, ...] | None = None
     k_from: tuple[int, ...] | None = None
     v_from: tuple[int, ...] | None = None
     union_with: tuple[int, ...] | None = None
     source_weight: float | None = None
     mask: MaskSource | None = None
+    mix: Mix | None = None
+    features_from: tuple[int, ...] | None = None
     records: tuple[Record, ...] = ()
 
-    def merge(self, other: Edit, site: Site) -> Edit:
-        """Both edits at once. MasaError where both set the same field; records add up."""
-        changes: dict[str, object] = {"records": self.records + other.records}
-        for field in fields(self):
-            mine, theirs = getattr(self, field.name), getattr(other, field.name)
-            if field.name == "records" or theirs is None:
-                continue
-            if mine is not None:
-                raise MasaError(f"two controls both set {field.name} at {site.name} (layer {site.layer})")
-            changes[field.name] = theirs
-        return replace(self, **changes)  # type: ignore[arg-type]
+    def changed(self) -> tuple[str, ...]:
+        """The fields that make this site differ from plain attention; records do not."""
+        return tuple(f.name for f in fields(self) if f.name != "records" and getattr(self, f.name) is not None)
 
-    def read_rows(self, rows: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The rows whose keys, and those whose values, anybody reads; sorted."""
+    def merge(self, other: Edit) -> Edit:
+        """Both edits at once, of different fields; records add up."""
+        changes = {name: getattr(other, name) for name in other.changed()}
+        return replace(self, records=self.records + other.records, **changes)
+
+    def read_rows(self, rows: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """The rows whose queries, those whose keys, and those whose values anybody reads; sorted."""
         own = tuple(range(rows))
-        k_from, v_from = self.k_from or own, self.v_from or own
         extra = {row for row in self.union_with or () if row >= 0}
-        keys = tuple(sorted({*k_from, *extra}))
-        values = tuple(sorted({*v_from, *extra}))
-        return keys, values
+        queries = tuple(sorted({*(self.q_from or own)}))
+        keys = tuple(sorted({*(self.k_from or own), *extra}))
+        values = tuple(sorted({*(self.v_from or own), *extra}))
+        return queries, keys, values
 
 
 PLAIN = Edit()
@@ -129,31 +146,29 @@ def take(x: Tensor, rows: tuple[int, ...]) -> Tensor:
     return torch.cat([x[row : row + 1] for row in rows])
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, site: Site, grid: Grid, call: Call) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, rows: int, site: Site, grid: Grid, call: Call) -> Tensor:
     """softmax(q kᵀ / √d) v with the edit that this call makes at this site.
 
-    q (rows, heads, h*w, d) for every row; k and v (read rows, heads, keys, d) only for the rows that
-    `Edit.read_rows` lists, in that order. Returns (rows, heads, h*w, d).
+    q (read rows, heads, h*w, d), k and v (read rows, heads, keys, d): only the rows that `Edit.read_rows` lists
+    for each, in that order. Returns (rows, heads, h*w, d).
     """
     edit = call.edit_at(site)
     if edit is PLAIN and call.backend == "auto":
         return F.scaled_dot_product_attention(q, k, v)
 
-    rows = len(q)
     own = tuple(range(rows))
-    k_rows, v_rows = edit.read_rows(rows)
+    q_rows, k_rows, v_rows = edit.read_rows(rows)
+    q_index = tuple(q_rows.index(row) for row in edit.q_from or own)
     k_index = tuple(k_rows.index(row) for row in edit.k_from or own)
     v_index = tuple(v_rows.index(row) for row in edit.v_from or own)
+    q = take(q, q_index)
 
-    if edit.records:
-        # Row-aligned K and V: a recorded site is cross-attention, whose K/V are 77 tokens.
-        weights = torch.cat([record.token_weights for record in edit.records], dim=1)
-        out, maps = cross_attention_with_maps(q, take(k, k_index), take(v, v_index), weights)
-        counts = [record.token_weights.shape[1] for record in edit.records]
-        for record, part in zip(edit.records, maps.split(counts, dim=1), strict=True):
-            call.tape[record.key, site.index] = part
-        return out
+    if edit.mix is not None or (edit.records and edit.mask is None and edit.union_with is None):
+        # Row-aligned K and V: mostly cross-attention, whose K/V are 77 tokens.
+        return _attend_to_tokens(q, take(k, k_index), take(v, v_index), edit, site, call)
 
+    if edit.records:  # of masked or united self-attention, the maps without mask and union
+        _attend_to_tokens(q, take(k, k_index), take(v, v_index), edit, site, call)
     regions = None if edit.mask is None else edit.mask(call.tape, grid)
     plan = None
     if regions is not None:
@@ -175,3 +190,50 @@ def attend(q: Tensor, k: Tensor, v: Tensor, site: Site, grid: Grid, call: Call) 
         plan=plan,
         backend=call.backend,
     )
+
+
+def _attend_to_tokens(q: Tensor, k: Tensor, v: Tensor, edit: Edit, site: Site, call: Call) -> Tensor:
+    """Cross-attention whose probabilities are mixed or recorded, without holding them in memory.
+
+    Attention is linear in the values: (P_s M + P_t * own) V is P_s (M V) + P_t (own * V), two plain attentions,
+    and a recorded map, a product with token weights in place of V, splits the same way.
+    """
+    rows, mix = len(q), edit.mix
+    weights = [record.token_weights for record in edit.records]
+    tokens = torch.cat(weights, dim=1) if weights else None
+    if mix is not None:
+        own_q, own_k, own_v = (take(t, mix.rows) for t in (q, k, v))
+        own_tokens = None if tokens is None else take(tokens, mix.rows)
+        source_of = dict(zip(mix.rows, mix.sources, strict=True))
+        index = tuple(source_of.get(row, row) for row in range(rows))
+        q, k = take(q, index), take(k, index)
+        v = _replace_rows(v, mix.rows, mix.from_source[:, None].to(v.dtype) @ own_v)
+        if tokens is not None and own_tokens is not None:
+            tokens = _replace_rows(tokens, mix.rows, own_tokens @ mix.from_source.mT)
+        if mix.own is not None:
+            q, k = torch.cat([q, own_q]), torch.cat([k, own_k])
+            v = torch.cat([v, mix.own[:, None, :, None].to(v.dtype) * own_v])
+            if tokens is not None and own_tokens is not None:
+                tokens = torch.cat([tokens, own_tokens * mix.own[:, None]])
+
+    if tokens is None:
+        out = mutual_attention(q, k, v, kv_index=tuple(range(len(q))), backend=call.backend)
+        return _fold_rows(out, rows, mix)
+    out, maps = cross_attention_with_maps(q, k, v, tokens)
+    maps = _fold_rows(maps, rows, mix)
+    for record, part in zip(edit.records, maps.split([w.shape[1] for w in weights], dim=1), strict=True):
+        call.tape[record.key, site.index] = part
+    return _fold_rows(out, rows, mix)
+
+
+def _replace_rows(x: Tensor, rows: tuple[int, ...], new: Tensor) -> Tensor:
+    """x with new's rows in place of the named ones."""
+    place = {row: i for i, row in enumerate(rows)}
+    return torch.cat([new[place[i]][None] if i in place else x[i : i + 1] for i in range(len(x))])
+
+
+def _fold_rows(x: Tensor, rows: int, mix: Mix | None) -> Tensor:
+    """The first `rows` rows, with what stands after them, the mixed rows' own parts, added in."""
+    if mix is None or len(x) == rows:
+        return x
+    return _replace_rows(x[:rows], mix.rows, take(x, mix.rows) + x[rows:])

@@ -89,17 +89,19 @@ class Branches:
         parts = [cond[row.branch : row.branch + 1] if "cond" in row.halves else uncond for row in self.rows]
         return torch.cat(parts)
 
-    def guide(self, eps: Tensor, guidance_scale: float) -> Tensor:
+    def guide(self, eps: Tensor, guidance_scale: float, source_scale: float | None = None) -> Tensor:
         """Classifier-free guidance (2207.12598, eq. 6): eps (rows, ..) -> (branches present, ..).
 
-        e_u + s (e_c - e_u); a branch of one row gives that row.
+        e_u + s (e_c - e_u); a branch of one row gives that row, and so does s <= 1, its conditional one.
+        source_scale: s of the source, by default guidance_scale.
         """
         guided = []
         for branch in self.present:
             uncond, cond = self.row(branch, "uncond"), self.row(branch, "cond")
             assert cond is not None
-            if uncond is None or uncond == cond:
+            scale = guidance_scale if branch != SOURCE or source_scale is None else source_scale
+            if uncond is None or uncond == cond or scale <= 1.0:
                 guided.append(eps[cond])
             else:
-                guided.append(eps[uncond] + guidance_scale * (eps[cond] - eps[uncond]))
+                guided.append(eps[uncond] + scale * (eps[cond] - eps[uncond]))
         return torch.stack(guided)

@@ -7,10 +7,12 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from masa.controls.base import Control
 from masa.errors import MasaError
+from masa.inversion import METHODS
+from masa.sheets import PARAMETERS, comparison
 
 OUT = Path("masa-out")
 
@@ -75,6 +77,7 @@ def run_sample(args: argparse.Namespace) -> None:
         trajectory=trajectory,
         pin_source=not args.free_source,
         steps=args.steps,
+        skip_steps=args.skip_steps,
         guidance_scale=args.guidance,
         negative_prompt=args.negative_prompt,
         height=args.height,
@@ -102,6 +105,7 @@ def run_edit(args: argparse.Namespace) -> None:
         controls=controls,
         pin_source=not args.free_source,
         steps=50 if args.steps is None else args.steps,
+        skip_steps=args.skip_steps,
         guidance_scale=args.guidance,
         invert_guidance_scale=args.invert_guidance,
         method=args.method,
@@ -133,12 +137,85 @@ def run_invert(args: argparse.Namespace) -> None:
         steps=50 if args.steps is None else args.steps,
         guidance_scale=args.invert_guidance,
         method=args.method,
+        edit_guidance_scale=args.edit_guidance,
         height=args.height,
         width=args.width,
+        seed=args.seed,
         progress=not args.quiet,
     )
     trajectory.save(out)
     report([out])
+
+
+def run_sdedit(args: argparse.Namespace) -> None:
+    import masa
+
+    names = ["source.png", *(f"target_{i}.png" for i in range(len(args.target))), "grid.png"]
+    folder = choose_folder(args.out, names, args.overwrite)
+    check_picture(args.image)
+    result = masa.sdedit(
+        load_model(args),
+        args.image,
+        args.target,
+        args.strength,
+        steps=50 if args.steps is None else args.steps,
+        guidance_scale=args.guidance,
+        negative_prompt=args.negative_prompt,
+        height=args.height,
+        width=args.width,
+        seed=args.seed,
+        progress=not args.quiet,
+    )
+    report(result.save(folder))
+
+
+def run_grid(args: argparse.Namespace) -> None:
+    import masa
+
+    folder = choose_folder(args.out, ["grid.png"], args.overwrite)
+    check_picture(args.image)
+    sheet = masa.grid(
+        load_model(args),
+        args.image,
+        args.target,
+        args.source,
+        methods=args.methods,
+        controls=comparison(args.source, masa.MasaCtrl(args.start_step, args.start_layer)),
+        steps=50 if args.steps is None else args.steps,
+        guidance_scale=args.guidance,
+        height=args.height,
+        width=args.width,
+        seed=args.seed,
+        progress=not args.quiet,
+    )
+    sheet.save(folder / "grid.png")
+    report([folder / "grid.png"])
+
+
+def run_sweep(args: argparse.Namespace) -> None:
+    import masa
+
+    folder = choose_folder(args.out, ["sweep.png"], args.overwrite)
+    if args.image is not None:
+        check_picture(args.image)
+    sheet = masa.sweep(
+        load_model(args),
+        args.source,
+        args.target,
+        args.rows,
+        args.columns,
+        image=args.image,
+        method=args.method,
+        control=masa.MasaCtrl(args.start_step, args.start_layer),
+        steps=50 if args.steps is None else args.steps,
+        guidance_scale=args.guidance,
+        height=args.height,
+        width=args.width,
+        seed=args.seed,
+        progress=not args.quiet,
+    )
+    sheet.save(folder / "sweep.png")
+    report([folder / "sweep.png"])
 
 
 def run_inspect(args: argparse.Namespace) -> None:
@@ -171,11 +248,15 @@ def load_model(args: argparse.Namespace):  # type: ignore[no-untyped-def]
 
 
 def build_controls(args: argparse.Namespace) -> list[Control]:
-    """The controls that the options describe; [] for --no-control."""
+    """The controls that the options describe: MasaCtrl unless --no-control, and blending where asked."""
     import masa
 
+    blended: list[Control] = []
+    if args.blend is not None:
+        check_picture(args.blend)
+        blended.append(masa.BlendedLatents(args.blend))
     if args.no_control:
-        return []
+        return blended
     mask: masa.GivenMasks | masa.WordMasks | None = None
     if args.words and args.masks:
         raise MasaError("--words and --masks both say where the subject is; give one")
@@ -194,7 +275,8 @@ def build_controls(args: argparse.Namespace) -> list[Control]:
             mask=mask,
             union=args.union,
             source_weight=args.source_weight,
-        )
+        ),
+        *blended,
     ]
 
 
@@ -239,6 +321,26 @@ def parse_numbers(text: str) -> list[int]:
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 3,5,10-12") from None
     return numbers
+
+
+def parse_sweep(text: str) -> tuple[str, list[Any]]:
+    """ "start_layer=0,6,10" -> ("start_layer", [0, 6, 10])."""
+    name, equals, values = text.partition("=")
+    if not equals or name not in PARAMETERS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUES with a name of {', '.join(PARAMETERS)}")
+    return name, [parse_value(value.strip()) for value in values.split(",")]
+
+
+def parse_value(text: str) -> int | float | bool | str:
+    """A number or truth value where it is one, else the text."""
+    if text in ("True", "False"):
+        return text == "True"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
 
 
 # ------------------------------------------------------------------------------------------------- parser
@@ -303,10 +405,71 @@ def build_parser() -> Parser:
     )
     invert.add_argument("image", help="the picture's path")
     invert.add_argument("--prompt", default="", help="the picture's own prompt (default: empty)")
-    add_inversion(invert)
+    group = add_inversion(invert)
+    group.add_argument("--edit-guidance", type=float, default=7.5, help="guidance that null-text fits (default: 7.5)")
+    group.add_argument("--seed", type=int, help="of edit-friendly and plain noise (default: drawn)")
     add_steps_and_size(invert)
     add_model(invert)
     add_output(invert, "the .safetensors file to write (default: named after the picture)")
+
+    sdedit = add(
+        commands,
+        "sdedit",
+        run_sdedit,
+        "noise a picture half way and denoise it with other prompts",
+        ['masa sdedit corgi.jpg "a photo of a wolf" --strength 0.6 -c v1-5-pruned-emaonly.safetensors'],
+    )
+    sdedit.add_argument("image", help="the picture's path")
+    sdedit.add_argument("target", nargs="+", help="the targets' prompts")
+    sdedit.add_argument("--strength", type=float, default=0.8, help="0: the picture, 1: noise (default: 0.8)")
+    group = add_steps_and_size(sdedit)
+    add_guidance_and_seed(group)
+    group.add_argument("--negative-prompt", default="", help="what to be guided away from")
+    add_model(sdedit)
+    add_output(sdedit)
+
+    grid = add(
+        commands,
+        "grid",
+        run_grid,
+        "one picture of an edit by every inversion and control",
+        [
+            'masa grid corgi.jpg "a running corgi" --source "a sitting corgi" -c v1-5-pruned-emaonly.safetensors',
+            'masa grid cat.png "a cat standing" --source "a cat sitting" --steps 20 --guidance 3 --start-layer 0',
+        ],
+    )
+    grid.add_argument("image", help="the picture's path")
+    grid.add_argument("target", help="the target's prompt")
+    grid.add_argument("--source", default="", help="the picture's own prompt (default: empty)")
+    grid.add_argument("--methods", nargs="+", choices=METHODS, help="inversions (default: all that the source allows)")
+    add_guidance_and_seed(add_steps_and_size(grid))
+    add_start(grid.add_argument_group("control (MasaCtrl)"))
+    add_model(grid)
+    add_output(grid)
+
+    sweep = add(
+        commands,
+        "sweep",
+        run_sweep,
+        "one picture of a target under every pair of values of two parameters",
+        [
+            'masa sweep "a sitting cat" "a standing cat" --rows start_step=0,4,20 --columns start_layer=0,8,10,14',
+            'masa sweep "" "a running corgi" --image corgi.jpg --rows guidance_scale=3,7.5 --columns start_step=0,4,20',
+        ],
+    )
+    sweep.add_argument("source", help="the source's prompt")
+    sweep.add_argument("target", help="the target's prompt")
+    sweep.add_argument("--image", help="edit this picture, inverted once (default: synthesise the source)")
+    sweep.add_argument("--method", default="ddim", choices=METHODS, help="the picture's inversion (default: ddim)")
+    form = "of MasaCtrl or of sampling: NAME=VALUE,VALUE,.."
+    default = "start_step=0,4,8,16"
+    sweep.add_argument("--rows", type=parse_sweep, default=default, help=f"{form} (default: {default})")
+    default = "start_layer=0,4,8,10,14"
+    sweep.add_argument("--columns", type=parse_sweep, default=default, help=f"another (default: {default})")
+    add_guidance_and_seed(add_steps_and_size(sweep))
+    add_start(sweep.add_argument_group("control (MasaCtrl)"))
+    add_model(sweep)
+    add_output(sweep)
 
     inspect = add(
         commands,
@@ -366,19 +529,28 @@ def add_steps_and_size(parser: Parser) -> argparse._ArgumentGroup:
 
 def add_sampling(parser: Parser) -> None:
     group = add_steps_and_size(parser)
-    group.add_argument("--guidance", type=float, default=7.5, help="classifier-free guidance (default: 7.5; 1 is off)")
+    add_guidance_and_seed(group)
     group.add_argument("--negative-prompt", default="", help="what to be guided away from")
-    group.add_argument("--seed", type=int, help="of the starting noise (default: drawn, and written into the PNGs)")
+    group.add_argument("--skip-steps", type=int, help="leave out the noisiest steps (default: as the inversion wants)")
     group.add_argument("--eta", type=float, default=0.0, help="DDIM's randomness, 0 to 1 (default: 0)")
     group.add_argument("--free-source", action="store_true", help="let a real source drift instead of pinning it")
     backends = ("auto", "triton", "sdpa", "reference")
     group.add_argument("--backend", choices=backends, default="auto", help="of controlled attention (default: auto)")
 
 
-def add_control(parser: Parser) -> None:
-    group = parser.add_argument_group("control (MasaCtrl)")
+def add_guidance_and_seed(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--guidance", type=float, default=7.5, help="classifier-free guidance (default: 7.5; 1 is off)")
+    group.add_argument("--seed", type=int, help="of the noise (default: drawn, and written into the PNGs)")
+
+
+def add_start(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--start-step", type=int, default=4, help="first step controlled (default: 4)")
     group.add_argument("--start-layer", type=int, default=10, help="first layer controlled, 0..15 (default: 10)")
+
+
+def add_control(parser: Parser) -> None:
+    group = parser.add_argument_group("control (MasaCtrl)")
+    add_start(group)
     group.add_argument("--control-steps", type=parse_numbers, metavar="LIST", help="these steps instead: 4,6,10-20")
     group.add_argument("--control-layers", type=parse_numbers, metavar="LIST", help="these layers instead: 10-15")
     group.add_argument(
@@ -388,13 +560,15 @@ def add_control(parser: Parser) -> None:
     group.add_argument("--masks", nargs=2, metavar=("SOURCE", "TARGET"), help="mask by these pictures, white = subject")
     group.add_argument("--union", action="store_true", help="targets see their own keys and values too")
     group.add_argument("--source-weight", type=float, default=1.0, help="of the source in a union (default: 1)")
-    group.add_argument("--no-control", action="store_true", help="no control: the fixed-seed baseline")
+    group.add_argument("--no-control", action="store_true", help="no MasaCtrl: the fixed-seed baseline")
+    group.add_argument("--blend", metavar="MASK", help="keep a real picture outside this mask, white = may change")
 
 
-def add_inversion(parser: Parser) -> None:
+def add_inversion(parser: Parser) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("inversion")
-    group.add_argument("--method", default="ddim", choices=("ddim",), help="(default: ddim)")
+    group.add_argument("--method", default="ddim", choices=METHODS, help="(default: ddim)")
     group.add_argument("--invert-guidance", type=float, default=1.0, help="guidance of the inversion (default: 1)")
+    return group
 
 
 def add_output(parser: Parser, text: str = "the folder to write into (default: the next free masa-out/NNNN)") -> None:

@@ -1,71 +1,29 @@
-"""From a picture back to noise: the trajectory of latents that sampling then retraces or edits."""
+"""From a picture back to noise: the trajectory that sampling then retraces or edits."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import get_args
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from masa.attention import Backend
 from masa.branches import Branches
 from masa.errors import MasaError
-from masa.files import replacing
 from masa.image import ImageLike, file_digest, load_image
+from masa.noise import Noise
+from masa.null_text import MAX_STEPS, null_text
 from masa.pipeline import StableDiffusion
 from masa.schedule import Schedule
+from masa.trajectory import EDIT_FRIENDLY_ETA, Method, Trajectory
 
-FORMAT = "masa trajectory 1"
+METHODS: tuple[str, ...] = get_args(Method)
 
-
-@dataclass(frozen=True)
-class Trajectory:
-    """A picture's way to noise.
-
-    latents (steps + 1, 4, h, w), float32 on the CPU: the picture's own first, the noisiest last. prompt: what
-    it was inverted with. settings: JSON values that tell how it was made.
-    """
-
-    latents: Tensor
-    prompt: str
-    settings: Mapping[str, Any]
-
-    @property
-    def steps(self) -> int:
-        return len(self.latents) - 1
-
-    @property
-    def offset(self) -> int:
-        """The schedule's offset that it was made with."""
-        return int(self.settings["schedule_offset"])
-
-    def save(self, path: str | Path) -> None:
-        """Write latents and settings as one safetensors file."""
-        metadata = {"format": FORMAT, "prompt": self.prompt, "settings": json.dumps(dict(self.settings))}
-        with replacing(path) as temporary:
-            save_file({"latents": self.latents.contiguous()}, temporary, metadata)
-
-    @classmethod
-    def load(cls, path: str | Path) -> Trajectory:
-        """Read what `save` wrote. MasaError for any other file."""
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise MasaError(f"{path} is no trajectory; expected a file written by masa.invert(..).save()")
-                # A copy: the mapped file may be overwritten while the trajectory lives.
-                latents = file.get_tensor("latents").clone()
-        except SafetensorError as error:
-            raise MasaError(f"{path} is not a whole safetensors file ({error}); invert the picture again") from error
-        settings = json.loads(metadata["settings"]) | {"trajectory": str(path)}
-        return cls(latents, metadata["prompt"], settings)
+# (latents, timestep) -> the noise in them, guided.
+Predict = Callable[[Tensor, int], Tensor]
 
 
 @torch.no_grad()
@@ -77,35 +35,66 @@ def invert(
     steps: int = 50,
     guidance_scale: float = 1.0,
     method: str = "ddim",
+    edit_guidance_scale: float = 7.5,
     height: int | None = None,
     width: int | None = None,
+    seed: int | None = None,
+    generator: torch.Generator | None = None,
     schedule: Schedule | None = None,
     backend: Backend = "auto",
     progress: bool = True,
 ) -> Trajectory:
-    """Invert a picture: latents that lead back to it when denoised with the same prompt.
+    """Invert a picture: latents, and what else it takes, that lead back to it when denoised.
 
     image: a path, PIL picture, uint8 array (h, w, 3) or float tensor (3, h, w) in [-1, 1]; size by default its
-    own, scaled to the model's training size on the short side. guidance_scale: 1 inverts best; above 1 the
-    inversion is guided away from the empty prompt. method: "ddim" (2010.02502; MasaCtrl section 4).
-    schedule: default the model's. Raises MasaError for bad input, before any long work.
+    own, scaled to the model's training size on the short side. prompt: the picture's own. guidance_scale: of
+    the inversion; 1 inverts best, above 1 it is guided away from the empty prompt (no effect where both halves
+    have one prompt: the empty one, or "negative-prompt"). schedule: default the model's.
+
+    method:
+    "ddim": deterministic (2010.02502; MasaCtrl section 4).
+    "negative-prompt": the same, and sampling takes the prompt as its negative one (2305.16807).
+    "null-text": the same, and an unconditional embedding is fitted to each step, so that sampling with
+    edit_guidance_scale retraces it (2211.09794). At most 100 steps.
+    "edit-friendly": independent noisy pictures, and the noise that leads from each to the next (2304.06140);
+    drawn from seed or generator. Editing leaves out the first 12 of 50 steps unless told otherwise.
+    "noise": no inversion; one noise, from seed or generator, added at every level (2108.01073).
+
+    Raises MasaError for bad input, before any long work.
     """
-    if method != "ddim":
-        raise MasaError(f"inversion method is {method!r}; expected 'ddim'")
     schedule = schedule or sd.schedule
     timesteps = schedule.timesteps(steps)
+    _check_method(method, prompt, steps, schedule, edit_guidance_scale)
+    noise = Noise(seed, generator)
     picture = load_image(image, short_side=sd.config.image_size, height=height, width=width)
-    # With an empty prompt both halves would be the same row; without guidance the unconditional one has no say.
-    guided = guidance_scale > 1.0 and prompt != ""
-    rows = Branches.build(0, guided=guided)
-    context = rows.contexts(*(sd.encode_prompt([p]) for p in ("", prompt)))
+    uncond, cond = sd.encode_prompt([""]), sd.encode_prompt([prompt])
+    if method == "negative-prompt":
+        uncond = cond
+    # Where both halves would be the same row, or the unconditional one has no say, one is enough.
+    rows = Branches.build(0, guided=guidance_scale > 1.0 and not torch.equal(uncond, cond))
+    context = rows.contexts(uncond, cond)
 
-    x = sd.encode_image(picture, height=picture.shape[2], width=picture.shape[3])
-    latents = [x]
-    for timestep in tqdm(timesteps[::-1], desc="invert", disable=not progress):
+    def predict(x: Tensor, timestep: int) -> Tensor:
         eps, _ = sd.unet(rows.expand(x).to(sd.dtype), timestep, context, backend=backend)
-        x = schedule.invert_step(rows.guide(eps.float(), guidance_scale), x, timestep, steps)
-        latents.append(x)
+        return rows.guide(eps.float(), guidance_scale)
+
+    z0 = sd.encode_image(picture, height=picture.shape[2], width=picture.shape[3])
+    bar = tqdm(timesteps[::-1], desc="invert", disable=not progress or method == "noise")
+    embeddings: Tensor | None = None
+    added: Tensor | None = None
+    if method == "noise":
+        latents = _noised(z0, noise, schedule, timesteps[::-1], shared=True)
+    elif method == "edit-friendly":
+        latents = _noised(z0, noise, schedule, timesteps[::-1], shared=False)
+        added = _edit_friendly(predict, latents, schedule, bar).cpu()
+    else:
+        latents = _ddim(predict, z0, schedule, steps, bar)
+    if method == "negative-prompt":
+        embeddings = cond.float().cpu().expand(steps, -1, -1)
+    elif method == "null-text":
+        embeddings = null_text(
+            sd, latents, uncond, cond, schedule=schedule, guidance_scale=edit_guidance_scale, progress=progress
+        )
     is_file = isinstance(image, str | Path)
     settings = {
         "function": "invert",
@@ -117,7 +106,55 @@ def invert(
         "steps": steps,
         "guidance_scale": guidance_scale,
         "method": method,
+        "edit_guidance_scale": edit_guidance_scale if method == "null-text" else None,
+        "seed": noise.seed,
+        "generator_state": noise.generator_state,
         "schedule_offset": schedule.offset,
-        "checkpoint": sd.checkpoint,
+        "checkpoint": sd.origin.checkpoint,
     }
-    return Trajectory(torch.cat(latents).cpu(), prompt, settings)
+    return Trajectory(latents.cpu(), prompt, settings, embeddings, added)
+
+
+def _ddim(predict: Predict, z0: Tensor, schedule: Schedule, steps: int, timesteps: Sequence[int] | tqdm) -> Tensor:
+    """DDIM against time: latents (steps + 1, 4, h, w), clean first."""
+    latents = [z0]
+    for timestep in timesteps:
+        x = latents[-1]
+        latents.append(schedule.invert_step(predict(x, timestep), x, timestep, steps))
+    return torch.cat(latents)
+
+
+def _noised(z0: Tensor, noise: Noise, schedule: Schedule, timesteps: Sequence[int], shared: bool) -> Tensor:
+    """z0 and its draws from q(x_t | x_0), (steps + 1, 4, h, w): of one shared noise, or independent."""
+    draws = noise.draw((1 if shared else len(timesteps), *z0.shape[1:])).to(z0).expand(len(timesteps), -1, -1, -1)
+    return torch.cat([z0, *(schedule.noised(z0, e, t) for e, t in zip(draws[:, None], timesteps, strict=True))])
+
+
+def _edit_friendly(predict: Predict, latents: Tensor, schedule: Schedule, timesteps: Sequence[int] | tqdm) -> Tensor:
+    """z_t = (x_{t-1} - mu_t(x_t)) / sigma_t, eq. 5, noisiest first: the noise that a replay adds, (steps, 4, h, w)."""
+    steps = len(latents) - 1
+    found = []
+    for k, timestep in enumerate(timesteps):
+        x, x_prev = latents[k + 1][None], latents[k][None]
+        mean = schedule.step(predict(x, timestep), x, timestep, steps, EDIT_FRIENDLY_ETA, torch.zeros_like(x))
+        found.append((x_prev - mean) / schedule.sigma(timestep, steps, EDIT_FRIENDLY_ETA))
+    return torch.cat(found[::-1])
+
+
+def _check_method(method: str, prompt: str, steps: int, schedule: Schedule, edit_guidance_scale: float) -> None:
+    if method not in METHODS:
+        raise MasaError(f"inversion method is {method!r}; expected one of {', '.join(map(repr, METHODS))}")
+    if method in ("negative-prompt", "null-text") and not prompt:
+        raise MasaError(
+            f"{method} inversion with an empty prompt: guidance has no prompt to pull the source to, and nothing "
+            "to make up for; describe the picture in its prompt, or use method='ddim'"
+        )
+    if method == "null-text" and steps > MAX_STEPS:
+        raise MasaError(f"null-text has a learning rate for {MAX_STEPS} steps at most; steps is {steps}")
+    if method == "null-text" and edit_guidance_scale <= 1.0:
+        raise MasaError(
+            f"null-text fits embeddings to guided denoising, and edit_guidance_scale is {edit_guidance_scale}; "
+            "expected more than 1, or method='ddim'"
+        )
+    if method == "edit-friendly" and schedule.offset == 0:
+        raise MasaError("edit-friendly noise needs a last step that adds some; use the schedule's offset 1")

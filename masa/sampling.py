@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from masa import __version__
-from masa.attention import Backend, Edit
+from masa.attention import Backend, Edit, Grid
 from masa.branches import Branches
 from masa.controls.base import ActiveControl, Control, Run, resolve
 from masa.controls.masactrl import MasaCtrl
 from masa.errors import MasaError
 from masa.image import ImageLike, check_size
-from masa.inversion import Trajectory, invert
+from masa.inversion import invert
 from masa.models.unet import Retirement
+from masa.noise import Noise
 from masa.pipeline import StableDiffusion
 from masa.result import Picture, Result
 from masa.schedule import Schedule
 from masa.settings import describe, pack
+from masa.trajectory import Trajectory
 
 Callback = Callable[[int, int, Tensor], "Tensor | None"]
 
@@ -35,22 +36,33 @@ class Denoising:
     schedule: Schedule
     steps: int
     latents: Tensor  # (1 + N, 4, h, w): the start
-    uncond: Tensor  # (1, 77, width)
-    cond: Tensor  # (1 + N, 77, width)
+    contexts: tuple[Context, ...]  # of each step
     guidance_scale: float
-    branches: Branches
+    draw_noise: Callable[[], Tensor]  # (1, 4, h, w)
+    source_guidance: float | None = None  # None: guidance_scale
+    first_step: int = 0
     controls: tuple[ActiveControl, ...] = ()
     pinned: Tensor | None = None  # a trajectory's latents, which the source's are replaced by
+    retraces: bool = True  # a pinned source is computed at the last step: its reconstruction
     eta: float = 0.0
-    generator: torch.Generator | None = None
+    noise: Tensor | None = None  # (steps, 4, h, w), added by each step instead of fresh noise
     backend: Backend = "auto"
     callback: Callback | None = None
+
+
+@dataclass(frozen=True)
+class Context:
+    """One step's rows and their prompts' embeddings."""
+
+    branches: Branches
+    uncond: Tensor  # (1, 77, width)
+    cond: Tensor  # (1 + N, 77, width)
 
 
 def denoise(run: Denoising) -> Iterator[Tensor]:
     """The latents (1 + N, 4, h, w) after each step; the caller owns the progress. MasaCtrl algorithm 1."""
     sd, x = run.sd, run.latents
-    for step, timestep in enumerate(run.schedule.timesteps(run.steps)):
+    for step, timestep in list(enumerate(run.schedule.timesteps(run.steps)))[run.first_step :]:
         last = step == run.steps - 1
         if run.pinned is not None:
             x = torch.cat([run.pinned[run.steps - step][None], x[1:]])
@@ -58,14 +70,14 @@ def denoise(run: Denoising) -> Iterator[Tensor]:
         eps, tape = sd.unet(
             branches.expand(x).to(sd.dtype),
             timestep,
-            branches.contexts(run.uncond, run.cond),
+            branches.contexts(run.contexts[step].uncond, run.contexts[step].cond),
             edits,
             retire=retire,
             backend=run.backend,
         )
         predicted = branches if retire is None else Branches(tuple(branches.rows[i] for i in retire.keep))
-        eps = predicted.guide(eps.float(), run.guidance_scale)
-        noise = _step_noise(run, x) if run.eta > 0 else None
+        eps = predicted.guide(eps.float(), run.guidance_scale, run.source_guidance)
+        noise = _step_noise(run, step).to(x.device) if run.eta > 0 else None
         moved = run.schedule.step(eps, x[list(predicted.present)], timestep, run.steps, run.eta, noise)
         # A pinned source that was not computed stands where its trajectory does.
         x = moved if len(moved) == len(x) else torch.cat([_pinned_after(run, step), moved])
@@ -82,14 +94,15 @@ def _plan_step(run: Denoising, step: int, last: bool) -> tuple[Branches, dict[in
     A pinned source is computed only for the targets to read it, or at the last step, which gives its
     reconstruction; it leaves the batch once the last edited layer is done.
     """
-    edits = resolve(run.controls, step, run.branches, run.sd.unet.sites)
-    if run.pinned is None or last:
-        return run.branches, edits, None
-    targets = run.branches.without_source()
+    branches = run.contexts[step].branches
+    edits = resolve(run.controls, step, branches, run.sd.unet.sites)
+    if run.pinned is None or (last and run.retraces):
+        return branches, edits, None
+    targets = branches.without_source()
     if not edits:
-        return Branches(tuple(run.branches.rows[i] for i in targets)), {}, None
+        return Branches(tuple(branches.rows[i] for i in targets)), {}, None
     last_layer = max(run.sd.unet.sites[index].layer for index in edits)
-    return run.branches, edits, Retirement(last_layer, targets)
+    return branches, edits, Retirement(last_layer, targets)
 
 
 def _pinned_after(run: Denoising, step: int) -> Tensor:
@@ -97,14 +110,9 @@ def _pinned_after(run: Denoising, step: int) -> Tensor:
     return run.pinned[run.steps - step - 1][None]
 
 
-def _step_noise(run: Denoising, x: Tensor) -> Tensor:
-    """Fresh noise for eta > 0, the same for every branch: N targets together equal N targets alone."""
-    return _draw((1, *x.shape[1:]), run.generator).to(x.device)
-
-
-def _draw(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
-    device = "cpu" if generator is None else generator.device
-    return torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
+def _step_noise(run: Denoising, step: int) -> Tensor:
+    """The trajectory's noise, or fresh; the same for every branch: N targets together equal N targets alone."""
+    return run.draw_noise() if run.noise is None else run.noise[step][None]
 
 
 def _call_back(callback: Callback, step: int, timestep: int, x: Tensor) -> Tensor:
@@ -127,6 +135,7 @@ def sample(
     trajectory: Trajectory | None = None,
     pin_source: bool = True,
     steps: int | None = None,
+    skip_steps: int | None = None,
     guidance_scale: float = 7.5,
     negative_prompt: str = "",
     height: int | None = None,
@@ -144,9 +153,11 @@ def sample(
 
     source, target: prompts; several targets share one pass; none is plain text-to-image of the source.
     controls: one or a list; [] is the fixed-seed baseline. They act on targets only.
-    trajectory: an inverted picture as the source; its size, steps and schedule hold, and its prompt where
-    `source` is empty. pin_source: put the source's latents back on the trajectory before each step
-    (2310.01506), else it drifts. steps: default 50. guidance_scale: 1 or less switches guidance off.
+    trajectory: an inverted picture as the source; its size, steps and schedule hold, its prompt where `source`
+    is empty, and the unconditional embeddings and noise that it brings. pin_source: put the source's latents
+    back on the trajectory before each step (2310.01506), else it drifts. steps: default 50. skip_steps: how
+    many of the noisiest are left out, starting from the trajectory's (or the given) latents there; default 0,
+    for an edit-friendly trajectory 12 of 50. guidance_scale: 1 or less switches guidance off.
     height, width: multiples of 64, default the model's training size. Starting noise: `latents` (1, 4, h, w)
     shared or (1 + N, 4, h, w), else drawn from `generator`, else from `seed` on the CPU, the same on every
     device. eta: DDIM's, 0 is deterministic. schedule: default the model's. backend: of controlled attention,
@@ -156,76 +167,79 @@ def sample(
     """
     targets = (target,) if isinstance(target, str) else tuple(target)
     chosen = _as_list(controls)
-    needs_noise = eta > 0 or (latents is None and trajectory is None)
-    if needs_noise and seed is None and generator is None:
-        seed = secrets.randbelow(2**32)  # written into the settings: any run can be repeated
+    described = [describe(control) for control in chosen] if targets else []
     steps, schedule, size = _steps_and_size(sd, trajectory, steps, schedule, height, width)
     schedule.timesteps(steps)
-    _check_noise(seed, generator, latents, trajectory, eta)
+    noise = Noise(seed, generator)
+    eta = _check_start(latents, trajectory, eta, negative_prompt)
+    first_step = _first_step(skip_steps, steps, latents, trajectory)
     source = source or (trajectory.prompt if trajectory is not None else "")
+    shape = (sd.config.unet.in_channels, *(side // sd.config.vae.downsample for side in size))
+    info = _run_info(sd, schedule, steps, (source, *targets), (shape[1], shape[2]))
+    info = replace(
+        info,
+        first_step=first_step,
+        source_latents=None if trajectory is None else trajectory.latents[:1].to(sd.device),
+        draw_noise=lambda: noise.draw((1, *shape)).to(sd.device),
+    )
+    active = tuple(control.begin(info) for control in chosen) if targets else ()
+    first_step = max(first_step, *(control.first_step for control in active), 0)
+
+    start = _start(1 + len(targets), shape, latents, trajectory, steps - first_step, noise).to(sd.device)
+    for control in active:
+        start = control.start(start)
+    source_guidance = None if trajectory is None else trajectory.source_guidance
+    guided = max(guidance_scale, source_guidance or 0.0) > 1.0
+    run = Denoising(
+        sd=sd,
+        schedule=schedule,
+        steps=steps,
+        latents=start,
+        contexts=_contexts(sd, steps, source, targets, negative_prompt, trajectory, guided),
+        guidance_scale=guidance_scale,
+        draw_noise=lambda: noise.draw((1, *shape)),
+        source_guidance=source_guidance,
+        first_step=first_step,
+        controls=active,
+        pinned=trajectory.latents.to(sd.device) if trajectory is not None and pin_source and targets else None,
+        retraces=trajectory is None or trajectory.method != "noise",
+        eta=eta,
+        noise=None if trajectory is None else trajectory.noise,
+        backend=backend,
+        callback=callback,
+    )
+    x = run.latents
+    for x in tqdm(denoise(run), desc="sample", total=steps - first_step, disable=not progress):  # noqa: B007
+        pass
     settings = {
         "function": "sample",
         "version": __version__,
-        "checkpoint": sd.checkpoint,
+        "checkpoint": sd.origin.checkpoint,
         "device": str(sd.device),
         "dtype": str(sd.dtype).removeprefix("torch."),
         "source": source,
         "target": list(targets),
-        "controls": [describe(control) for control in chosen] if targets else [],
+        "controls": described,
         "trajectory": None if trajectory is None else dict(trajectory.settings),
         "pin_source": pin_source,
         "steps": steps,
+        "skip_steps": first_step,
         "guidance_scale": guidance_scale,
         "negative_prompt": negative_prompt,
         "height": size[0],
         "width": size[1],
-        "seed": seed,
-        "generator_state": None if generator is None else pack(generator.get_state()),
+        "seed": noise.seed,  # drawn, where none was given: any run can be repeated
+        "generator_state": noise.generator_state,
         "latents": None if latents is None else pack(latents),
         "eta": eta,
         "schedule_offset": schedule.offset,
         "backend": backend,
     }
-
-    prompts = (source, *targets)
-    shape = (sd.config.unet.in_channels, *(side // sd.config.vae.downsample for side in size))
-    run_info = Run(
-        steps=steps,
-        sites=sd.unet.sites,
-        prompts=prompts,
-        grid=(shape[1], shape[2]),
-        device=sd.device,
-        token_positions=sd.tokenizer.token_positions,
-        tokens=sd.config.text.tokens,
-    )
-    active = tuple(control.begin(run_info) for control in chosen) if targets else ()
-    if generator is None and seed is not None:
-        generator = torch.Generator().manual_seed(seed)
-    pinned = trajectory is not None and pin_source and bool(targets)
-    guided = guidance_scale > 1.0
-    run = Denoising(
-        sd=sd,
-        schedule=schedule,
-        steps=steps,
-        latents=_start(len(prompts), shape, latents, trajectory, generator).to(sd.device),
-        uncond=sd.encode_prompt([negative_prompt]),
-        cond=sd.encode_prompt(prompts),
-        guidance_scale=guidance_scale,
-        branches=Branches.build(len(targets), guided=guided, merge_source=source == negative_prompt),
-        controls=active,
-        pinned=trajectory.latents.to(sd.device) if trajectory is not None and pinned else None,
-        eta=eta,
-        generator=generator,
-        backend=backend,
-        callback=callback,
-    )
-    x = run.latents
-    for x in tqdm(denoise(run), desc="sample", total=steps, disable=not progress):  # noqa: B007
-        pass
     pictures = sd.decode_latents(x, progress=progress)
     masks = {i: {s: m.cpu() for s, m in c.masks().items()} for i, c in enumerate(active) if c.masks()}
+    attention = {i: c.attention() for i, c in enumerate(active) if c.attention()}
     images = [Picture.of(picture, settings | {"branch": i}) for i, picture in enumerate(pictures)]
-    return Result(images, x.cpu(), settings, masks)
+    return Result(images, x.cpu(), settings, masks, attention=attention)
 
 
 def edit(
@@ -237,6 +251,7 @@ def edit(
     controls: Control | Sequence[Control] = MasaCtrl(),
     pin_source: bool = True,
     steps: int = 50,
+    skip_steps: int | None = None,
     guidance_scale: float = 7.5,
     invert_guidance_scale: float = 1.0,
     method: str = "ddim",
@@ -253,13 +268,15 @@ def edit(
 ) -> Result:
     """Edit a real picture: `invert` it with the source prompt, then `sample` the targets from its trajectory.
 
-    guidance_scale is the sampling's, invert_guidance_scale the inversion's; seed and generator matter only
-    with eta > 0. Everything else as in `invert` and `sample`. MasaCtrl section 4.
+    guidance_scale is the sampling's, to which null-text is fitted; invert_guidance_scale the inversion's. seed or
+    generator: of the inversion's noise, then of the sampling's. Everything else as in `invert` and `sample`.
+    MasaCtrl section 4.
     """
     targets = (target,) if isinstance(target, str) else tuple(target)
     if not targets:
         raise MasaError("edit needs at least one target prompt")
-    _check_controls(sd, _as_list(controls), steps, (source, *targets))
+    check_controls(sd, controls, steps, (source, *targets))
+    _check_negative(method, negative_prompt)
     trajectory = invert(
         sd,
         image,
@@ -267,8 +284,11 @@ def edit(
         steps=steps,
         guidance_scale=invert_guidance_scale,
         method=method,
+        edit_guidance_scale=guidance_scale,
         height=height,
         width=width,
+        seed=seed,
+        generator=generator,
         schedule=schedule,
         backend=backend,
         progress=progress,
@@ -280,6 +300,7 @@ def edit(
         controls=controls,
         trajectory=trajectory,
         pin_source=pin_source,
+        skip_steps=skip_steps,
         guidance_scale=guidance_scale,
         negative_prompt=negative_prompt,
         eta=eta,
@@ -295,20 +316,54 @@ def _as_list(controls: Control | Sequence[Control]) -> tuple[Control, ...]:
     return tuple(controls) if isinstance(controls, Sequence) else (controls,)
 
 
-def _check_controls(sd: StableDiffusion, controls: Sequence[Control], steps: int, prompts: tuple[str, ...]) -> None:
+def check_controls(
+    sd: StableDiffusion, controls: Control | Sequence[Control], steps: int, prompts: tuple[str, ...]
+) -> None:
     """Let every control refuse the run before the inversion's minutes are spent."""
     side = sd.config.image_size // sd.config.vae.downsample
-    run = Run(
+    latents = torch.zeros(1, sd.config.unet.in_channels, side, side, device=sd.device)
+    info = _run_info(sd, sd.schedule, steps, prompts, (side, side))
+    for control in _as_list(controls):
+        control.begin(replace(info, source_latents=latents, draw_noise=lambda: latents))
+
+
+def _run_info(sd: StableDiffusion, schedule: Schedule, steps: int, prompts: tuple[str, ...], grid: Grid) -> Run:
+    """What controls may know of a run, but for where it starts."""
+    return Run(
         steps=steps,
         sites=sd.unet.sites,
         prompts=prompts,
-        grid=(side, side),
+        grid=grid,
         device=sd.device,
         token_positions=sd.tokenizer.token_positions,
+        encode=sd.tokenizer.encode,
         tokens=sd.config.text.tokens,
+        alphas=(*(schedule.alpha(timestep) for timestep in schedule.timesteps(steps)), 1.0),
     )
-    for control in controls:
-        control.begin(run)
+
+
+def _contexts(
+    sd: StableDiffusion,
+    steps: int,
+    source: str,
+    targets: tuple[str, ...],
+    negative_prompt: str,
+    trajectory: Trajectory | None,
+    guided: bool,
+) -> tuple[Context, ...]:
+    """Every step's rows and embeddings; the source has one row where its two embeddings are equal."""
+    cond = torch.cat([sd.encode_prompt(list(prompts)) for prompts in ((source,), targets) if prompts])
+    if trajectory is None or trajectory.context is None:
+        unconds = [sd.encode_prompt([negative_prompt])] * steps
+    elif trajectory.context.shape != (steps, *cond.shape[1:]):
+        raise MasaError(
+            f"the trajectory's unconditional embeddings are {tuple(trajectory.context.shape)}; this model's would be "
+            f"{(steps, *cond.shape[1:])}: invert with the model that edits"
+        )
+    else:
+        unconds = list(trajectory.context.to(cond).split(1))
+    rows = {merged: Branches.build(len(targets), guided=guided, merge_source=merged) for merged in (False, True)}
+    return tuple(Context(rows[torch.equal(uncond, cond[:1])], uncond, cond) for uncond in unconds)
 
 
 def _steps_and_size(
@@ -344,19 +399,41 @@ def _steps_and_size(
     return trajectory.steps, schedule, (found["height"][1], found["width"][1])
 
 
-def _check_noise(
-    seed: int | None,
-    generator: torch.Generator | None,
-    latents: Tensor | None,
-    trajectory: Trajectory | None,
-    eta: float,
-) -> None:
+def _check_start(latents: Tensor | None, trajectory: Trajectory | None, eta: float, negative_prompt: str) -> float:
+    """The run's eta. MasaError where arguments contradict each other or the trajectory."""
     if eta < 0:
         raise MasaError(f"eta is {eta}; expected 0 (deterministic) or more, 1 at most in the DDIM paper")
-    if trajectory is not None and latents is not None:
+    if trajectory is None:
+        return eta
+    if latents is not None:
         raise MasaError("latents and trajectory both give the start; leave one out")
-    if seed is not None and generator is not None:
-        raise MasaError("seed and generator both give the noise; leave one out")
+    if trajectory.context is not None:
+        _check_negative(trajectory.method, negative_prompt)
+    if trajectory.noise is not None and eta not in (0.0, trajectory.eta):
+        raise MasaError(
+            f"eta is {eta}, but the trajectory's noise was made for {trajectory.eta}; leave it out, or invert anew"
+        )
+    return eta if trajectory.noise is None else trajectory.eta
+
+
+def _check_negative(method: str, negative_prompt: str) -> None:
+    """MasaError where a negative prompt meets an inversion that takes its place."""
+    if method in ("negative-prompt", "null-text") and negative_prompt:
+        raise MasaError(
+            f"{method} inversion brings its own unconditional embeddings, which leaves no place for "
+            f"negative_prompt={negative_prompt!r}; leave it out, or invert with method='ddim'"
+        )
+
+
+def _first_step(skip_steps: int | None, steps: int, latents: Tensor | None, trajectory: Trajectory | None) -> int:
+    """How many of the noisiest steps are left out: as asked, else as the trajectory's method wants."""
+    if skip_steps is None:
+        return 0 if trajectory is None else trajectory.skip_steps
+    if not 0 <= skip_steps <= steps:
+        raise MasaError(f"skip_steps is {skip_steps}; expected a number from 0 to {steps}, the run's steps")
+    if skip_steps and trajectory is None and latents is None:
+        raise MasaError("skip_steps starts from half noisy latents; give a trajectory (masa.invert) or latents")
+    return skip_steps
 
 
 def _start(
@@ -364,13 +441,14 @@ def _start(
     shape: tuple[int, ...],
     latents: Tensor | None,
     trajectory: Trajectory | None,
-    generator: torch.Generator | None,
+    level: int,
+    noise: Noise,
 ) -> Tensor:
-    """The first latents (branches, 4, h, w): one noise for all, unless given one each."""
+    """The first latents (branches, 4, h, w): one noise for all, unless given one each; `level` steps to clean."""
     if trajectory is not None:
-        return trajectory.latents[-1:].expand(branches, -1, -1, -1)
+        return trajectory.latents[level][None].expand(branches, -1, -1, -1)
     if latents is None:
-        return _draw((1, *shape), generator).expand(branches, -1, -1, -1)
+        return noise.draw((1, *shape)).expand(branches, -1, -1, -1)
     if latents.shape[1:] != shape or len(latents) not in (1, branches):
         raise MasaError(
             f"latents are {tuple(latents.shape)}; expected (1, {', '.join(map(str, shape))}), or {branches} of them"

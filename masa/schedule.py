@@ -68,6 +68,15 @@ class Schedule:
         """One of `steps` inversion steps: x one stride below `timestep` -> x at `timestep`."""
         return ddim_invert_step(eps, x, self.alpha(timestep - self.stride(steps)), self.alpha(timestep))
 
+    def noised(self, x0: Tensor, noise: Tensor, timestep: int) -> Tensor:
+        """A draw from q(x_t | x_0): sqrt(a_t) x0 + sqrt(1 - a_t) noise."""
+        a_t = self.alpha(timestep)
+        return math.sqrt(a_t) * x0 + math.sqrt(1.0 - a_t) * noise
+
+    def sigma(self, timestep: int, steps: int, eta: float) -> float:
+        """Standard deviation of the noise that `step` adds."""
+        return ddim_sigma(self.alpha(timestep), self.alpha(timestep - self.stride(steps)), eta)
+
 
 def predict_x0(eps: Tensor, x: Tensor, a_t: float) -> Tensor:
     """The clean latents that x at noise level a_t and its noise eps imply: (x - sqrt(1-a_t) eps) / sqrt(a_t)."""
@@ -82,9 +91,13 @@ def ddim_step(
     if eta == 0.0:
         return math.sqrt(a_prev) * x0 + math.sqrt(1.0 - a_prev) * eps
     assert noise is not None
-    # Eq. 16; never negative: a_prev >= a_t.
-    sigma = eta * math.sqrt((1.0 - a_prev) / (1.0 - a_t)) * math.sqrt(1.0 - a_t / a_prev)
+    sigma = ddim_sigma(a_t, a_prev, eta)
     return math.sqrt(a_prev) * x0 + math.sqrt(1.0 - a_prev - sigma**2) * eps + sigma * noise
+
+
+def ddim_sigma(a_t: float, a_prev: float, eta: float) -> float:
+    """DDIM, eq. 16; the roots are real because a_prev >= a_t."""
+    return eta * math.sqrt((1.0 - a_prev) / (1.0 - a_t)) * math.sqrt(1.0 - a_t / a_prev)
 
 
 def ddim_invert_step(eps: Tensor, x: Tensor, a: float, a_next: float) -> Tensor:

@@ -14,13 +14,33 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from masa.controls.blended import BlendedLatents
+from masa.controls.local_blend import LocalBlend
 from masa.controls.masactrl import MasaCtrl
 from masa.controls.masks import GivenMasks, WordMasks
+from masa.controls.plug_and_play import PlugAndPlay
+from masa.controls.prompt_to_prompt import PromptToPrompt
+from masa.controls.record import RecordAttention
+from masa.controls.style import StyleTransfer
 from masa.errors import MasaError
 from masa.image import load_mask
 
 # Values that can stand in a settings file, by class name.
-KINDS = {kind.__name__: kind for kind in (MasaCtrl, GivenMasks, WordMasks)}
+KINDS = {
+    kind.__name__: kind
+    for kind in (
+        BlendedLatents,
+        MasaCtrl,
+        GivenMasks,
+        WordMasks,
+        PlugAndPlay,
+        PromptToPrompt,
+        RecordAttention,
+        LocalBlend,
+        StyleTransfer,
+    )
+}
+MAPPING = "mapping"
 
 
 def describe(value: Any) -> Any:
@@ -28,12 +48,17 @@ def describe(value: Any) -> Any:
     if isinstance(value, GivenMasks):
         targets = [pack(load_mask(mask)) for mask in value.targets]
         return {"kind": "GivenMasks", "source": pack(load_mask(value.source)), "target": targets}
+    if isinstance(value, BlendedLatents):
+        return {"kind": "BlendedLatents", "mask": pack(load_mask(value.mask)), "skip": value.skip}
     if is_dataclass(value) and type(value).__name__ in KINDS:
         return {"kind": type(value).__name__} | {f.name: describe(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, Tensor):
         return pack(value)
     if isinstance(value, list | tuple | range):
         return [describe(v) for v in value]
+    if isinstance(value, Mapping):
+        # As pairs: a word may be a number, and may be "kind".
+        return {"kind": MAPPING, "items": [[describe(key), describe(item)] for key, item in value.items()]}
     if isinstance(value, Path):
         return str(value)
     if value is None or isinstance(value, bool | int | float | str):
@@ -49,6 +74,8 @@ def restore(value: Any) -> Any:
         return value
     if "packed" in value:
         return unpack(value)
+    if value.get("kind") == MAPPING:
+        return {restore(key): restore(item) for key, item in value["items"]}
     kind = KINDS.get(value.get("kind", ""))
     if kind is None:
         raise MasaError(f"settings name a {value.get('kind')!r}, unknown to this version of masa")

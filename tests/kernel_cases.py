@@ -100,6 +100,20 @@ def make(case: Case, device: str = "cpu") -> Inputs:
     return Inputs(q, k, v, k2, v2, region.to(device), weight.to(device), full)
 
 
+def far_apart(dimension: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """q and k (2, 2, 16, 16) float16, k with a stride of 2**31 elements over rows (0) or heads (1).
+
+    Reserves 4 GiB of address space, of which hardly anything is touched on the CPU.
+    """
+    shape, far = (2, 2, 16, 16), 2**31
+    storage = torch.empty(far + 1024, dtype=torch.float16, device=device)
+    strides = (far, 256, 16, 1) if dimension == 0 else (256, far, 16, 1)
+    k = storage.as_strided(shape, strides)
+    generator = torch.Generator().manual_seed(dimension)
+    k.copy_(torch.randn(shape, generator=generator))
+    return torch.randn(shape, generator=generator).half().to(device), k
+
+
 def exact(case: Case, inputs: Inputs) -> Tensor:
     """The answer in float64, one row at a time, keys picked out by their region."""
     return torch.stack([_row(case, inputs, row, torch.float64) for row in range(len(case.rows))])
@@ -218,6 +232,9 @@ def interpreter_cases() -> list[Case]:
         Case("masked-union", own=(-1, 1), region="mixed", source_weight=0.5, keys=60, queries=60, dtype="fp32"),
         Case("soft-union", own=(0, 1), region="mixed", weight="soft", keys=60, queries=60),
         Case("masked-union-empty", own=(0, -1), region="none", keys=40, queries=40),
+        Case("sixteen-rows", rows=(*range(15), 7), sources=15, own=(-1, 3, *(14,) * 13, -1), queries=4, keys=16),
+        Case("seventeen-rows", rows=(0, 1) * 8 + (1,), own=(-1, 0) * 8 + (1,), queries=4, keys=16),
+        Case("sixteen-sources", rows=(15, 3), sources=16, queries=4, keys=16),
         Case("long-1200", rows=(1,), queries=70, keys=1200, region="mixed"),
         Case("long-1200-queries", rows=(1,), queries=1200, keys=70),
     ]

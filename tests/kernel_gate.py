@@ -108,6 +108,9 @@ def build(launch: Launch) -> Report:
     if launch.form != "maps":
         kernel = device.mutual_attention_kernel
         constants |= {"MASKED": "masked" in launch.form, "UNION": "union" in launch.form}
+        constants |= {"KV_INDEX": None, "KV_INDEX2": None}  # rows by value
+        if "masked" not in launch.form:
+            constants |= dict.fromkeys(("KEY_ORDER", "KEY_COUNT", "QUERY_ORDER", "QUERY_WEIGHT", "FULL_ROWS"))
         constants["EVEN"] = launch.even
         constants["ONES"] = tile.ones_column and width < sum(split)
     else:
@@ -149,6 +152,8 @@ def _type(name: str, dtype: str) -> str:
         return "*fp32"
     if name == "FULL_ROWS":
         return "*i1"
+    if name.startswith("PACKED"):
+        return "i64"
     if name.isupper():
         return "*i32"
     return "fp32" if name in ("scale", "bias") else "i32"

@@ -17,7 +17,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 import torch.nn.functional as F
 import triton.runtime.interpreter as interpreter
-from kernel_cases import MAP_CASES, error, exact, interpreter_cases, low_precision, make, make_maps
+from kernel_cases import MAP_CASES, error, exact, far_apart, interpreter_cases, low_precision, make, make_maps
 
 from masa.kernels.cross_attention_maps import cross_attention_with_maps
 from masa.kernels.mutual_attention import mutual_attention
@@ -60,6 +60,16 @@ def main() -> None:
             "error": error(out, truth),
             "torch": error(low_precision(case, inputs), truth),
             "seconds": seconds,
+        }
+        print(json.dumps(record), flush=True)
+    for dimension in (0, 1):
+        q, k = far_apart(dimension)
+        out = mutual_attention(q, k, k, kv_index=(1, 1), backend="triton")
+        maps_out, _ = cross_attention_with_maps(q, k, k, torch.ones(1, 16), backend="triton")
+        record = {
+            "name": f"far-apart-{dimension}",
+            "error": error(out, F.scaled_dot_product_attention(q.float(), k[[1, 1]].float(), k[[1, 1]].float())),
+            "maps_error": error(maps_out, F.scaled_dot_product_attention(q.float(), k.float(), k.float())),
         }
         print(json.dumps(record), flush=True)
     for map_case in MAP_CASES:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from kernel_cases import MAP_CASES, Case, error, exact, interpreter_cases, low_precision, make, make_maps
+from kernel_cases import MAP_CASES, Case, error, exact, far_apart, interpreter_cases, low_precision, make, make_maps
 
 from masa.kernels.cross_attention_maps import cross_attention_with_maps
-from masa.kernels.mutual_attention import MaskPlan, mutual_attention
+from masa.kernels.mutual_attention import mutual_attention
 
 pytestmark = pytest.mark.gpu
 
@@ -56,40 +57,82 @@ def test_maps_are_as_exact_as_the_dtype(case) -> None:
     assert error(maps, true_maps) <= {"fp32": 2e-6, "fp16": 1e-3, "bf16": 8e-3}[case.dtype]
 
 
-def test_nothing_waits_for_the_device() -> None:
-    case = CASES["masked-1024x80-fp16"]
+FORMS = ["plain-1024x80-fp16", "masked-1024x80-fp16", "soft-1024x80-fp16", "union-1024x80-fp16"]
+# Rows that the tests below have not used before: nothing about them can have been prepared.
+FRESH_ROWS = (3, 1, 2, 0)
+
+
+@pytest.mark.parametrize("backend", ["triton", "sdpa"])
+@pytest.mark.parametrize("name", FORMS)
+def test_nothing_waits_for_the_device(name: str, backend: str) -> None:
+    case = CASES[name]
     inputs = make(case, "cuda")
-    mutual_attention(inputs.q, inputs.k, inputs.v, **inputs.arguments(case))  # compiles, copies the rows
+    mutual_attention(inputs.q, inputs.k, inputs.v, **inputs.arguments(case), backend=backend)  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
-        plan = MaskPlan.build(inputs.region, inputs.weight, inputs.full)
-        mutual_attention(inputs.q, inputs.k, inputs.v, kv_index=case.rows, plan=plan)
+        arguments = inputs.arguments(case)  # builds the plan
+        arguments["kv_index"] = FRESH_ROWS
+        mutual_attention(inputs.q, inputs.k, inputs.v, **arguments, backend=backend)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("name", ["plain-1024x80-fp16", "masked-1024x80-fp16", "union-1024x80-fp16"])
-def test_replays_in_a_cuda_graph(name: str) -> None:
-    case = CASES[name]
-    inputs = make(case, "cuda")
-    arguments = inputs.arguments(case)
-    expected = mutual_attention(inputs.q, inputs.k, inputs.v, **arguments)
+def captured(inputs: Any, arguments: dict[str, Any]) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = mutual_attention(inputs.q, inputs.k, inputs.v, **arguments)
+    return graph, out
+
+
+@pytest.mark.parametrize("backend", ["triton", "sdpa"])
+@pytest.mark.parametrize("name", FORMS)
+def test_captures_without_a_call_before(name: str, backend: str) -> None:
+    """Only the kernel has been compiled, with other rows; the graph holds all it reads."""
+    case = CASES[name]
+    inputs = make(case, "cuda")
+    arguments = inputs.arguments(case) | {"backend": backend}
+    mutual_attention(inputs.q, inputs.k, inputs.v, **arguments)
+    arguments["kv_index"] = FRESH_ROWS
+    graph, out = captured(inputs, arguments)
+    for row in range(300):  # whatever a cache of rows might hold is gone after these
+        mutual_attention(inputs.q, inputs.k, inputs.v, **arguments | {"kv_index": (row % 4, row // 4 % 4, 0, 0)})
+    inputs.q.mul_(0.5)
+    graph.replay()
+    torch.testing.assert_close(out, mutual_attention(inputs.q, inputs.k, inputs.v, **arguments))
+
+
+def test_captures_more_rows_than_one_argument_holds() -> None:
+    case = Case("many", rows=(0, 1) * 10, own=(-1, 1) * 10, queries=64, keys=64, heads=2)
+    inputs = make(case, "cuda")
+    arguments = inputs.arguments(case) | {"backend": "triton"}
+    expected = mutual_attention(inputs.q, inputs.k, inputs.v, **arguments)
+    graph, out = captured(inputs, arguments)
     graph.replay()
     torch.testing.assert_close(out, expected)
 
 
+@pytest.mark.parametrize("dimension", [0, 1], ids=["rows", "heads"])
+def test_offsets_beyond_32_bits(dimension: int) -> None:
+    q, k = far_apart(dimension, "cuda")
+    out = mutual_attention(q, k, k, kv_index=(1, 1), backend="triton")
+    expected = mutual_attention(q, k.contiguous(), k.contiguous(), kv_index=(1, 1), backend="reference")
+    torch.testing.assert_close(out, expected)
+    out, _ = cross_attention_with_maps(q, k, k, torch.ones(1, 16, device="cuda"), backend="triton")
+    torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(q, k, k))
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 @pytest.mark.parametrize("name", ["plain-1024x80-fp16", "soft-1024x80-fp16", "union-1024x80-fp16"])
-def test_compiles_without_graph_breaks(name: str) -> None:
+def test_compiles_without_graph_breaks(name: str, mode: str) -> None:
     case = CASES[name]
     inputs = make(case, "cuda")
     arguments = inputs.arguments(case)
     torch._dynamo.reset()
-    compiled = torch.compile(lambda q, k, v: mutual_attention(q, k, v, **arguments), fullgraph=True)
-    expected = mutual_attention(inputs.q, inputs.k, inputs.v, **arguments)
-    torch.testing.assert_close(compiled(inputs.q, inputs.k, inputs.v), expected)
+    compiled = torch.compile(lambda q, k, v: mutual_attention(q, k, v, **arguments), fullgraph=True, mode=mode)
+    for _ in range(4):  # the first calls warm up and record, later ones replay
+        inputs.q.mul_(0.9)
+        expected = mutual_attention(inputs.q, inputs.k, inputs.v, **arguments)
+        torch.testing.assert_close(compiled(inputs.q, inputs.k, inputs.v), expected)
 
 
 def test_gradients_are_those_of_sdpa() -> None:
@@ -99,5 +142,7 @@ def test_gradients_are_those_of_sdpa() -> None:
         inputs = make(case, "cuda")
         leaves = [x.requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
         out = mutual_attention(inputs.q, inputs.k, inputs.v, **inputs.arguments(case), backend=backend)
-        grads.append(torch.autograd.grad(out.float().square().mean(), leaves))
-    torch.testing.assert_close(grads[0], grads[1], atol=1e-3, rtol=2e-2)
+        grads.append(torch.autograd.grad(out.float().square().sum(), leaves))
+    # Gradients are far below any fixed tolerance: compare relative norms.
+    for ours, theirs in zip(*grads, strict=True):
+        assert error(ours, theirs) < 2e-2

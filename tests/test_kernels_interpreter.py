@@ -57,3 +57,9 @@ def test_maps_are_as_exact_as_the_dtype(name: str, records: dict[str, dict[str, 
     record = records[name]
     assert record["error"] <= (BF16_LIMIT if record["dtype"] == "bf16" else 2 * record["torch"])
     assert record["maps_error"] <= {"fp32": 1e-6, "fp16": 1e-3, "bf16": BF16_LIMIT}[record["dtype"]]
+
+
+@pytest.mark.parametrize("dimension", [0, 1], ids=["rows", "heads"])
+def test_offsets_beyond_32_bits(dimension: int, records: dict[str, dict[str, Any]]) -> None:
+    record = records[f"far-apart-{dimension}"]
+    assert max(record["error"], record["maps_error"]) < 1e-3

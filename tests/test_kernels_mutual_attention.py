@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,10 +15,12 @@ import torch
 import torch.nn.functional as F
 from kernel_cases import Case, error, exact, interpreter_cases, low_precision, make
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from masa.kernels import reference
-from masa.kernels.launch import split_width
+from masa.kernels.launch import dot_precision, split_width, unserved
 from masa.kernels.mutual_attention import MaskPlan, mutual_attention
+from masa.kernels.rows import NO_ROW, fill_runs, packed, pick_rows, put_rows, row_tensor
 
 CASES = {case.name: case for case in interpreter_cases()}
 FORMS = {
@@ -262,6 +265,31 @@ def test_compiles_without_graph_breaks(name: str, compiler: str) -> None:
     torch.testing.assert_close(compiled(inputs.q, inputs.k, inputs.v, arguments), expected)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("option", "values"), [("source_weight", (1.5, 2.0, 1.0, 2.5)), ("scale", (0.5, 0.6, 0.7))])
+def test_floats_that_change_between_calls_compile(option: str, values: tuple[float, ...], masked: bool) -> None:
+    """A compiler makes such a float symbolic, and cannot trace every function of one."""
+    inputs = make(FORMS["masked"])
+    plan = MaskPlan.build(inputs.region, inputs.weight, inputs.full) if masked else None
+    own = (0, 1, 1) if option == "source_weight" else None
+
+    def call(q: torch.Tensor, value: float) -> torch.Tensor:
+        return mutual_attention(q, inputs.k, inputs.v, kv_index=(0, 1, 1), kv_index2=own, plan=plan, **{option: value})
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for value in values:
+        torch.testing.assert_close(compiled(inputs.q, value), call(inputs.q, value))
+
+
+def test_a_plan_made_in_inference_mode_serves_training() -> None:
+    inputs = make(FORMS["soft"])
+    with torch.inference_mode():
+        plan = MaskPlan.build(inputs.region.clone(), inputs.weight.clone(), inputs.full.clone())
+    assert not any(x.is_inference() for x in vars(plan).values() if isinstance(x, torch.Tensor))
+    mutual_attention(inputs.q.requires_grad_(), inputs.k, inputs.v, kv_index=(0, 1), plan=plan).sum().backward()
+
+
 def test_building_a_plan_compiles() -> None:
     inputs = make(FORMS["soft"])
 
@@ -294,6 +322,77 @@ except RuntimeError as problem:
         [sys.executable, "-B", "-c", script], env=environment, capture_output=True, text=True, check=True
     )
     assert "triton is not installed" in done.stdout
+
+
+# ------------------------------------------------------------------------------------------------ rows, limits
+
+
+@pytest.mark.parametrize("rows", [(0,), (-1, 3), (0, 0, 2, 2), (1, 3, 5), (14,) * 16, (-1,) * 16, (3, 1, 2)])
+def test_rows_packed_in_an_integer(rows: tuple[int, ...]) -> None:
+    value = packed(rows)
+    assert value is not None
+    assert -(1 << 63) <= value < 1 << 63
+    fields = [value >> (4 * place) & NO_ROW for place in range(len(rows))]
+    assert tuple(-1 if field == NO_ROW else field for field in fields) == rows
+
+
+def test_rows_that_do_not_fit_an_integer() -> None:
+    assert packed((0,) * 17) is None
+    assert packed((15,)) is None
+    assert packed(torch.tensor([0])) is None
+
+
+@pytest.mark.parametrize("rows", [(0, 0, 2, 2), (1, 3), (3, 1, 2), (2, 2, 2), (0,)])
+def test_host_rows_index_like_a_tensor(rows: tuple[int, ...]) -> None:
+    x = torch.randn(4, 3)
+    index = row_tensor(rows, x.device)
+    assert torch.equal(fill_runs(torch.zeros_like(index), rows), index)
+    assert torch.equal(pick_rows(x, rows), x[index])
+    if len(set(rows)) == len(rows):
+        target = torch.zeros_like(x)
+        put_rows(target, rows, x[index])
+        assert torch.equal(target[index], x[index])
+
+
+def test_host_rows_reach_a_device_without_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy from the host waits for the device, and cannot be captured in a CUDA graph."""
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(operation._overloadpacket)
+            return operation(*args, **(kwargs or {}))
+
+    q = torch.zeros(4, 2, 16, 8, device="meta")
+    plan = MaskPlan.build(q[:, 0, :, 0] > 0, q[:, 0, :, 0] > 0)
+    monkeypatch.setattr(torch, "tensor", None)
+    with Watch():
+        for rows in ((0, 0, 2, 2), (3, 1, 2, 2)):
+            for own in (None, (-1, 1, -1, 3), (2, 1, 1, 0)):
+                for masks in (None, plan):
+                    mutual_attention(q, q, q, kv_index=rows, kv_index2=own, plan=masks)
+    # Indexing by a list would come out as one of these.
+    assert not {torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_} & set(seen)
+
+
+@pytest.mark.parametrize(
+    ("q", "programs", "message"),
+    [
+        (torch.empty(1, 1, 4, 8), 65536, "split the batch"),
+        (torch.empty(1).expand(1, 1, 2, 8), 1, "head width"),
+        (torch.empty(1, 1, 2, 8, device="meta").as_strided((1, 1, 3, 8), (8, 8, 2**30, 1)), 1, "2\\*\\*31"),
+        (torch.empty(1, 8, 2**26, 8, device="meta"), 8, "2\\*\\*31"),
+    ],
+    ids=["grid", "stride", "far tokens", "many tokens"],
+)
+def test_what_triton_does_not_serve(q: torch.Tensor, programs: int, message: str) -> None:
+    assert re.search(message, unserved({"q": q}, programs) or "served")
+
+
+def test_amd_multiplies_without_tf32() -> None:
+    """Triton offers TF32 on one AMD architecture only, and refuses the word for any dtype on others."""
+    assert {dot_precision(dtype, "gfx942") for dtype in (torch.float16, torch.bfloat16, torch.float32)} == {"ieee"}
+    assert dot_precision(torch.float32, "sm_90") == "tf32x3"
 
 
 # --------------------------------------------------------------------------------------------------- errors

@@ -45,7 +45,9 @@ def test_sites_are_the_published_layers():
         unet = UNet(SD_V1.unet)
     own = [site for site in unet.sites if site.kind == "self"]
     assert [site.layer for site in own] == list(range(16))
-    assert [site.index for site in unet.sites] == list(range(32))
+    assert [site.index for site in unet.sites] == list(range(32 + 22))
+    assert [site.kind for site in unet.sites] == ["self", "cross"] * 16 + ["res"] * 22
+    assert unet.layers == 16
     places = [site.place for site in own]
     assert places == ["down"] * 6 + ["mid"] + ["up"] * 9
     # Token grids at 512x512 are 64, 32, 16 and 8 wide: downsample 1, 2, 4, 8.
@@ -53,6 +55,31 @@ def test_sites_are_the_published_layers():
     modules = dict(unet.named_modules())
     for site in unet.sites:
         assert modules[site.name].site == site
+
+
+def test_residual_sites_name_the_layer_that_follows():
+    with torch.device("meta"):
+        unet = UNet(SD_V1.unet)
+    layers = {site.name: site.layer for site in unet.sites if site.kind == "res"}
+    assert list(layers.values()) == sorted(layers.values())
+    assert layers["down_blocks.0.resnets.1"] == 1
+    assert layers["down_blocks.3.resnets.1"] == layers["mid_block.resnets.0"] == 6
+    assert layers["mid_block.resnets.1"] == layers["up_blocks.0.resnets.2"] == layers["up_blocks.1.resnets.0"] == 7
+    assert layers["up_blocks.1.resnets.1"] == 8
+    assert layers["up_blocks.3.resnets.2"] == 15
+    assert next(site.downsample for site in unet.sites if site.name == "up_blocks.1.resnets.1") == 4
+
+
+@torch.no_grad()
+def test_rows_may_take_the_features_of_others(tiny, inputs):
+    x, context = inputs
+    site = next(site for site in tiny.unet.sites if site.name == "up_blocks.1.resnets.1")
+    plain, _ = tiny.unet(x, 300, context)
+    own, _ = tiny.unet(x, 300, context, {site.index: Edit(features_from=(0, 1, 2))})
+    assert relative_error(own, plain) < 1e-5
+    swapped, _ = tiny.unet(x, 300, context, {site.index: Edit(features_from=(1, 1, 2))})
+    assert relative_error(swapped[1:], plain[1:]) < 1e-5
+    assert relative_error(swapped[:1], plain[:1]) > 1e-2
 
 
 def test_norm_eps_are_the_checkpoints():

@@ -14,6 +14,10 @@ from masa.branches import Branches
 from masa.errors import MasaError
 
 
+def _no_encoder(prompt: str) -> tuple[list[int], list[tuple[int, int]]]:
+    raise MasaError(f"this run cannot tokenize {prompt!r}; build Run with encode=sd.tokenizer.encode")
+
+
 @dataclass(frozen=True)
 class Run:
     """What a control may know of the run it acts in, before the first step."""
@@ -25,6 +29,12 @@ class Run:
     device: torch.device
     token_positions: Callable[[str, Any], tuple[int, ...]]  # (prompt, words) -> positions in 0..76
     tokens: int = 77
+    # A bare prompt -> its token ids and each one's span of characters.
+    encode: Callable[[str], tuple[list[int], list[tuple[int, int]]]] = _no_encoder
+    first_step: int = 0  # earlier ones are not run
+    alphas: tuple[float, ...] = ()  # cumulative alpha of the latents before each step, and 1 after the last
+    source_latents: Tensor | None = None  # of the real picture that is edited, clean: (1, 4, h, w)
+    draw_noise: Callable[[], Tensor] | None = None  # fresh noise (1, 4, h, w), which the run's seed decides
 
     @property
     def layers(self) -> int:
@@ -36,6 +46,14 @@ class Run:
 
 class ActiveControl:
     """A control bound to one run: the only place for state that lasts from step to step."""
+
+    name = "a control"  # what errors call it
+
+    first_step: int = 0  # the run leaves out the steps before it
+
+    def start(self, latents: Tensor) -> Tensor:
+        """The latents (1 + N, 4, h, w) that the run's first step starts from."""
+        return latents
 
     def edits(self, step: int, branches: Branches) -> Mapping[int, Edit]:
         """This step's edits by site index. An empty mapping: the step does not need the source's rows."""
@@ -49,6 +67,10 @@ class ActiveControl:
         """Masks used, by step: (1 + N, h, w) float, source first."""
         return {}
 
+    def attention(self) -> dict[str, Tensor]:
+        """Attention maps recorded, by name: (1 + N, ..) float, source first."""
+        return {}
+
 
 class Control(Protocol):
     """A frozen, reusable value. `begin` checks it against a run and raises before any long work."""
@@ -59,19 +81,42 @@ class Control(Protocol):
 def resolve(controls: Sequence[ActiveControl], step: int, branches: Branches, sites: Sequence[Site]) -> dict[int, Edit]:
     """All controls' edits of one step. MasaError where two set the same field of the same site."""
     merged: dict[int, Edit] = {}
+    owners: dict[tuple[int, str], str] = {}
     for control in controls:
         for index, edit in control.edits(step, branches).items():
-            merged[index] = merged[index].merge(edit, sites[index]) if index in merged else edit
+            for field in edit.changed():
+                owner = owners.setdefault((index, field), control.name)
+                if index in merged and field in merged[index].changed():
+                    raise MasaError(
+                        f"two controls both set {field} at {sites[index].name} (layer {sites[index].layer}) in step "
+                        f"{step}: {owner} and {control.name}; give them different steps or layers, or leave one out"
+                    )
+            merged[index] = merged[index].merge(edit) if index in merged else edit
     return merged
+
+
+def find_words(run: Run, words: Any) -> dict[int, tuple[int, ...]]:
+    """Token positions of words by target branch, of the targets whose prompts have them. MasaError if none has."""
+    found: dict[int, tuple[int, ...]] = {}
+    errors: list[MasaError] = []
+    for branch, prompt in enumerate(run.prompts[1:], 1):
+        try:
+            found[branch] = run.token_positions(prompt, words)
+        except MasaError as error:
+            errors.append(error)
+    if not found:
+        raise errors[0]
+    return found
 
 
 def choose_steps(steps: Sequence[int] | None, start: int, run: Run, control: str) -> frozenset[int]:
     """The listed steps, or those from `start` on, that the run has. MasaError where that is none."""
-    chosen = frozenset(range(start, run.steps) if steps is None else steps) & set(range(run.steps))
+    chosen = frozenset(range(start, run.steps) if steps is None else steps) & set(range(run.first_step, run.steps))
     if not chosen:
         asked = f"start_step={start}" if steps is None else f"steps={list(steps)}"
         raise MasaError(
-            f"{control}({asked}) selects no step of a run of {run.steps}; expected numbers from 0 to {run.steps - 1}"
+            f"{control}({asked}) selects no step of a run of {run.steps}; expected numbers from {run.first_step} to "
+            f"{run.steps - 1}"
         )
     return chosen
 

@@ -52,6 +52,8 @@ class MasaCtrl:
 
 
 class _Active(ActiveControl):
+    name = "MasaCtrl"
+
     def __init__(
         self,
         control: MasaCtrl,

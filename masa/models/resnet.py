@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from masa.attention import Site, take
+
 
 class ResnetBlock(nn.Module):
     """Two 3x3 convolutions around a residual sum, with the timestep added between them.
@@ -17,6 +19,7 @@ class ResnetBlock(nn.Module):
         self, in_channels: int, out_channels: int, emb_width: int | None, norm_groups: int, eps: float
     ) -> None:
         super().__init__()
+        self.site: Site | None = None  # the UNet's blocks have one
         self.norm1 = nn.GroupNorm(norm_groups, in_channels, eps=eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         if emb_width is not None:
@@ -27,13 +30,22 @@ class ResnetBlock(nn.Module):
             self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
         self.has_shortcut = in_channels != out_channels
 
-    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
-        """x (b, c_in, h, w), emb (b, emb_width) or None -> (b, c_out, h, w)."""
+    def forward(self, x: Tensor, emb: Tensor | None = None, features_from: tuple[int, ...] | None = None) -> Tensor:
+        """x (b, c_in, h, w), emb (b, emb_width) or None -> (b, c_out, h, w).
+
+        features_from: for each row, the row whose features it adds to its own residual.
+        """
         residual = self.conv_shortcut(x) if self.has_shortcut else x
+        if features_from is not None:
+            read = tuple(sorted(set(features_from)))
+            x, emb = take(x, read), None if emb is None else take(emb, read)
         x = self.conv1(F.silu(self.norm1(x)))
         if emb is not None:
             x = x + self.time_emb_proj(F.silu(emb))[:, :, None, None]
-        return residual + self.conv2(F.silu(self.norm2(x)))
+        x = self.conv2(F.silu(self.norm2(x)))
+        if features_from is not None:
+            x = take(x, tuple(read.index(row) for row in features_from))
+        return residual + x
 
 
 class Downsample(nn.Module):

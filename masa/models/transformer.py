@@ -24,14 +24,14 @@ class Attention(nn.Module):
         """x (rows, h*w, width), context (rows, keys, context_width), grid (h, w) -> (rows, h*w, width)."""
         edit = call.edit_at(self.site)
         # Only the rows that somebody reads are projected: a MasaCtrl target's own K and V never are.
-        k_rows, v_rows = edit.read_rows(len(x))
+        q_rows, k_rows, v_rows = edit.read_rows(len(x))
         k_input = take(context, k_rows)
         v_input = k_input if v_rows == k_rows else take(context, v_rows)
         q, k, v = (
             rearrange(t, "b n (h d) -> b h n d", h=self.site.heads)
-            for t in (self.to_q(x), self.to_k(k_input), self.to_v(v_input))
+            for t in (self.to_q(take(x, q_rows)), self.to_k(k_input), self.to_v(v_input))
         )
-        out = attend(q, k, v, self.site, grid, call)
+        out = attend(q, k, v, len(x), self.site, grid, call)
         return self.to_out[0](rearrange(out, "b h n d -> b n (h d)"))
 
 

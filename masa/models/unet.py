@@ -14,6 +14,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
 
 from masa.attention import Backend, Call, Edit, Place, Site, Tape, take
 from masa.config import UNetConfig
@@ -61,7 +62,8 @@ class Block(nn.Module):
 class UNet(nn.Module):
     """Predicts the noise in latents at a timestep, given a prompt's embedding.
 
-    `sites` lists every attention in forward order; an edit is addressed to a site's index.
+    `sites` lists every attention in forward order, then every residual block in forward order; an edit is
+    addressed to a site's index.
     """
 
     def __init__(self, config: UNetConfig = UNetConfig()) -> None:
@@ -112,6 +114,7 @@ class UNet(nn.Module):
 
         self.conv_norm_out = nn.GroupNorm(groups, channels[0], eps=1e-5)
         self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
+        self._add_residual_sites()
 
     def _transformer(self, width: int, place: Place, level: int, i: int) -> Transformer:
         """The next transformer block; its two attentions are added to `sites`."""
@@ -127,10 +130,26 @@ class UNet(nn.Module):
         self.sites += (self_site, cross_site)
         return Transformer(width, config.context_width, config.norm_groups, self_site, cross_site)
 
+    def _add_residual_sites(self) -> None:
+        """Give every residual block, in forward order, a site behind the attentions'."""
+        levels = len(self.config.block_out_channels)
+        blocks: list[tuple[str, Place, int, Block]] = [
+            *((f"down_blocks.{i}", "down", i, cast(Block, block)) for i, block in enumerate(self.down_blocks)),
+            ("mid_block", "mid", levels - 1, self.mid_block),
+            *((f"up_blocks.{i}", "up", levels - 1 - i, cast(Block, block)) for i, block in enumerate(self.up_blocks)),
+        ]
+        layer = 0  # the next transformer block to run: rows that a residual block reads must not retire before it
+        for name, place, level, block in blocks:
+            for i, resnet in enumerate(cast("list[ResnetBlock]", block.resnets)):
+                resnet.site = Site(len(self.sites), layer, f"{name}.resnets.{i}", place, "res", 2**level, heads=0)
+                self.sites += (resnet.site,)
+                if i < len(block.attentions):
+                    layer += 1
+
     @property
     def layers(self) -> int:
         """Number of transformer blocks (16 in SD v1)."""
-        return len(self.sites) // 2
+        return 1 + max(site.layer for site in self.sites)
 
     def forward(
         self,
@@ -140,24 +159,36 @@ class UNet(nn.Module):
         edits: Mapping[int, Edit] | None = None,
         retire: Retirement | None = None,
         backend: Backend = "auto",
+        checkpoint: bool = False,
     ) -> tuple[Tensor, Tape]:
         """Noise in x, and what the edits asked to record.
 
         x (rows, 4, h, w) with h and w multiples of 8; timestep 0..999, one for all rows or (rows,);
-        context (rows, 77, context_width); edits by site index; retire drops rows on the way.
+        context (rows, 77, context_width); edits by site index; retire drops rows on the way; checkpoint keeps
+        only each block's input for the gradient and computes the rest again on the way back: exact.
         Returns eps (rows kept, 4, h, w) and the tape of this call. Nothing outlives the call.
         """
         call = Call(edits or {}, {}, backend)
         emb = self.time_embedding(timestep_embedding(timestep, self.config.block_out_channels[0], x))
         emb = emb.expand(len(x), -1)
 
+        def through(module: nn.Module, *inputs: object) -> Tensor:
+            if checkpoint:
+                return recompute(module, *inputs, use_reentrant=False, preserve_rng_state=False)
+            return module(*inputs)
+
+        def resnet(block: Block, i: int, x: Tensor) -> Tensor:
+            module = cast(ResnetBlock, block.resnets[i])
+            assert module.site is not None
+            return through(module, x, emb, call.edit_at(module.site).features_from)
+
         def run(block: Block, i: int, x: Tensor) -> Tensor:
             """Residual block i and, where the level has one, transformer block i."""
             nonlocal emb, context
-            x = block.resnets[i](x, emb)
+            x = resnet(block, i, x)
             if i < len(block.attentions):
                 attention = block.attentions[i]
-                x = attention(x, context, call)
+                x = through(attention, x, context, call)
                 if retire is not None and attention.layer == retire.layer:
                     x, emb, context = (take(t, retire.keep) for t in (x, emb, context))
             return x
@@ -173,7 +204,7 @@ class UNet(nn.Module):
                 skips.append(x)
 
         x = run(self.mid_block, 0, x)
-        x = self.mid_block.resnets[1](x, emb)
+        x = resnet(self.mid_block, 1, x)
 
         for block in cast("list[Block]", self.up_blocks):
             for i in range(len(block.resnets)):

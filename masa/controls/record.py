@@ -1,0 +1,111 @@
+"""RecordAttention: keeps attention maps of a run, to look at; it changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from masa.attention import Edit, Grid, Record, Tape
+from masa.branches import Branches
+from masa.controls.base import ActiveControl, Run, choose_layers
+from masa.controls.masks import MAP_DOWNSAMPLE
+from masa.errors import MasaError
+
+SELF = "self-attention"  # its name among the maps
+
+
+@dataclass(frozen=True)
+class RecordAttention:
+    """Keep head-mean attention maps, averaged over steps and over the layers of each grid, for `masa.plots`.
+
+    layers: transformer blocks; default those whose grid is a quarter of the latents', 16x16 at 512x512. words: a
+    word or phrase each, kept for every prompt that has it; default every token of every prompt. self_attention:
+    keep what each position sees of every other too; (h*w) squared numbers, so for coarse grids.
+    Result.attention holds, by name, (1 + N, h, w) for a word ("cat"; zeros for prompts without it), (1 + N,
+    tokens, h, w) for all tokens (""), (1 + N, h, w, h, w), query first, for "self-attention". Maps are of the
+    conditional half, and are what the run used, edits included. 2208.01626, figure 4; 2210.04885.
+    """
+
+    layers: Sequence[int] | None = None
+    words: Sequence[str] = ()
+    self_attention: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.words, str):
+            raise MasaError(f"RecordAttention words is {self.words!r}; expected several, such as [{self.words!r}]")
+
+    def begin(self, run: Run) -> ActiveControl:
+        if self.layers is None:
+            layers = frozenset(s.layer for s in run.sites if s.kind == "cross" and s.downsample == MAP_DOWNSAMPLE)
+        else:
+            layers = choose_layers(self.layers, 0, run, "RecordAttention")
+        grids = {run.grid_at(site.downsample) for site in run.sites if site.layer in layers and site.kind == "cross"}
+        if len(grids) > 1:
+            sizes = ", ".join(f"{h}x{w}" for h, w in sorted(grids))
+            raise MasaError(
+                f"RecordAttention(layers={sorted(layers)}) names layers of several grids ({sizes}), whose maps cannot "
+                "be averaged; use one RecordAttention for each"
+            )
+        weights = self._token_weights(run)
+        return _Active(self, run, layers, grids.pop(), weights.to(run.device))
+
+    def _token_weights(self, run: Run) -> Tensor:
+        """(1 + N, maps, tokens): which tokens each map adds up."""
+        if not self.words:
+            return torch.eye(run.tokens).expand(len(run.prompts), -1, -1)
+        weights = torch.zeros(len(run.prompts), len(self.words), run.tokens)
+        for i, word in enumerate(self.words):
+            errors = []
+            for branch, prompt in enumerate(run.prompts):
+                try:
+                    weights[branch, i, list(run.token_positions(prompt, word))] = 1.0
+                except MasaError as error:
+                    errors.append(error)
+            if len(errors) == len(run.prompts):
+                raise errors[0]
+        return weights
+
+
+class _Active(ActiveControl):
+    """Holds the sums so far."""
+
+    name = "RecordAttention"
+
+    def __init__(self, control: RecordAttention, run: Run, layers: frozenset[int], grid: Grid, weights: Tensor) -> None:
+        self.words = tuple(control.words)
+        self.grid = grid
+        self.key = ("recorded", id(self))
+        self.weights = weights
+        positions = grid[0] * grid[1]
+        self.positions = torch.eye(positions, device=run.device)
+        kinds = ("cross", "self") if control.self_attention else ("cross",)
+        self.sites = {kind: [s.index for s in run.sites if s.kind == kind and s.layer in layers] for kind in kinds}
+        self.sums: dict[str, Tensor] = {}
+        self.steps = 0
+
+    def edits(self, step: int, branches: Branches) -> Mapping[int, Edit]:
+        weights = self.weights[[row.branch for row in branches.rows]]
+        edits = dict.fromkeys(self.sites["cross"], Edit(records=(Record(self.key, weights),)))
+        each = self.positions.expand(len(branches), -1, -1)
+        edits.update(dict.fromkeys(self.sites.get("self", ()), Edit(records=(Record(self.key, each),))))
+        return edits
+
+    def after_step(self, step: int, latents: Tensor, tape: Tape, branches: Branches) -> Tensor:
+        self.steps += 1
+        rows = [branches.row(branch, "cond") for branch in range(len(latents))]
+        for kind, sites in self.sites.items():
+            mean = torch.stack([tape[self.key, site] for site in sites]).float().mean(0)[rows]
+            self.sums[kind] = self.sums[kind] + mean if kind in self.sums else mean
+        return latents
+
+    def attention(self) -> dict[str, Tensor]:
+        means = {kind: total / self.steps for kind, total in self.sums.items()}
+        tokens = means["cross"].unflatten(2, self.grid)
+        found = {word: tokens[:, i] for i, word in enumerate(self.words)} if self.words else {"": tokens}
+        if "self" in means:
+            # Recorded by key; read by query.
+            found[SELF] = means["self"].mT.unflatten(2, self.grid).unflatten(1, self.grid)
+        return found

@@ -1,0 +1,71 @@
+"""Null-text inversion: unconditional embeddings that make guided denoising retrace a pivot (2211.09794)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from masa.pipeline import StableDiffusion
+from masa.schedule import Schedule
+
+INNER_STEPS = 10
+LEARNING_RATE = 1e-2
+MAX_STEPS = 100  # the learning rate falls to 0 there
+
+
+def learning_rate(step: int) -> float:
+    """Adam's, at a denoising step: it falls as the steps get less noisy, whatever their number."""
+    return LEARNING_RATE * (1.0 - step / MAX_STEPS)
+
+
+def tolerance(step: int) -> float:
+    """The loss that is low enough at a denoising step."""
+    return 1e-5 + 2e-5 * step
+
+
+def null_text(
+    sd: StableDiffusion,
+    pivot: Tensor,
+    uncond: Tensor,
+    cond: Tensor,
+    *,
+    schedule: Schedule,
+    guidance_scale: float,
+    progress: bool = True,
+) -> Tensor:
+    """Algorithm 1: the unconditional embedding of each denoising step, (steps, 77, width) float32 on the CPU.
+
+    pivot (steps + 1, 4, h, w): an inversion's latents, clean first. uncond, cond (1, 77, width): embeddings of
+    the empty and of the source's prompt. Latents, embedding and Adam are float32 even when the network is not;
+    the network's activations are recomputed block by block, which is exact and keeps the memory small.
+    """
+    steps = len(pivot) - 1
+    found = []
+    x, embedding = pivot[-1:], uncond.float()
+    bar = tqdm(schedule.timesteps(steps), desc="null-text", disable=not progress)
+    for step, timestep in enumerate(bar):
+        wanted = pivot[steps - step - 1][None]
+        with torch.no_grad():
+            eps_cond = sd.unet(x.to(sd.dtype), timestep, cond)[0].float()
+        with torch.enable_grad():
+            embedding = embedding.detach().clone().requires_grad_()
+            adam = torch.optim.Adam([embedding], lr=learning_rate(step))
+            for _ in range(INNER_STEPS):
+                eps = sd.unet(x.to(sd.dtype), timestep, embedding.to(sd.dtype), checkpoint=True)[0].float()
+                reached = schedule.step(eps + guidance_scale * (eps_cond - eps), x, timestep, steps)
+                # Summed, so that no gradient underflows in float16; the mean's gradient after that, in float32.
+                total = F.mse_loss(reached, wanted, reduction="sum")
+                embedding.grad = torch.autograd.grad(total, embedding)[0] / wanted.numel()
+                adam.step()
+                loss = total.item() / wanted.numel()
+                if loss < tolerance(step):
+                    break
+        embedding = embedding.detach()
+        bar.set_postfix(loss=f"{loss:.1e}")
+        found.append(embedding.cpu())
+        with torch.no_grad():  # once more: the embedding has moved since its last prediction
+            eps = sd.unet(x.to(sd.dtype), timestep, embedding.to(sd.dtype))[0].float()
+            x = schedule.step(eps + guidance_scale * (eps_cond - eps), x, timestep, steps)
+    return torch.cat(found)

@@ -1,0 +1,233 @@
+"""Many runs on one labelled picture: inversions beside controls, and two parameters swept."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+from masa.attention import Backend
+from masa.controls.base import Control
+from masa.controls.masactrl import MasaCtrl
+from masa.controls.plug_and_play import PlugAndPlay
+from masa.controls.prompt_to_prompt import PromptToPrompt
+from masa.controls.style import StyleTransfer
+from masa.errors import MasaError
+from masa.image import ImageLike
+from masa.inversion import METHODS, invert
+from masa.pipeline import StableDiffusion
+from masa.result import Picture, wrap
+from masa.sampling import check_controls, sample
+from masa.settings import describe
+
+# What a sweep may vary beside MasaCtrl's own parameters.
+SAMPLING = ("guidance_scale", "negative_prompt", "seed", "eta", "steps", "skip_steps", "pin_source")
+PARAMETERS = (*(field.name for field in fields(MasaCtrl)), *SAMPLING)
+FIXED_BY_TRAJECTORY = ("steps",)
+
+CELL = 192  # pixels: pictures are shown with at least this short side
+
+
+def comparison(source: str, masactrl: MasaCtrl = MasaCtrl()) -> dict[str, Control | Sequence[Control]]:
+    """The controls that a grid compares by default, by name; Prompt-to-Prompt only with a source prompt."""
+    controls: dict[str, Control | Sequence[Control]] = {
+        "fixed seed": (),
+        "MasaCtrl": masactrl,
+        "Prompt-to-Prompt": PromptToPrompt("refine"),
+        "Plug-and-Play": PlugAndPlay(),
+        "style": StyleTransfer(masactrl.start_step, masactrl.start_layer),
+    }
+    return controls if source else {name: c for name, c in controls.items() if name != "Prompt-to-Prompt"}
+
+
+def grid(
+    sd: StableDiffusion,
+    image: ImageLike,
+    target: str,
+    source: str = "",
+    *,
+    methods: Sequence[str] | None = None,
+    controls: Mapping[str, Control | Sequence[Control]] | None = None,
+    steps: int = 50,
+    guidance_scale: float = 7.5,
+    height: int | None = None,
+    width: int | None = None,
+    seed: int | None = None,
+    backend: Backend = "auto",
+    progress: bool = True,
+) -> Picture:
+    """One picture of an edit by every inversion (rows) and control (columns), the reconstruction first.
+
+    methods: of `invert`; default all, without those that need a source prompt where there is none. controls: by
+    the name to write above; default those of `comparison`. Each picture is inverted once per method. All
+    else as in `edit`. Raises MasaError for bad input, before any long work.
+    """
+    if methods is None:
+        methods = [m for m in METHODS if source or m not in ("negative-prompt", "null-text")]
+    unknown = [method for method in methods if method not in METHODS]
+    if unknown or not methods:
+        raise MasaError(f"inversion methods are {list(methods)}; expected some of {', '.join(map(repr, METHODS))}")
+    columns = comparison(source) if controls is None else dict(controls)
+    for control in columns.values():
+        check_controls(sd, control, steps, (source, target))
+    seed = secrets.randbelow(2**32) if seed is None else seed
+    rows = []
+    for method in tqdm(methods, desc="inversions", disable=not progress):
+        trajectory = invert(
+            sd,
+            image,
+            source,
+            steps=steps,
+            method=method,
+            edit_guidance_scale=guidance_scale,
+            height=height,
+            width=width,
+            seed=seed,
+            backend=backend,
+            progress=False,
+        )
+        rebuilt = sample(sd, trajectory=trajectory, guidance_scale=guidance_scale, backend=backend, progress=False)
+        row: list[Image.Image] = [rebuilt.source]
+        for control in tqdm(columns.values(), desc=method, disable=not progress, leave=False):
+            result = sample(
+                sd,
+                target=target,
+                controls=control,
+                trajectory=trajectory,
+                guidance_scale=guidance_scale,
+                seed=seed,
+                backend=backend,
+                progress=False,
+            )
+            row.append(result.targets[0])
+        rows.append(row)
+    settings = {
+        **rebuilt.settings,
+        "function": "grid",
+        "target": [target],
+        "methods": list(methods),
+        "controls": {name: describe(_listed(control)) for name, control in columns.items()},
+        "seed": seed,
+    }
+    return Picture.of(label_sheet(rows, methods, ["reconstruction", *columns]), settings)
+
+
+def sweep(
+    sd: StableDiffusion,
+    source: str,
+    target: str,
+    rows: tuple[str, Sequence[Any]],
+    columns: tuple[str, Sequence[Any]],
+    *,
+    image: ImageLike | None = None,
+    method: str = "ddim",
+    control: MasaCtrl = MasaCtrl(),
+    steps: int = 50,
+    guidance_scale: float = 7.5,
+    height: int | None = None,
+    width: int | None = None,
+    seed: int | None = None,
+    backend: Backend = "auto",
+    progress: bool = True,
+) -> Picture:
+    """One picture of a target under every pair of values of two parameters: MasaCtrl's ablation (figure 8).
+
+    rows, columns: a parameter's name, of MasaCtrl or sampling (PARAMETERS), and its values. image: edit this real
+    picture, inverted once by `method`; default: synthesise the source too, from one seed. control: what the
+    other parameters of MasaCtrl are. The first column shows the source. All else as in `sample` and `invert`.
+    Raises MasaError for bad input, before any long work.
+    """
+    for name, values in (rows, columns):
+        if name not in PARAMETERS:
+            raise MasaError(f"a sweep cannot vary {name!r}; expected one of {', '.join(PARAMETERS)}")
+        if not values:
+            raise MasaError(f"a sweep over {name} needs values")
+        if image is not None and name in FIXED_BY_TRAJECTORY:
+            raise MasaError(f"a sweep over a real picture inverts it once, which fixes {name}; vary something else")
+    if rows[0] == columns[0]:
+        raise MasaError(f"rows and columns both vary {rows[0]}; give two parameters")
+    seed = secrets.randbelow(2**32) if seed is None else seed
+    fixed: dict[str, Any] = {"guidance_scale": guidance_scale, "seed": seed, "backend": backend, "progress": False}
+    cells = [[_cell(control, fixed, {rows[0]: r, columns[0]: c}) for c in columns[1]] for r in rows[1]]
+    for settings in (cell for line in cells for cell in line):
+        check_controls(sd, settings["controls"], settings.get("steps", steps), (source, target))
+    if image is None:
+        start: dict[str, Any] = {"steps": steps, "height": height, "width": width}
+    else:
+        trajectory = invert(
+            sd,
+            image,
+            source,
+            steps=steps,
+            method=method,
+            edit_guidance_scale=guidance_scale,
+            height=height,
+            width=width,
+            seed=seed,
+            backend=backend,
+            progress=progress,
+        )
+        start = {"trajectory": trajectory}
+    pictures: list[list[Image.Image]] = []
+    with tqdm(desc="sweep", total=len(rows[1]) * len(columns[1]), disable=not progress) as bar:
+        for line in cells:
+            pictures.append([])
+            for settings in line:
+                result = sample(sd, source, target, **(start | settings))
+                pictures[-1] += result.targets if pictures[-1] else result.images
+                bar.update()
+    about = {
+        **result.settings,
+        "function": "sweep",
+        "rows": [rows[0], list(rows[1])],
+        "columns": [columns[0], list(columns[1])],
+        "controls": [describe(control)],
+        "seed": seed,
+    }
+    labels = ["source", *(f"{columns[0]} = {value}" for value in columns[1])]
+    return Picture.of(label_sheet(pictures, [f"{rows[0]} = {value}" for value in rows[1]], labels), about)
+
+
+def _cell(control: MasaCtrl, fixed: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `sample` in one cell."""
+    of_control = {name: value for name, value in values.items() if name not in SAMPLING}
+    of_sampling = {name: value for name, value in values.items() if name in SAMPLING}
+    return {**fixed, **of_sampling, "controls": replace(control, **of_control)}
+
+
+def _listed(control: Control | Sequence[Control]) -> list[Control]:
+    return list(control) if isinstance(control, Sequence) else [control]
+
+
+def label_sheet(
+    rows: Sequence[Sequence[Image.Image]], row_labels: Sequence[str], column_labels: Sequence[str], gap: int = 4
+) -> Image.Image:
+    """Pictures of one size in rows, labelled on the left and above; small pictures are enlarged."""
+    width, height = rows[0][0].size
+    scale = max(1, -(-CELL // min(width, height)))
+    width, height = scale * width, scale * height
+    font = ImageFont.load_default(max(11, min(16, width // 14)))
+    line = int(font.getbbox("Ag")[3]) + gap
+    left = 2 * gap + int(max(font.getlength(word) for label in row_labels for word in (*label.split(), "source")))
+    lines = [wrap(label, font, width) for label in column_labels]
+    top = line * max(map(len, lines)) + 2 * gap
+    sheet = Image.new("RGB", (left + len(lines) * (width + gap) - gap, top + len(rows) * (height + gap) - gap), "white")
+    draw = ImageDraw.Draw(sheet)
+
+    def write(x: int, y: int, text: Sequence[str]) -> None:
+        for n, words in enumerate(text):
+            draw.text((x + 1, y + n * line), words, fill="black", font=font)
+
+    for c, text in enumerate(lines):
+        write(left + c * (width + gap), gap, text)
+    for r, (label, pictures) in enumerate(zip(row_labels, rows, strict=True)):
+        y = top + r * (height + gap)
+        write(gap, y + gap, wrap(label, font, left - gap))
+        for c, picture in enumerate(pictures):
+            enlarged = picture.resize((width, height), Image.Resampling.BICUBIC) if scale > 1 else picture
+            sheet.paste(enlarged, (left + c * (width + gap), y))
+    return sheet

@@ -1,0 +1,93 @@
+"""A picture's way to noise, as a value and as a file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from masa.errors import MasaError
+from masa.files import replacing
+
+FORMAT = "masa trajectory 2"
+Method = Literal["ddim", "negative-prompt", "null-text", "edit-friendly", "noise"]
+EDIT_FRIENDLY_ETA = 1.0  # DDIM's, with which the recorded noise is added
+
+# Version 1 had latents only, which is what version 2 has for DDIM.
+READABLE = ("masa trajectory 1", FORMAT)
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """What an inversion found: everything that sampling needs to lead back to the picture, or to an edit of it.
+
+    latents (steps + 1, 4, h, w), float32 on the CPU: the picture's own first, the noisiest last. prompt: what
+    it was inverted with. settings: JSON values that tell how it was made. context (steps, 77, width), float32:
+    the unconditional embedding of each denoising step, the noisiest step's first; None where the negative
+    prompt's serves. noise (steps, 4, h, w), float32: the noise that each denoising step adds, in the same
+    order; None where steps are deterministic.
+    """
+
+    latents: Tensor
+    prompt: str
+    settings: Mapping[str, Any]
+    context: Tensor | None = None
+    noise: Tensor | None = None
+
+    @property
+    def steps(self) -> int:
+        return len(self.latents) - 1
+
+    @property
+    def method(self) -> str:
+        """The inversion: "ddim", "negative-prompt", "null-text", "edit-friendly" or "noise"."""
+        return str(self.settings["method"])
+
+    @property
+    def offset(self) -> int:
+        """The schedule's offset that it was made with."""
+        return int(self.settings["schedule_offset"])
+
+    @property
+    def eta(self) -> float:
+        """DDIM's, with which its own noise is added; 0 without such noise."""
+        return 0.0 if self.noise is None else EDIT_FRIENDLY_ETA
+
+    @property
+    def source_guidance(self) -> float | None:
+        """The guidance that the source must be replayed with; None: the sampling's."""
+        # The recorded noise makes up for exactly the prediction that the inversion saw.
+        return None if self.noise is None else float(self.settings["guidance_scale"])
+
+    @property
+    def skip_steps(self) -> int:
+        """How many of the noisiest steps an edit leaves out by default: 12 of 50 for edit-friendly noise."""
+        return self.steps * 12 // 50 if self.method == "edit-friendly" else 0
+
+    def save(self, path: str | Path) -> None:
+        """Write all of it as one safetensors file."""
+        metadata = {"format": FORMAT, "prompt": self.prompt, "settings": json.dumps(dict(self.settings))}
+        tensors = {"latents": self.latents, "context": self.context, "noise": self.noise}
+        with replacing(path) as temporary:
+            save_file({name: t.contiguous() for name, t in tensors.items() if t is not None}, temporary, metadata)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Trajectory:
+        """Read what `save` wrote, in this or an earlier version. MasaError for any other file."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") not in READABLE:
+                    raise MasaError(f"{path} is no trajectory; expected a file written by masa.invert(..).save()")
+                # Copies: the mapped file may be overwritten while the trajectory lives.
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise MasaError(f"{path} is not a whole safetensors file ({error}); invert the picture again") from error
+        settings = json.loads(metadata["settings"]) | {"trajectory": str(path)}
+        return cls(tensors["latents"], metadata["prompt"], settings, tensors.get("context"), tensors.get("noise"))
