@@ -8,15 +8,16 @@ blocks their own forward. Rows are those of `masa.branches`.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, fields, replace
-from typing import Literal
+from dataclasses import dataclass, field, fields, replace
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from masa.errors import MasaError
 from masa.kernels.cross_attention_maps import cross_attention_with_maps
-from masa.kernels.launch import Backend
+from masa.kernels.launch import Backend, triton_unavailable
 from masa.kernels.mutual_attention import MaskPlan, mutual_attention
 
 Place = Literal["down", "mid", "up"]
@@ -39,22 +40,8 @@ class Site:
     heads: int  # 0 of a residual block
 
 
-@dataclass(frozen=True)
-class Regions:
-    """Two-part masks on one grid: a query sees the keys of its own part.
-
-    key_region (rows, keys) bool: the subject, in each row's own keys.
-    query_weight (rows, queries), bool or in [0, 1]: how far each query belongs to the subject.
-    full_rows (rows,) bool: rows that see every key.
-    """
-
-    key_region: Tensor
-    query_weight: Tensor
-    full_rows: Tensor
-
-
-# (tape of this forward, grid (h, w) of the site) -> regions, or None for no mask.
-MaskSource = Callable[[Tape, Grid], Regions | None]
+# (tape of this forward, grid (h, w) of the site) -> plan over the rows whose keys are read, or None for no mask.
+MaskSource = Callable[[Tape, Grid], MaskPlan | None]
 
 
 @dataclass(frozen=True)
@@ -132,9 +119,26 @@ class Call:
     edits: Mapping[int, Edit]
     tape: Tape
     backend: Backend = "auto"
+    plans: dict[Hashable, MaskPlan | None] = field(default_factory=dict)
 
     def edit_at(self, site: Site) -> Edit:
         return self.edits.get(site.index, PLAIN)
+
+    def plan(self, mask: MaskSource, grid: Grid) -> MaskPlan | None:
+        """The mask on a grid, planned once per forward unless more of the tape has been written since."""
+        key = (id(mask), grid, len(self.tape))
+        if key not in self.plans:
+            self.plans[key] = mask(self.tape, grid)
+        return self.plans[key]
+
+
+def check_backend(backend: str, device: torch.device) -> None:
+    """MasaError unless a backend of controlled attention exists and can serve on a device."""
+    if backend not in get_args(Backend):
+        raise MasaError(f"backend is {backend!r}; expected one of {', '.join(map(repr, get_args(Backend)))}")
+    reason = triton_unavailable(device) if backend == "triton" else None
+    if reason is not None:
+        raise MasaError(f"backend 'triton' cannot serve: {reason}, or use 'sdpa' or 'auto'")
 
 
 def take(x: Tensor, rows: tuple[int, ...]) -> Tensor:
@@ -169,11 +173,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, rows: int, site: Site, grid: Grid, c
 
     if edit.records:  # of masked or united self-attention, the maps without mask and union
         _attend_to_tokens(q, take(k, k_index), take(v, v_index), edit, site, call)
-    regions = None if edit.mask is None else edit.mask(call.tape, grid)
-    plan = None
-    if regions is not None:
-        plan = MaskPlan.build(take(regions.key_region, k_rows), regions.query_weight, regions.full_rows)
+    plan = None if edit.mask is None else call.plan(edit.mask, grid)
     if k_index != v_index:  # keys of one row with values of another: align them once, here
+        if plan is not None or edit.union_with is not None:
+            raise MasaError(f"{site.name}: keys and values of different rows cannot be masked or united")
         k, v, k_index = take(k, k_index), take(v, v_index), own
     if edit.union_with is None:
         return mutual_attention(q, k, v, kv_index=k_index, plan=plan, backend=call.backend)
@@ -219,7 +222,7 @@ def _attend_to_tokens(q: Tensor, k: Tensor, v: Tensor, edit: Edit, site: Site, c
     if tokens is None:
         out = mutual_attention(q, k, v, kv_index=tuple(range(len(q))), backend=call.backend)
         return _fold_rows(out, rows, mix)
-    out, maps = cross_attention_with_maps(q, k, v, tokens)
+    out, maps = cross_attention_with_maps(q, k, v, tokens, backend=call.backend)
     maps = _fold_rows(maps, rows, mix)
     for record, part in zip(edit.records, maps.split([w.shape[1] for w in weights], dim=1), strict=True):
         call.tape[record.key, site.index] = part

@@ -6,11 +6,14 @@ One source and N targets are denoised together. With guidance each needs two row
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from masa.errors import MasaError
 
 Half = Literal["uncond", "cond"]
 SOURCE = 0
@@ -31,13 +34,13 @@ class Branches:
     rows: tuple[Row, ...]
 
     @classmethod
-    def build(cls, targets: int, *, guided: bool, source: bool = True, merge_source: bool = False) -> Branches:
+    def build(cls, targets: int, *, guided: bool, merge_source: bool = False) -> Branches:
         """Rows for one source and `targets` targets.
 
-        guided: two halves (guidance_scale > 1), else the conditional one alone. source: False leaves the
-        source out (pinned, and nobody reads it). merge_source: its two prompts are equal: one row serves both.
+        guided: two halves (guidance_scale > 1), else the conditional one alone. merge_source: the source's two
+        prompts are equal: one row serves both.
         """
-        branches = [*([SOURCE] if source else []), *range(1, targets + 1)]
+        branches = range(targets + 1)
         if not guided:
             return cls(tuple(Row(branch, ("cond",)) for branch in branches))
         rows: list[Row] = []
@@ -76,6 +79,10 @@ class Branches:
         assert None not in rows, "the source has no rows in this batch"
         return tuple(row for row in rows if row is not None)
 
+    def keep(self, rows: tuple[int, ...]) -> Branches:
+        """These rows alone."""
+        return Branches(tuple(self.rows[i] for i in rows))
+
     def without_source(self) -> tuple[int, ...]:
         """Indices of the targets' rows."""
         return tuple(i for i, row in enumerate(self.rows) if row.branch != SOURCE)
@@ -105,3 +112,9 @@ class Branches:
             else:
                 guided.append(eps[uncond] + scale * (eps[cond] - eps[uncond]))
         return torch.stack(guided)
+
+
+def check_guidance(guidance_scale: float) -> None:
+    """MasaError unless a guidance scale is a finite number."""
+    if not isinstance(guidance_scale, int | float) or not math.isfinite(guidance_scale):
+        raise MasaError(f"guidance_scale is {guidance_scale!r}; expected a number such as 7.5, or 1 to switch it off")

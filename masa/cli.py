@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from typing import Any, NoReturn
 from masa.controls.base import Control
 from masa.errors import MasaError
 from masa.inversion import METHODS
+from masa.result import file_names
 from masa.sheets import PARAMETERS, comparison
 
 OUT = Path("masa-out")
@@ -30,13 +32,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         args.run(args)
-    except (MasaError, OSError, ValueError, MemoryError) as error:
-        print(f"masa: {' '.join(str(error).split())}", file=sys.stderr)
+    except (Exception, KeyboardInterrupt) as error:
+        if interrupted(error):
+            print("\nmasa: interrupted; nothing unfinished was written", file=sys.stderr)
+            return 130
+        if "out of memory" in str(error).lower():
+            print(
+                "masa: out of memory; use a smaller --height and --width or a half-precision --dtype", file=sys.stderr
+            )
+        elif isinstance(error, MasaError | OSError | ValueError):
+            print(f"masa: {' '.join(str(error).split())}", file=sys.stderr)
+        else:
+            raise
         return 2
-    except KeyboardInterrupt:
-        print("\nmasa: interrupted; nothing unfinished was written", file=sys.stderr)
-        return 130
     return 0
+
+
+def interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is at the root of an error; libraries that import lazily turn it into others."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 # ----------------------------------------------------------------------------------------------- commands
@@ -45,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_demo(args: argparse.Namespace) -> None:
     from masa.demo import run
 
-    folder = choose_folder(args.out, ["synthesis.png", "editing.png"], args.overwrite)
+    folder = choose_folder(args.out, ["synthesis.png", "editing.png", "picture.png"], args.overwrite)
     for path in run(folder, seed=args.seed, progress=not args.quiet):
         print(path)
     print(
@@ -65,8 +81,7 @@ In Python:
 def run_sample(args: argparse.Namespace) -> None:
     import masa
 
-    names = ["source.png", *(f"target_{i}.png" for i in range(len(args.target))), "grid.png"]
-    folder = choose_folder(args.out, names, args.overwrite)
+    folder = choose_folder(args.out, file_names(len(args.target)), args.overwrite)
     controls = build_controls(args)
     trajectory = masa.Trajectory.load(args.trajectory) if args.trajectory else None
     result = masa.sample(
@@ -93,8 +108,7 @@ def run_sample(args: argparse.Namespace) -> None:
 def run_edit(args: argparse.Namespace) -> None:
     import masa
 
-    names = ["source.png", *(f"target_{i}.png" for i in range(len(args.target))), "grid.png"]
-    folder = choose_folder(args.out, names, args.overwrite)
+    folder = choose_folder(args.out, file_names(len(args.target)), args.overwrite)
     controls = build_controls(args)
     check_picture(args.image)
     result = masa.edit(
@@ -150,8 +164,7 @@ def run_invert(args: argparse.Namespace) -> None:
 def run_sdedit(args: argparse.Namespace) -> None:
     import masa
 
-    names = ["source.png", *(f"target_{i}.png" for i in range(len(args.target))), "grid.png"]
-    folder = choose_folder(args.out, names, args.overwrite)
+    folder = choose_folder(args.out, file_names(len(args.target)), args.overwrite)
     check_picture(args.image)
     result = masa.sdedit(
         load_model(args),
@@ -232,10 +245,20 @@ def run_rerun(args: argparse.Namespace) -> None:
     import masa
     from masa.result import read_settings
 
-    targets = read_settings(args.picture)["target"]
-    names = ["source.png", *(f"target_{i}.png" for i in range(len(targets))), "grid.png"]
-    folder = choose_folder(args.out, names, args.overwrite)
-    report(masa.rerun(args.picture, progress=not args.quiet).save(folder))
+    settings = read_settings(args.picture)
+    folder = choose_folder(args.out, file_names(len(settings.get("target", []))), args.overwrite)
+    given = (args.checkpoint, args.device, args.dtype, args.vae, args.tokenizer)
+    sd = None
+    if any(value is not None for value in given):  # another device, or a checkpoint that has moved
+        sd = masa.load(
+            args.checkpoint or settings["checkpoint"],
+            device=args.device or settings["device"],
+            dtype=args.dtype or settings["dtype"],
+            vae=args.vae or settings["vae"],
+            tokenizer=args.tokenizer or settings["tokenizer"],
+            progress=not args.quiet,
+        )
+    report(masa.rerun(args.picture, sd, progress=not args.quiet).save(folder))
 
 
 # ------------------------------------------------------------------------------------------------ helpers
@@ -243,8 +266,22 @@ def run_rerun(args: argparse.Namespace) -> None:
 
 def load_model(args: argparse.Namespace):  # type: ignore[no-untyped-def]
     import masa
+    from masa.attention import check_backend
+    from masa.image import check_size
+    from masa.pipeline import choose_device
 
-    return masa.load(args.checkpoint, device=args.device, dtype=args.dtype, tokenizer=args.tokenizer, vae=args.vae)
+    # What can be refused without the model is refused before its minutes are spent.
+    check_size(getattr(args, "height", None), getattr(args, "width", None))
+    masa.Schedule().timesteps(50 if getattr(args, "steps", None) is None else args.steps)
+    check_backend(getattr(args, "backend", "auto"), choose_device(args.device))
+    return masa.load(
+        args.checkpoint,
+        device=args.device,
+        dtype=args.dtype,
+        tokenizer=args.tokenizer,
+        vae=args.vae,
+        progress=not args.quiet,
+    )
 
 
 def build_controls(args: argparse.Namespace) -> list[Control]:
@@ -298,8 +335,11 @@ def choose_folder(out: str | None, names: Sequence[str], overwrite: bool) -> Pat
         used = [int(p.name) for p in OUT.glob("[0-9]*") if p.name.isdecimal()]
         return OUT / f"{max(used, default=0) + 1:04d}"
     folder = Path(out)
-    if folder.exists() and not folder.is_dir():
-        raise MasaError(f"-o {folder} is a file; expected a folder to write into")
+    above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not above.is_dir():
+        raise MasaError(f"-o {folder}: {above} is a file; expected a folder to write into")
+    if not os.access(above, os.W_OK):
+        raise MasaError(f"-o {folder}: {above} cannot be written to; give another folder")
     taken = [name for name in names if (folder / name).exists()]
     if taken and not overwrite:
         raise MasaError(f"{folder} already holds {', '.join(taken)}; give another -o, or --overwrite")
@@ -488,6 +528,7 @@ def build_parser() -> Parser:
         ["masa rerun masa-out/0001/target_0.png"],
     )
     rerun.add_argument("picture", help="a PNG that masa saved")
+    add_model(rerun)
     add_output(rerun)
     return parser
 

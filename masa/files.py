@@ -1,7 +1,8 @@
-"""Writing files so that none is ever half written."""
+"""Files: written so that none is ever half written, found again, told apart."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
 from collections.abc import Iterator
@@ -26,3 +27,16 @@ def replacing(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of a file, in hex."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def find_near(path: str | Path, near: str | Path) -> Path | None:
+    """A file or folder under its own path, or under one relative to the folder of `near` or those above it."""
+    for folder in (Path(), *Path(near).resolve().parents):
+        if (folder / path).exists():
+            return folder / path
+    return None

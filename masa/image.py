@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -43,11 +42,6 @@ def flatten(picture: Image.Image, background: str = "white") -> Image.Image:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, background), picture)
     return picture.convert("RGB")
-
-
-def file_digest(path: str | Path) -> str:
-    """SHA-256 of a file, in hex."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def load_image(image: ImageLike, *, short_side: int, height: int | None = None, width: int | None = None) -> Tensor:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from masa.attention import Backend
-from masa.branches import Branches
+from masa.attention import Backend, check_backend
+from masa.branches import Branches, check_guidance
 from masa.errors import MasaError
-from masa.image import ImageLike, file_digest, load_image
+from masa.files import file_digest
+from masa.image import ImageLike, load_image
 from masa.noise import Noise
 from masa.null_text import MAX_STEPS, null_text
 from masa.pipeline import StableDiffusion
@@ -65,6 +66,8 @@ def invert(
     schedule = schedule or sd.schedule
     timesteps = schedule.timesteps(steps)
     _check_method(method, prompt, steps, schedule, edit_guidance_scale)
+    check_backend(backend, sd.device)
+    check_guidance(guidance_scale)
     noise = Noise(seed, generator)
     picture = load_image(image, short_side=sd.config.image_size, height=height, width=width)
     uncond, cond = sd.encode_prompt([""]), sd.encode_prompt([prompt])
@@ -109,7 +112,8 @@ def invert(
         "edit_guidance_scale": edit_guidance_scale if method == "null-text" else None,
         "seed": noise.seed,
         "generator_state": noise.generator_state,
-        "schedule_offset": schedule.offset,
+        "schedule": schedule.describe(),
+        "backend": backend,
         "checkpoint": sd.origin.checkpoint,
     }
     return Trajectory(latents.cpu(), prompt, settings, embeddings, added)

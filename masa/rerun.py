@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from masa import __version__
 from masa.errors import MasaError
-from masa.image import file_digest
+from masa.files import file_digest, find_near
 from masa.inversion import invert
 from masa.pipeline import StableDiffusion, load
 from masa.result import Result, read_settings
@@ -23,22 +25,28 @@ def rerun(picture: str | Path, sd: StableDiffusion | None = None, *, progress: b
     """Run again what made a PNG saved by masa: the same pictures, on the same device and library version.
 
     sd: the model, by default loaded from the checkpoint, device and dtype that the settings name. A real picture
-    that was edited is read again from its path. MasaError where something the settings name is gone or changed.
+    that was edited is read again from its path, also where that is relative to the PNG's folder. MasaError where
+    something the settings name is gone or changed.
     """
     settings = read_settings(picture)
     if settings["function"] != "sample":
         raise MasaError(
             f"{picture} is a sheet of many runs; repeat it with masa {settings['function']} and the settings inside it"
         )
-    trajectory_settings = settings["trajectory"]
-    if trajectory_settings is not None:
-        check_image(trajectory_settings)
+    if settings["version"] != __version__:
+        warnings.warn(f"{picture} was made by masa {settings['version']}, this is {__version__}", stacklevel=2)
+    if settings["callback"]:
+        warnings.warn(f"a callback took part in making {picture}; it is not repeated", stacklevel=2)
+    made_from = settings["trajectory"]
+    source = None if made_from is None else find_source(made_from, picture)
     if sd is None:
-        name = settings["checkpoint"]
-        sd = load(None if name == "demo" else name, device=settings["device"], dtype=settings["dtype"])
-    trajectory = None
-    if trajectory_settings is not None:
-        trajectory = restore_trajectory(sd, trajectory_settings, progress)
+        sd = load_again(settings, picture)
+        if sd.fingerprint != settings["fingerprint"]:
+            raise MasaError(
+                f"{settings['checkpoint']} holds other weights than those that made {picture}; put the old file back, "
+                "or pass the model as sd= (-c on the command line)"
+            )
+    trajectory = None if made_from is None or source is None else restore_trajectory(sd, made_from, source, progress)
 
     return sample(
         sd,
@@ -48,7 +56,7 @@ def rerun(picture: str | Path, sd: StableDiffusion | None = None, *, progress: b
         trajectory=trajectory,
         pin_source=settings["pin_source"],
         steps=settings["steps"],
-        skip_steps=settings.get("skip_steps"),  # pictures of version 0.1 have none: nothing was skipped
+        skip_steps=settings["skip_steps"],
         guidance_scale=settings["guidance_scale"],
         negative_prompt=settings["negative_prompt"],
         height=settings["height"],
@@ -57,7 +65,7 @@ def rerun(picture: str | Path, sd: StableDiffusion | None = None, *, progress: b
         generator=restore_generator(settings["generator_state"]),
         latents=None if settings["latents"] is None else unpack(settings["latents"]),
         eta=settings["eta"],
-        schedule=Schedule(sd.schedule.config, settings["schedule_offset"]),
+        schedule=Schedule.restore(settings["schedule"]),
         backend=settings["backend"],
         progress=progress,
     )
@@ -72,36 +80,52 @@ def restore_generator(state: Mapping[str, str] | None) -> torch.Generator | None
     return generator
 
 
-def check_image(settings: Mapping[str, Any]) -> None:
-    """MasaError unless the picture that a trajectory was made from is where it was, and the same."""
+def load_again(settings: Mapping[str, Any], picture: str | Path) -> StableDiffusion:
+    """The model that the settings name; paths may be relative to where the picture lies."""
+
+    def find(path: str | None) -> str | Path | None:
+        return path if path is None else find_near(path, picture) or path
+
+    checkpoint = None if settings["checkpoint"] == "demo" else find(settings["checkpoint"])
+    vae, tokenizer = find(settings["vae"]), find(settings["tokenizer"])
+    return load(checkpoint, device=settings["device"], dtype=settings["dtype"], vae=vae, tokenizer=tokenizer)
+
+
+def find_source(settings: Mapping[str, Any], picture: str | Path) -> Path:
+    """The trajectory's file, or the real picture that it was made from. MasaError unless there, and unchanged."""
     if settings.get("trajectory") is not None:
-        return
-    path = settings["image"]
+        path, digest = settings["trajectory"], settings["trajectory_sha256"]
+    else:
+        path, digest = settings["image"], settings["image_sha256"]
     if path is None:
         raise MasaError("the edited picture was given as pixels, not as a file: its run cannot be repeated from a PNG")
-    if not Path(path).is_file():
-        raise MasaError(f"the edited picture {path} is not there any more; put it back, or run masa edit anew")
-    if file_digest(path) != settings["image_sha256"]:
-        raise MasaError(f"{path} has changed since it was edited; restore it, or run masa edit anew")
+    found = find_near(path, picture)
+    if found is None:
+        raise MasaError(f"{path}, which {picture} was made from, is not there any more; put it back")
+    if file_digest(found) != digest:
+        raise MasaError(f"{found} has changed since {picture} was made from it; restore it, or edit anew")
+    return found
 
 
-def restore_trajectory(sd: StableDiffusion, settings: Mapping[str, Any], progress: bool) -> Trajectory:
+def restore_trajectory(sd: StableDiffusion, settings: Mapping[str, Any], source: Path, progress: bool) -> Trajectory:
     """A trajectory from its file where it came from one, else by inverting its picture again."""
     if settings.get("trajectory") is not None:
-        return Trajectory.load(settings["trajectory"])
-    fitted = settings.get("edit_guidance_scale")
+        return Trajectory.load(source)
+    fitted = settings["edit_guidance_scale"]
+    generator = restore_generator(settings["generator_state"])
     return invert(
         sd,
-        settings["image"],
+        source,
         settings["prompt"],
         steps=settings["steps"],
         guidance_scale=settings["guidance_scale"],
         method=settings["method"],
         edit_guidance_scale=7.5 if fitted is None else fitted,
-        seed=settings.get("seed"),
-        generator=restore_generator(settings.get("generator_state")),
+        seed=None if generator is not None else settings["seed"],
+        generator=generator,
         height=settings["height"],
         width=settings["width"],
-        schedule=Schedule(sd.schedule.config, settings["schedule_offset"]),
+        schedule=Schedule.restore(settings["schedule"]),
+        backend=settings["backend"],
         progress=progress,
     )

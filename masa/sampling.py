@@ -10,8 +10,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from masa import __version__
-from masa.attention import Backend, Edit, Grid
-from masa.branches import Branches
+from masa.attention import Backend, Edit, Grid, check_backend
+from masa.branches import Branches, check_guidance
 from masa.controls.base import ActiveControl, Control, Run, resolve
 from masa.controls.masactrl import MasaCtrl
 from masa.errors import MasaError
@@ -75,7 +75,7 @@ def denoise(run: Denoising) -> Iterator[Tensor]:
             retire=retire,
             backend=run.backend,
         )
-        predicted = branches if retire is None else Branches(tuple(branches.rows[i] for i in retire.keep))
+        predicted = branches if retire is None else branches.keep(retire.keep)
         eps = predicted.guide(eps.float(), run.guidance_scale, run.source_guidance)
         noise = _step_noise(run, step).to(x.device) if run.eta > 0 else None
         moved = run.schedule.step(eps, x[list(predicted.present)], timestep, run.steps, run.eta, noise)
@@ -100,7 +100,7 @@ def _plan_step(run: Denoising, step: int, last: bool) -> tuple[Branches, dict[in
         return branches, edits, None
     targets = branches.without_source()
     if not edits:
-        return Branches(tuple(branches.rows[i] for i in targets)), {}, None
+        return branches.keep(targets), {}, None
     last_layer = max(run.sd.unet.sites[index].layer for index in edits)
     return branches, edits, Retirement(last_layer, targets)
 
@@ -155,7 +155,8 @@ def sample(
     controls: one or a list; [] is the fixed-seed baseline. They act on targets only.
     trajectory: an inverted picture as the source; its size, steps and schedule hold, its prompt where `source`
     is empty, and the unconditional embeddings and noise that it brings. pin_source: put the source's latents
-    back on the trajectory before each step (2310.01506), else it drifts. steps: default 50. skip_steps: how
+    back on the trajectory before each step (2310.01506), else it drifts; without targets it always denoises
+    freely. steps: default 50. skip_steps: how
     many of the noisiest are left out, starting from the trajectory's (or the given) latents there; default 0,
     for an edit-friendly trajectory 12 of 50. guidance_scale: 1 or less switches guidance off.
     height, width: multiples of 64, default the model's training size. Starting noise: `latents` (1, 4, h, w)
@@ -165,9 +166,9 @@ def sample(
 
     Raises MasaError for bad input, before any long work. MasaCtrl (2304.08465), algorithm 1.
     """
-    targets = (target,) if isinstance(target, str) else tuple(target)
-    chosen = _as_list(controls)
+    targets, chosen = _as_prompts(target), _as_list(controls)
     described = [describe(control) for control in chosen] if targets else []
+    _check_numbers(sd, guidance_scale, eta, seed, backend, latents)
     steps, schedule, size = _steps_and_size(sd, trajectory, steps, schedule, height, width)
     schedule.timesteps(steps)
     noise = Noise(seed, generator)
@@ -211,17 +212,25 @@ def sample(
     x = run.latents
     for x in tqdm(denoise(run), desc="sample", total=steps - first_step, disable=not progress):  # noqa: B007
         pass
+    if not bool(torch.isfinite(x).all()):
+        raise MasaError(
+            f"the latents became NaN or infinite in {str(sd.dtype).removeprefix('torch.')}; load with dtype='fp32', "
+            "or lower guidance_scale"
+        )
     settings = {
         "function": "sample",
         "version": __version__,
         "checkpoint": sd.origin.checkpoint,
+        "vae": sd.origin.vae,
+        "tokenizer": sd.origin.tokenizer,
+        "fingerprint": sd.fingerprint,
         "device": str(sd.device),
         "dtype": str(sd.dtype).removeprefix("torch."),
         "source": source,
         "target": list(targets),
         "controls": described,
         "trajectory": None if trajectory is None else dict(trajectory.settings),
-        "pin_source": pin_source,
+        "pin_source": pin_source and bool(targets),
         "steps": steps,
         "skip_steps": first_step,
         "guidance_scale": guidance_scale,
@@ -232,8 +241,9 @@ def sample(
         "generator_state": noise.generator_state,
         "latents": None if latents is None else pack(latents),
         "eta": eta,
-        "schedule_offset": schedule.offset,
+        "schedule": schedule.describe(),
         "backend": backend,
+        "callback": callback is not None,
     }
     pictures = sd.decode_latents(x, progress=progress)
     masks = {i: {s: m.cpu() for s, m in c.masks().items()} for i, c in enumerate(active) if c.masks()}
@@ -272,9 +282,10 @@ def edit(
     generator: of the inversion's noise, then of the sampling's. Everything else as in `invert` and `sample`.
     MasaCtrl section 4.
     """
-    targets = (target,) if isinstance(target, str) else tuple(target)
+    targets = _as_prompts(target)
     if not targets:
         raise MasaError("edit needs at least one target prompt")
+    _check_numbers(sd, guidance_scale, eta, seed, backend, None)
     check_controls(sd, controls, steps, (source, *targets))
     _check_negative(method, negative_prompt)
     trajectory = invert(
@@ -312,8 +323,39 @@ def edit(
     )
 
 
+def _as_prompts(target: str | Sequence[str]) -> tuple[str, ...]:
+    prompts = (target,) if isinstance(target, str) else tuple(target or ())
+    for prompt in prompts:
+        if not isinstance(prompt, str):
+            raise MasaError(f"a target is {prompt!r}; expected a prompt, or a list of prompts")
+    return prompts
+
+
 def _as_list(controls: Control | Sequence[Control]) -> tuple[Control, ...]:
-    return tuple(controls) if isinstance(controls, Sequence) else (controls,)
+    chosen = tuple(controls) if isinstance(controls, Sequence) else (controls,)
+    for control in chosen:
+        if isinstance(control, type) or not hasattr(control, "begin"):
+            raise MasaError(f"controls hold {control!r}; expected controls such as masa.MasaCtrl(), or [] for none")
+    return chosen
+
+
+def _check_numbers(
+    sd: StableDiffusion,
+    guidance_scale: float,
+    eta: float,
+    seed: int | None,
+    backend: str,
+    latents: Tensor | None,
+) -> None:
+    """MasaError for values that no run can use."""
+    check_guidance(guidance_scale)
+    if not isinstance(eta, int | float) or not 0.0 <= eta <= 1.0:
+        raise MasaError(f"eta is {eta!r}; expected a number from 0 (deterministic) to 1")
+    if seed is not None and (not isinstance(seed, int) or not 0 <= seed < 2**63):
+        raise MasaError(f"seed is {seed!r}; expected a whole number from 0 to 2**63 - 1")
+    if latents is not None and (not isinstance(latents, Tensor) or not bool(torch.isfinite(latents).all())):
+        raise MasaError("latents hold NaN or infinite values, or are no tensor; expected a float tensor of noise")
+    check_backend(backend, sd.device)
 
 
 def check_controls(
@@ -380,11 +422,12 @@ def _steps_and_size(
         side = sd.config.image_size
         return 50 if steps is None else steps, schedule or sd.schedule, (height or side, width or side)
     scale = sd.config.vae.downsample
-    found = {
+    size = (trajectory.latents.shape[2] * scale, trajectory.latents.shape[3] * scale)
+    found: dict[str, tuple[object, object]] = {
         "steps": (steps, trajectory.steps),
-        "height": (height, trajectory.latents.shape[2] * scale),
-        "width": (width, trajectory.latents.shape[3] * scale),
-        "schedule offset": (None if schedule is None else schedule.offset, trajectory.offset),
+        "height": (height, size[0]),
+        "width": (width, size[1]),
+        "schedule": (schedule, trajectory.schedule),
     }
     for name, (asked, given) in found.items():
         if asked is not None and asked != given:
@@ -395,14 +438,11 @@ def _steps_and_size(
         raise MasaError(
             f"the trajectory has {trajectory.latents.shape[1]} latent channels, the model {sd.config.unet.in_channels}"
         )
-    schedule = schedule or Schedule(sd.schedule.config, trajectory.offset)
-    return trajectory.steps, schedule, (found["height"][1], found["width"][1])
+    return trajectory.steps, trajectory.schedule, size
 
 
 def _check_start(latents: Tensor | None, trajectory: Trajectory | None, eta: float, negative_prompt: str) -> float:
     """The run's eta. MasaError where arguments contradict each other or the trajectory."""
-    if eta < 0:
-        raise MasaError(f"eta is {eta}; expected 0 (deterministic) or more, 1 at most in the DDIM paper")
     if trajectory is None:
         return eta
     if latents is not None:

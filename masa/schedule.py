@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +40,15 @@ class Schedule:
     def alpha(self, timestep: int) -> float:
         """alphas_cumprod at a timestep; before the first one, that of timestep 0 (not 1)."""
         return self.alphas_cumprod[max(timestep, 0)]
+
+    def describe(self) -> dict[str, float]:
+        """Its numbers, as JSON values that `Schedule.restore` takes back."""
+        return {"offset": self.offset} | asdict(self.config)
+
+    @classmethod
+    def restore(cls, numbers: Mapping[str, Any]) -> Schedule:
+        config = {name: value for name, value in numbers.items() if name != "offset"}
+        return cls(ScheduleConfig(**config), int(numbers["offset"]))
 
     def stride(self, steps: int) -> int:
         """Training timesteps between two steps."""

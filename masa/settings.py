@@ -54,16 +54,19 @@ def describe(value: Any) -> Any:
         return {"kind": type(value).__name__} | {f.name: describe(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, Tensor):
         return pack(value)
-    if isinstance(value, list | tuple | range):
+    if isinstance(value, list | tuple | range | set | frozenset | np.ndarray):
         return [describe(v) for v in value]
     if isinstance(value, Mapping):
         # As pairs: a word may be a number, and may be "kind".
         return {"kind": MAPPING, "items": [[describe(key), describe(item)] for key, item in value.items()]}
     if isinstance(value, Path):
         return str(value)
+    if isinstance(value, np.generic):
+        return value.item()
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise MasaError(f"a {type(value).__name__} cannot be written into settings")
+    # A control of the user's own: the run goes on, and only its repetition is refused.
+    return {"kind": type(value).__name__, "own": True}
 
 
 def restore(value: Any) -> Any:
@@ -78,14 +81,18 @@ def restore(value: Any) -> Any:
         return {restore(key): restore(item) for key, item in value["items"]}
     kind = KINDS.get(value.get("kind", ""))
     if kind is None:
-        raise MasaError(f"settings name a {value.get('kind')!r}, unknown to this version of masa")
+        raise MasaError(
+            f"settings name a {value.get('kind')!r}, which this version of masa does not have; repeat the run in the "
+            "program that made it"
+        )
     return kind(**{name: restore(v) for name, v in value.items() if name != "kind"})
 
 
 def pack(tensor: Tensor) -> dict[str, str]:
     """A tensor as compressed text."""
     buffer = io.BytesIO()
-    np.save(buffer, tensor.detach().cpu().numpy())
+    whole = tensor.detach().cpu()
+    np.save(buffer, (whole.float() if whole.dtype == torch.bfloat16 else whole).numpy())
     return {"packed": base64.b64encode(zlib.compress(buffer.getvalue(), 9)).decode("ascii")}
 
 

@@ -13,14 +13,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from masa.errors import MasaError
-from masa.files import replacing
+from masa.files import file_digest, replacing
+from masa.schedule import Schedule
 
-FORMAT = "masa trajectory 2"
+FORMAT = "masa trajectory 1"
 Method = Literal["ddim", "negative-prompt", "null-text", "edit-friendly", "noise"]
 EDIT_FRIENDLY_ETA = 1.0  # DDIM's, with which the recorded noise is added
-
-# Version 1 had latents only, which is what version 2 has for DDIM.
-READABLE = ("masa trajectory 1", FORMAT)
 
 
 @dataclass(frozen=True)
@@ -50,9 +48,9 @@ class Trajectory:
         return str(self.settings["method"])
 
     @property
-    def offset(self) -> int:
-        """The schedule's offset that it was made with."""
-        return int(self.settings["schedule_offset"])
+    def schedule(self) -> Schedule:
+        """The schedule that it was made with."""
+        return Schedule.restore(self.settings["schedule"])
 
     @property
     def eta(self) -> float:
@@ -79,15 +77,20 @@ class Trajectory:
 
     @classmethod
     def load(cls, path: str | Path) -> Trajectory:
-        """Read what `save` wrote, in this or an earlier version. MasaError for any other file."""
+        """Read what `save` wrote. MasaError for any other file."""
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                if metadata.get("format") not in READABLE:
+                if metadata.get("format") != FORMAT:
                     raise MasaError(f"{path} is no trajectory; expected a file written by masa.invert(..).save()")
                 # Copies: the mapped file may be overwritten while the trajectory lives.
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise MasaError(f"{path} cannot be read as a trajectory ({error})") from error
         except SafetensorError as error:
             raise MasaError(f"{path} is not a whole safetensors file ({error}); invert the picture again") from error
-        settings = json.loads(metadata["settings"]) | {"trajectory": str(path)}
+        origin = {"trajectory": str(path), "trajectory_sha256": file_digest(path)}
+        settings = json.loads(metadata["settings"]) | origin
         return cls(tensors["latents"], metadata["prompt"], settings, tensors.get("context"), tensors.get("noise"))

@@ -18,7 +18,7 @@ ALLOWED = {
     "kernels": ("masa.kernels", "masa.errors"),
     "weights": ("masa.weights", "masa.config", "masa.errors", "masa.files"),
     "masa/attention.py": ("masa.kernels", "masa.errors"),
-    "masa/branches.py": (),
+    "masa/branches.py": ("masa.errors",),
     "masa/schedule.py": ("masa.config", "masa.errors"),
     "masa/models": ("masa.config", "masa.attention", "masa.models", "masa.errors"),
     "masa/controls": ("masa.attention", "masa.branches", "masa.controls", "masa.errors", "masa.image"),

@@ -28,7 +28,8 @@ def test_every_row_reads_the_source_of_its_half():
 
 
 def test_without_the_source_only_targets_are_present():
-    branches = Branches.build(2, guided=True, source=False)
+    full = Branches.build(2, guided=True)
+    branches = full.keep(full.without_source())
     assert branches.present == (1, 2)
     assert len(branches) == 4
 

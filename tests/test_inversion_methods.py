@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from published import Control, MutualAttention
 from published_inversions import InversionOracle
-from safetensors.torch import load_file, save_file
 
 import masa
 from masa.schedule import Schedule
@@ -248,17 +245,6 @@ def test_trajectories_come_back_whole(tiny, trajectories, tmp_path, method):
     assert torch.equal(out.latents, again.latents)
     again.save(tmp_path / "out")
     assert torch.equal(masa.rerun(tmp_path / "out" / "source.png", tiny, progress=False).latents, out.latents)
-
-
-def test_files_of_the_first_version_load(tiny, trajectories, tmp_path):
-    first = trajectories["ddim"]
-    settings = {k: v for k, v in first.settings.items() if k not in ("seed", "generator_state", "edit_guidance_scale")}
-    metadata = {"format": "masa trajectory 1", "prompt": SOURCE, "settings": json.dumps(settings)}
-    save_file({"latents": first.latents}, tmp_path / "old.safetensors", metadata)
-    back = masa.Trajectory.load(tmp_path / "old.safetensors")
-    assert back.context is None
-    assert torch.equal(edit(tiny, back).latents, edit(tiny, first).latents)
-    assert set(load_file(tmp_path / "old.safetensors")) == {"latents"}
 
 
 @pytest.mark.parametrize("method", ["null-text", "edit-friendly", "noise"])

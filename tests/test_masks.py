@@ -29,19 +29,23 @@ def test_given_masks_are_resized_to_every_grid(run_info):
     source[:, 12:] = 1.0
     active = masa.GivenMasks(source, source).begin(run_info, frozenset({6, 10}))
     branches = Branches.build(1, guided=True)
-    regions = active.source(branches)({}, (2, 3))
-    assert regions.key_region.shape == (4, 6)
-    assert regions.key_region[0].reshape(2, 3).tolist() == [[False, False, True]] * 2
-    assert regions.full_rows.tolist() == [True, False, True, False]
-    assert active.source(branches)({}, (8, 12)).key_region[0].reshape(8, 12)[:, 6:].all()
+    mask = active.source(branches, (0, 2))
+    assert mask is active.source(branches, (0, 2))  # planned once for all steps
+    plan = mask({}, (2, 3))
+    assert plan.key_region.shape == (2, 6)
+    assert plan.key_region[0].reshape(2, 3).tolist() == [[False, False, True]] * 2
+    assert plan.query_weight.shape == (4, 6)
+    assert plan.full_rows.tolist() == [True, False, True, False]
+    assert mask({}, (8, 12)).key_region[0].reshape(8, 12)[:, 6:].all()
 
 
 def test_source_masks_are_cut_and_target_masks_may_be_soft(run_info):
     soft = torch.full((16, 24), 0.4)
     active = masa.GivenMasks(soft, soft).begin(run_info, frozenset({10}))
-    regions = active.source(Branches.build(1, guided=False))({}, (8, 12))
-    assert not regions.key_region[0].any()
-    assert regions.query_weight[1].unique().tolist() == pytest.approx([0.4])
+    plan = active.source(Branches.build(1, guided=False), (0,))({}, (8, 12))
+    assert not plan.key_region.any()
+    assert plan.query_weight[1].unique().tolist() == pytest.approx([0.4])
+    assert not plan.binary
 
 
 def test_one_target_mask_each(tiny, run_info):

@@ -68,6 +68,61 @@ def test_an_edit_runs_again_from_its_picture(tiny, out, tmp_path):
         masa.rerun(tmp_path / "edit" / "target_0.png", tiny, progress=False)
 
 
+def test_a_relative_picture_is_found_from_elsewhere(tiny, out, tmp_path, monkeypatch):
+    (tmp_path / "work" / "elsewhere").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "work")
+    out.source.save("real.png")
+    settings = {"steps": 2, "controls": masa.MasaCtrl(1), "progress": False, "height": 64, "width": 64}
+    edit = masa.edit(tiny, "real.png", "a dog", **settings)
+    edit.save("masa-out/0001")
+    monkeypatch.chdir(tmp_path / "work" / "elsewhere")
+    again = masa.rerun(tmp_path / "work" / "masa-out" / "0001" / "target_0.png", tiny, progress=False)
+    assert torch.equal(again.latents, edit.latents)
+
+
+def test_schedule_and_backend_run_again(tiny, tmp_path):
+    schedule = masa.Schedule(masa.ScheduleConfig(beta_end=0.02), offset=0)
+    settings = SETTINGS | {"schedule": schedule, "backend": "reference", "controls": masa.MasaCtrl(1)}
+    first = masa.sample(tiny, "a cat", "a dog", seed=1, **settings)
+    first.source.save(tmp_path / "source.png")
+    again = masa.rerun(tmp_path / "source.png", tiny, progress=False)
+    assert torch.equal(again.latents, first.latents)
+    assert again.settings == first.settings
+
+
+def test_other_weights_are_noticed(tiny, tiny_folder, tmp_path):
+    from masa.pipeline import Origin
+
+    assert tiny.origin == Origin(str(tiny_folder))
+    first = masa.sample(tiny, "a cat", seed=1, **SETTINGS)
+    first.source.save(tmp_path / "source.png")
+    assert torch.equal(masa.rerun(tmp_path / "source.png", progress=False).latents, first.latents)
+    settings = first.settings | {"fingerprint": "0" * 16}
+    Picture.of(first.source, settings).save(tmp_path / "other.png")
+    with pytest.raises(masa.MasaError, match="holds other weights"):
+        masa.rerun(tmp_path / "other.png", progress=False)
+
+
+def test_a_callback_is_told(tiny, tmp_path):
+    out = masa.sample(tiny, "a cat", seed=1, callback=lambda step, timestep, x: None, **SETTINGS)
+    out.source.save(tmp_path / "source.png")
+    with pytest.warns(UserWarning, match="a callback took part"):
+        masa.rerun(tmp_path / "source.png", tiny, progress=False)
+
+
+def test_a_control_of_ones_own_runs_and_is_not_repeated(tiny, tmp_path):
+    class Mine:
+        def begin(self, run):
+            return masa.MasaCtrl(1).begin(run)
+
+    out = masa.sample(tiny, "a cat", "a dog", controls=Mine(), seed=1, **SETTINGS)
+    plain = masa.sample(tiny, "a cat", "a dog", controls=masa.MasaCtrl(1), seed=1, **SETTINGS)
+    assert torch.equal(out.latents, plain.latents)
+    out.source.save(tmp_path / "source.png")
+    with pytest.raises(masa.MasaError, match="'Mine'"):
+        masa.rerun(tmp_path / "source.png", tiny, progress=False)
+
+
 def test_pictures_without_settings_are_refused(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
     with pytest.raises(masa.MasaError, match="carries no masa settings"):
@@ -125,8 +180,11 @@ def test_a_failed_save_leaves_nothing(out, tmp_path):
 
 def test_settings_are_json_and_come_back():
     mask = torch.rand(4, 4, generator=torch.Generator().manual_seed(0))
+    import numpy as np
+
     for control in (
         masa.MasaCtrl(),
+        masa.MasaCtrl(start_step=np.int64(3), steps=np.arange(3), layers={4}),
         masa.MasaCtrl(steps=range(3), layers=[1, 2], union=True, source_weight=2.0),
         masa.MasaCtrl(mask=masa.WordMasks(["wooden", "chair"], 3, threshold=0.2)),
     ):
@@ -171,7 +229,10 @@ def test_trajectories_come_back_whole(tiny, tmp_path, generator):
     assert back.settings["trajectory"] == str(tmp_path / "t.safetensors")
     masa.sample(tiny, target="a dog", trajectory=back, controls=masa.MasaCtrl(1), progress=False).save(tmp_path / "o")
     again = masa.rerun(tmp_path / "o" / "grid.png", tiny, progress=False)
-    assert again.settings["trajectory"]["steps"] == 3
+    assert again.source.tobytes() == Image.open(tmp_path / "o" / "source.png").tobytes()
+    masa.invert(tiny, picture, "a dog", steps=3, progress=False).save(tmp_path / "t.safetensors")
+    with pytest.raises(masa.MasaError, match="has changed since"):
+        masa.rerun(tmp_path / "o" / "grid.png", tiny, progress=False)
 
 
 def test_other_files_are_no_trajectories(tmp_path):

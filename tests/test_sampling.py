@@ -312,7 +312,16 @@ def test_callback_sees_and_may_change_latents(tiny, noise):
         ({"controls": masa.MasaCtrl(layers=[1], mask=masa.WordMasks("cat", "cat"))}, "WordMasks needs"),
         ({"controls": [masa.MasaCtrl(), masa.MasaCtrl(2)]}, "two controls both set k_from"),
         ({"seed": 1, "generator": torch.Generator()}, "seed and generator"),
-        ({"eta": -1.0}, "eta is -1.0"),
+        ({"eta": -1.0}, r"eta is -1\.0"),
+        ({"eta": 1.5}, r"eta is 1\.5"),
+        ({"guidance_scale": float("nan")}, "guidance_scale is nan"),
+        ({"guidance_scale": "7.5"}, "guidance_scale is '7.5'"),
+        ({"seed": 2**64}, "seed is 18446744073709551616"),
+        ({"seed": 1.5}, r"seed is 1\.5"),
+        ({"controls": None}, "controls hold None"),
+        ({"controls": masa.MasaCtrl}, "controls hold <class"),
+        ({"targets": (3,)}, "a target is 3"),
+        ({"backend": "triton"}, "backend 'triton' cannot serve"),
         ({"callback": lambda step, timestep, x: 3}, "the callback returned int"),
         ({"backend": "cuda"}, "backend"),
     ],
@@ -325,6 +334,16 @@ def test_bad_settings_are_named(tiny, noise, settings, message):
 def test_latents_of_another_size_are_refused(tiny):
     with pytest.raises(masa.MasaError, match=r"latents are \(1, 4, 8, 8\); expected \(1, 4, 16, 24\)"):
         run(tiny, torch.zeros(1, 4, 8, 8))
+
+
+def test_latents_that_are_no_numbers_are_refused(tiny):
+    with pytest.raises(masa.MasaError, match="latents hold NaN"):
+        run(tiny, torch.full((1, 4, 16, 24), torch.nan))
+
+
+def test_results_that_are_no_numbers_are_refused(tiny, noise):
+    with pytest.raises(masa.MasaError, match="became NaN or infinite"):
+        run(tiny, noise, callback=lambda step, timestep, x: x * torch.inf)
 
 
 def test_arguments_that_contradict_the_trajectory_are_refused(tiny, generator):

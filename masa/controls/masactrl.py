@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -77,8 +77,10 @@ class _Active(ActiveControl):
             v_from=source_rows,
             union_with=own if self.control.union else None,
             source_weight=self.control.source_weight if self.control.union else None,
-            mask=None if self.mask is None else self.mask.source(branches),
         )
+        if self.mask is not None:
+            _, key_rows, _ = edit.read_rows(len(branches))
+            edit = replace(edit, mask=self.mask.source(branches, key_rows))
         edits = {site.index: edit for site in self.sites}
         if self.mask is not None:
             edits.update(self.mask.records(branches))

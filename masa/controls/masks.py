@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from masa.attention import Edit, Grid, MaskSource, Record, Regions, Tape
+from masa.attention import Edit, Grid, MaskPlan, MaskSource, Record, Tape, take
 from masa.branches import SOURCE, Branches
 from masa.controls.base import Run
 from masa.errors import MasaError
@@ -29,8 +29,8 @@ Words = str | int | Sequence[str | int]
 class ActiveMasks(Protocol):
     """Masks bound to a run."""
 
-    def source(self, branches: Branches) -> MaskSource:
-        """The mask that this step's edits carry."""
+    def source(self, branches: Branches, key_rows: tuple[int, ...]) -> MaskSource:
+        """The mask that this step's edits carry; key_rows are the rows whose keys are read."""
         ...
 
     def records(self, branches: Branches) -> dict[int, Edit]:
@@ -75,19 +75,25 @@ class GivenMasks:
         return _ActiveGiven(by_grid, soft)
 
 
-@dataclass(frozen=True)
 class _ActiveGiven:
-    by_grid: dict[Grid, Tensor]  # (1 + N, h, w)
-    soft: bool
+    """Plans every grid once per set of rows; steps share them."""
 
-    def source(self, branches: Branches) -> MaskSource:
-        order = [row.branch for row in branches.rows]
-        regions = {}
-        for grid, masks in self.by_grid.items():
-            rows = masks[order].flatten(1)
-            region = rows >= SOURCE_THRESHOLD
-            regions[grid] = Regions(region, rows if self.soft else region, _is_source(branches, rows.device))
-        return _FixedRegions(regions)
+    def __init__(self, by_grid: dict[Grid, Tensor], soft: bool) -> None:
+        self.by_grid = by_grid  # (1 + N, h, w)
+        self.soft = soft
+        self.planned: dict[tuple[Branches, tuple[int, ...]], _FixedPlans] = {}
+
+    def source(self, branches: Branches, key_rows: tuple[int, ...]) -> MaskSource:
+        if (branches, key_rows) not in self.planned:
+            plans = {grid: self._plan(masks, branches, key_rows) for grid, masks in self.by_grid.items()}
+            self.planned[branches, key_rows] = _FixedPlans(plans)
+        return self.planned[branches, key_rows]
+
+    def _plan(self, masks: Tensor, branches: Branches, key_rows: tuple[int, ...]) -> MaskPlan:
+        rows = masks[[row.branch for row in branches.rows]].flatten(1)
+        region = rows >= SOURCE_THRESHOLD
+        full = _is_source(branches, rows.device)
+        return MaskPlan.build(take(region, key_rows), rows if self.soft else region, full)
 
     def records(self, branches: Branches) -> dict[int, Edit]:
         return {}
@@ -97,11 +103,11 @@ class _ActiveGiven:
         return self.by_grid[max(self.by_grid)]
 
 
-@dataclass(frozen=True)
-class _FixedRegions:
-    by_grid: dict[Grid, Regions]
+@dataclass(frozen=True, eq=False)
+class _FixedPlans:
+    by_grid: dict[Grid, MaskPlan]
 
-    def __call__(self, tape: Tape, grid: Grid) -> Regions:
+    def __call__(self, tape: Tape, grid: Grid) -> MaskPlan:
         return self.by_grid[grid]
 
 
@@ -158,8 +164,8 @@ class _ActiveWords:
         self.key = key
         self.previous: Tensor | None = None
 
-    def source(self, branches: Branches) -> MaskSource:
-        return _WordRegions(self.key, self.recorded, self.grid, self.threshold, branches, self.previous)
+    def source(self, branches: Branches, key_rows: tuple[int, ...]) -> MaskSource:
+        return _WordPlans(self.key, self.recorded, self.grid, self.threshold, branches, key_rows, self.previous)
 
     def records(self, branches: Branches) -> dict[int, Edit]:
         weights = self.weights[[row.branch for row in branches.rows]]
@@ -173,27 +179,28 @@ class _ActiveWords:
         return masks[first_rows].float().unflatten(1, self.grid)
 
 
-@dataclass(frozen=True)
-class _WordRegions:
+@dataclass(frozen=True, eq=False)
+class _WordPlans:
     key: Hashable
     recorded: tuple[int, ...]
     map_grid: Grid
     threshold: float
     branches: Branches
+    key_rows: tuple[int, ...]
     previous: Tensor | None
 
-    def __call__(self, tape: Tape, grid: Grid) -> Regions | None:
+    def __call__(self, tape: Tape, grid: Grid) -> MaskPlan | None:
         maps = _mean_map(tape, self.key, self.recorded, self.branches)
         if maps is None:
             maps = self.previous
         if maps is None:  # the first step, in a layer before any map: nothing to mask by yet
             return None
         scaled, constant = normalise(maps)
-        masks = _resize(scaled.unflatten(1, self.map_grid), grid) >= self.threshold
+        masks = (_resize(scaled.unflatten(1, self.map_grid), grid) >= self.threshold).flatten(1)
         # A constant map says nothing: its row, and every row that reads a source without a map, sees all keys.
         source = list(self.branches.source_rows)
         full = _is_source(self.branches, maps.device) | constant | constant[source]
-        return Regions(masks.flatten(1), masks.flatten(1), full)
+        return MaskPlan.build(take(masks, self.key_rows), masks, full)
 
 
 def _mean_map(tape: Tape, key: Hashable, recorded: tuple[int, ...], branches: Branches) -> Tensor | None:
