@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import harness
 
 from masa.kernels.cross_attention_maps import cross_attention_with_maps
-from masa.kernels.reference import cross_attention_with_maps_sdpa
+from masa.kernels.reference import cross_attention_with_maps_reference, cross_attention_with_maps_sdpa
 
 SHAPES = ((4096, 40), (1024, 80), (256, 160))
 ROWS, HEADS, KEYS, MAPS = 4, 8, 77, 2
@@ -77,19 +77,27 @@ def main() -> None:
     context = harness.environment(device) | {"dtype": str(dtype).removeprefix("torch.")}
     rows: list[dict[str, Any]] = []
     for tokens, width in SHAPES:
-        batches = [make(tokens, width, device, dtype, seed) for seed in range(4 if device == "cuda" else 1)]
-        q = batches[0][0]
-        flops = 4.0 * ROWS * HEADS * tokens * KEYS * width
-        moved = 2.0 * (q.numel() + batches[0][1].numel()) * q.element_size() + 4.0 * ROWS * MAPS * tokens
-        floor = limit.floor(flops, moved)
+        size = 4 if dtype == torch.float32 else 2
+        moved = 2.0 * ROWS * HEADS * width * (tokens + KEYS) * size + 4.0 * ROWS * MAPS * tokens
+        sets = harness.input_sets(moved, device)
+        batches = [make(tokens, width, device, dtype, seed) for seed in range(sets)]
+        scores = float(ROWS * HEADS * tokens * KEYS)
+        flops = 4.0 * scores * width
+        q, k, v, weights = (x.float() for x in batches[0])
+        truth = cross_attention_with_maps_reference(q, k, v, weights)
+
+        def check(results: tuple[Tensor, Tensor | None], truth: tuple[Tensor, Tensor] = truth) -> float:
+            pairs = [(x, y) for x, y in zip(results, truth, strict=True) if x is not None]
+            return max(harness.relative_error(x, y) for x, y in pairs)
+
         for peer, function in PEERS.items():
+            name = f"{tokens}x{width}, {MAPS} maps"
+            floor = limit.floor(flops, moved, scores)
             with torch.inference_mode():
-                timing = harness.measure(function, batches, repeats, warm_up=3, device=device)
-            row = {"case": f"{tokens}x{width}, {MAPS} maps", "peer": peer}
-            row |= {"p20_ms": timing.p20, "p50_ms": timing.p50, "p80_ms": timing.p80}
-            row |= {"floor_ms": round(floor, 5), "fraction_of_floor": round(floor / timing.p50, 4)}
+                row = harness.timed_row(name, peer, function, check, batches, repeats, device, floor, flops)
             rows.append(row | context)
-            print(f"{row['case']:22s} {peer:26s} {timing.p50:.3f} ms", flush=True)
+            shown = f"{row['p50_ms']:.3f} ms" if row["p50_ms"] != "" else row["note"]
+            print(f"{name:22s} {peer:26s} {shown}", flush=True)
     stem = f"cross_attention_maps_{device}"
     harness.write_csv(arguments.results / f"{stem}.csv", rows)
     harness.plot(arguments.results / f"{stem}.png", rows, f"Cross-attention with maps, 4 rows: {context['device']}")

@@ -10,11 +10,12 @@ the CSV. Rows are those of classifier-free guidance: (source, target) twice.
 from __future__ import annotations
 
 import argparse
-import contextlib
+import functools
+import importlib.util
 import math
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import harness
 
 from masa.kernels.mutual_attention import MaskPlan, mutual_attention
-from masa.kernels.reference import mutual_attention_sdpa
+from masa.kernels.reference import mutual_attention_reference, mutual_attention_sdpa
 
 ROWS = (0, 0, 2, 2)
 
@@ -99,65 +100,109 @@ def make(case: Case, heads_per_row: int, device: str, dtype: torch.dtype, seed: 
 
 # -------------------------------------------------------------------------------------------------------- peers
 
+# A peer is a preparation, not timed, of one set of inputs, which returns the call to time. Row lists become tensors
+# there: a copy from the host in a timed call would wait for the device.
+Call = Callable[[], Tensor]
+Peer = Callable[[Inputs], Call]
 
-def masa(inputs: Inputs) -> Tensor:
-    return mutual_attention(
+
+def masa(inputs: Inputs) -> Call:
+    return lambda: mutual_attention(
         *(inputs.q, inputs.k, inputs.v), kv_index=ROWS, kv_index2=inputs.own, plan=inputs.plan, backend="auto"
     )
 
 
-def sdpa(inputs: Inputs) -> Tensor:
+def sdpa(inputs: Inputs) -> Call:
     """Plain: one call on views. Union: keys concatenated. Masked: one call with label columns."""
-    return mutual_attention_sdpa(inputs.q, inputs.k, inputs.v, ROWS, None, None, inputs.own, inputs.plan)
+    return lambda: mutual_attention_sdpa(inputs.q, inputs.k, inputs.v, ROWS, None, None, inputs.own, inputs.plan)
 
 
-def two_masks(inputs: Inputs) -> Tensor:
-    """One SDPA call with a bool mask per region, blended."""
-    k, v = inputs.k[list(ROWS)], inputs.v[list(ROWS)]
-    region, full = inputs.region[list(ROWS)][:, None, None], inputs.full[:, None, None, None]
-    foreground = F.scaled_dot_product_attention(inputs.q, k, v, attn_mask=region | full)
-    background = F.scaled_dot_product_attention(inputs.q, k, v, attn_mask=~region | full)
+def two_masks(inputs: Inputs) -> Call:
+    """One SDPA call with a bool mask per region, blended; the masks are ready, K and V are repeated in the call."""
+    source = torch.tensor(ROWS, device=inputs.q.device)
+    region, full = inputs.region[source][:, None, None], inputs.full[:, None, None, None]
+    seen, unseen = region | full, ~region | full
     weight = inputs.weight.to(inputs.q.dtype)[:, None, :, None]
-    return weight * foreground + (1 - weight) * background
 
-
-def einsum(inputs: Inputs) -> Tensor:
-    """The published code's way: K and V repeated, scores written out, softmax, masks as -inf."""
-    batch, heads, tokens, width = inputs.q.shape
-    source = list(ROWS)
-    q, k, v = (x.reshape(batch * heads, -1, width) for x in (inputs.q, inputs.k[source], inputs.v[source]))
-    if inputs.own is not None:
-        own = list(range(batch))
-        k = torch.cat([k, inputs.k[own].reshape(batch * heads, -1, width)], 1)
-        v = torch.cat([v, inputs.v[own].reshape(batch * heads, -1, width)], 1)
-    scores = torch.einsum("hid,hjd->hij", q, k) * width**-0.5
-    if inputs.own is not None:  # a source row sees its keys once
-        alone = torch.tensor([row < 0 for row in inputs.own], device=q.device).repeat_interleave(heads)
-        scores[:, :, tokens:].masked_fill_(alone[:, None, None], -math.inf)
-
-    def attend(scores: Tensor) -> Tensor:
-        return torch.einsum("hij,hjd->hid", scores.softmax(-1), v).view(batch, heads, tokens, width)
-
-    if inputs.plan is None:
-        return attend(scores)
-    region = inputs.region[source].repeat_interleave(heads, 0)[:, None]
-    full = inputs.full.repeat_interleave(heads)[:, None, None]
-    weight = inputs.weight.to(q.dtype)[:, None, :, None]
-    foreground = attend(scores.masked_fill(~(region | full), -math.inf))
-    return weight * foreground + (1 - weight) * attend(scores.masked_fill(region & ~full, -math.inf))
-
-
-def with_backend(backend: SDPBackend) -> Callable[[Inputs], Tensor]:
-    def call(inputs: Inputs) -> Tensor:
-        with sdpa_kernel(backend):
-            return sdpa(inputs)
+    def call() -> Tensor:
+        k, v = inputs.k[source], inputs.v[source]
+        foreground = F.scaled_dot_product_attention(inputs.q, k, v, attn_mask=seen)
+        background = F.scaled_dot_product_attention(inputs.q, k, v, attn_mask=unseen)
+        return weight * foreground + (1 - weight) * background
 
     return call
 
 
-def flex(inputs: Inputs) -> tuple[Callable[[Inputs], Tensor], Inputs]:
-    """FlexAttention, compiled; masks as sorted, block-sparse patterns. Preparation is not timed."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+def einsum(inputs: Inputs) -> Call:
+    """The published code's way: K and V repeated, scores written out, softmax, masks as -inf."""
+    batch, heads, tokens, width = inputs.q.shape
+    source = torch.tensor(ROWS, device=inputs.q.device)
+    alone = None
+    if inputs.own is not None:  # a source row sees its keys once
+        alone = torch.tensor([row < 0 for row in inputs.own], device=inputs.q.device)
+        alone = alone.repeat_interleave(heads)[:, None, None]
+    region = inputs.region[source].repeat_interleave(heads, 0)[:, None]
+    full = inputs.full[:, None].expand(-1, heads).flatten()[:, None, None]
+    weight = inputs.weight.to(inputs.q.dtype)[:, None, :, None]
+
+    def call() -> Tensor:
+        q, k, v = (x.reshape(batch * heads, -1, width) for x in (inputs.q, inputs.k[source], inputs.v[source]))
+        if alone is not None:
+            k = torch.cat([k, inputs.k.reshape(batch * heads, -1, width)], 1)
+            v = torch.cat([v, inputs.v.reshape(batch * heads, -1, width)], 1)
+        scores = torch.einsum("hid,hjd->hij", q, k) * width**-0.5
+        if alone is not None:
+            scores[:, :, tokens:].masked_fill_(alone, -math.inf)
+
+        def attend(scores: Tensor) -> Tensor:
+            return torch.einsum("hij,hjd->hid", scores.softmax(-1), v).view(batch, heads, tokens, width)
+
+        if inputs.plan is None:
+            return attend(scores)
+        foreground = attend(scores.masked_fill(~(region | full), -math.inf))
+        return weight * foreground + (1 - weight) * attend(scores.masked_fill(region & ~full, -math.inf))
+
+    return call
+
+
+def with_backend(backend: SDPBackend) -> Peer:
+    def prepare(inputs: Inputs) -> Call:
+        inner = sdpa(inputs)
+
+        def call() -> Tensor:
+            with sdpa_kernel(backend):
+                return inner()
+
+        return call
+
+    return prepare
+
+
+def xformers(inputs: Inputs) -> Call:
+    """memory_efficient_attention of xformers, where it is installed; without masks, which it takes as dense biases."""
+    from xformers.ops import memory_efficient_attention
+
+    if inputs.plan is not None or inputs.own is not None:
+        raise ValueError("compared on plain attention only")
+    source = torch.tensor(ROWS, device=inputs.q.device)
+
+    def call() -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (inputs.q, inputs.k[source], inputs.v[source]))
+        return memory_efficient_attention(q, k, v).transpose(1, 2)
+
+    return call
+
+
+@functools.cache
+def compiled_flex() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, fullgraph=True)
+
+
+def flex(inputs: Inputs) -> Call:
+    """FlexAttention, compiled; K and V gathered, and for masks sorted into a block-sparse pattern, before timing."""
+    from torch.nn.attention.flex_attention import create_block_mask
 
     batch, _, tokens, _ = inputs.q.shape
     device = inputs.q.device
@@ -185,27 +230,15 @@ def flex(inputs: Inputs) -> tuple[Callable[[Inputs], Tensor], Inputs]:
             *(batch, None, tokens, tokens),
             device=str(device),
         )
-    compiled = torch.compile(flex_attention, fullgraph=True)
-
-    def call(prepared: Inputs) -> Tensor:
-        return compiled(prepared.q, prepared.k, prepared.v, block_mask=mask)
-
-    prepared = replace(inputs, q=q, k=k, v=v)
-    truth, out = sdpa(inputs), call(prepared)
-    if order is not None:
+    compiled = compiled_flex()
+    out = compiled(q, k, v, block_mask=mask)
+    if order is not None:  # what is timed answers in sorted order
         out = torch.empty_like(out).scatter_(2, order[:, None, :, None].expand_as(out), out)
-    _compare(out, truth)
-    return call, prepared
+    harness.relative_error(out, sdpa(inputs)())
+    return lambda: compiled(q, k, v, block_mask=mask)
 
 
-def _compare(out: Tensor, truth: Tensor) -> float:
-    error = ((out.float() - truth.float()).norm() / truth.float().norm()).item()
-    if not error < 2e-2:
-        raise RuntimeError(f"wrong result: relative error {error:.1e}")
-    return error
-
-
-def peers(case: Case, device: str) -> Iterator[tuple[str, Callable[[Inputs], Tensor]]]:
+def peers(case: Case, device: str, want_flex: bool) -> Iterator[tuple[str, Peer]]:
     yield "masa", masa
     label = {"plain": "views", "union": "concatenated", "masked": "label columns", "soft": "label columns"}[case.kind]
     yield f"sdpa, {label}", sdpa
@@ -216,16 +249,20 @@ def peers(case: Case, device: str) -> Iterator[tuple[str, Callable[[Inputs], Ten
             ("efficient", SDPBackend.EFFICIENT_ATTENTION),
         ):
             yield f"sdpa {name}, {label}", with_backend(backend)
+        if importlib.util.find_spec("xformers") is not None and case.kind == "plain":
+            yield "xformers", xformers
     if case.kind in ("masked", "soft"):
         yield "two bool-mask sdpa", two_masks
     yield "published einsum", einsum
+    if want_flex:
+        yield "flex attention", flex
 
 
 # -------------------------------------------------------------------------------------------------------- run
 
 
-def work(case: Case, inputs: Inputs) -> tuple[float, float]:
-    """Operations and bytes that this case cannot do without."""
+def work(case: Case, inputs: Inputs) -> tuple[float, float, float]:
+    """Operations, bytes and exponentials that this case cannot do without."""
     batch, heads, tokens, width = inputs.q.shape
     per_row = []
     for row, source in enumerate(ROWS):
@@ -240,7 +277,16 @@ def work(case: Case, inputs: Inputs) -> tuple[float, float]:
         per_row.append(keys)
     rows_read = len(set(ROWS)) if inputs.own is None else batch
     size = inputs.q.element_size()
-    return 4.0 * heads * tokens * width * sum(per_row), size * heads * tokens * width * 2.0 * (batch + rows_read)
+    scores = heads * tokens * sum(per_row)
+    return 4.0 * width * scores, size * heads * tokens * width * 2.0 * (batch + rows_read), scores
+
+
+def _run(call: Call) -> Tensor:
+    return call()
+
+
+def _fail(problem: Exception) -> Tensor:
+    raise problem
 
 
 def main() -> None:
@@ -259,42 +305,32 @@ def main() -> None:
     dtype = getattr(torch, arguments.dtype or ("float16" if device == "cuda" else "float32"))
     repeats = arguments.repeats or (100 if device == "cuda" else 5)
     want_flex = device == "cuda" if arguments.flex is None else arguments.flex
-    sets = 4 if device == "cuda" else 1
 
     limit = harness.limits(device, dtype)
-    print(f"limits, measured: {limit.tflops:.3g} TFLOP/s, {limit.gigabytes:.3g} GB/s")
+    print(f"limits: {limit.tflops:.3g} TFLOP/s, {limit.gigabytes:.3g} GB/s, {limit.gigaexps:.3g} Gexp/s")
     context = harness.environment(device) | {"dtype": str(dtype).removeprefix("torch."), "heads": str(arguments.heads)}
     rows: list[dict[str, Any]] = []
     for case in CASES:
         if arguments.only and arguments.only not in case.name:
             continue
-        batches = [make(case, arguments.heads, device, dtype, seed) for seed in range(sets)]
-        flops, moved = work(case, batches[0])
-        floor = limit.floor(flops, moved)
-        truth = mutual_attention_sdpa(
+        batches = [make(case, arguments.heads, device, dtype, 0)]
+        flops, moved, exps = work(case, batches[0])
+        sets = harness.input_sets(moved, device)
+        batches += [make(case, arguments.heads, device, dtype, seed) for seed in range(1, sets)]
+        floor = limit.floor(flops, moved, exps)
+        truth = mutual_attention_reference(
             *(x.float() for x in (batches[0].q, batches[0].k, batches[0].v)),
             *(ROWS, None, None, batches[0].own, batches[0].plan),
         )
-        candidates = list(peers(case, device)) + ([("flex attention", None)] if want_flex else [])
-        for peer, function in candidates:
-            row = {"case": case.name, "peer": peer, "p20_ms": "", "p50_ms": "", "p80_ms": ""}
-            row |= {"floor_ms": round(floor, 5), "fraction_of_floor": "", "tflops": "", "error": "", "note": ""}
-            with contextlib.ExitStack() as stack:
-                stack.enter_context(torch.inference_mode())
+        for peer, prepare in peers(case, device, want_flex):
+            with torch.inference_mode():
                 try:
-                    if function is None:
-                        prepared = [flex(batch) for batch in batches[:1]]
-                        call, used = prepared[0][0], [(prepared[0][1],)]
-                    else:
-                        call, used = function, [(batch,) for batch in batches]
-                        row["error"] = f"{_compare(call(batches[0]), truth):.1e}"
-                    timing = harness.measure(call, used, repeats, warm_up=10 if device == "cuda" else 1, device=device)
-                except Exception as problem:  # a peer may lack a kernel for this shape: keep its reason
-                    row["note"] = f"{type(problem).__name__}: {problem}".splitlines()[0][:160]
-                else:
-                    row |= {"p20_ms": timing.p20, "p50_ms": timing.p50, "p80_ms": timing.p80}
-                    row["fraction_of_floor"] = round(floor / timing.p50, 4)
-                    row["tflops"] = round(flops / timing.p50 / 1e9, 3)
+                    calls = [(prepare(batch),) for batch in batches]
+                except Exception as problem:  # this peer does not do this case
+                    calls = [(functools.partial(_fail, problem),)]
+                # FlexAttention answers in sorted order, which its preparation has checked.
+                check = None if prepare is flex else functools.partial(harness.relative_error, truth=truth)
+                row = harness.timed_row(case.name, peer, _run, check, calls, repeats, device, floor, flops)
             rows.append(row | context)
             shown = f"{row['p50_ms']:.3f} ms" if row["p50_ms"] != "" else row["note"]
             print(f"{case.name:34s} {peer:28s} {shown}", flush=True)

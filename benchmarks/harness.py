@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import functools
+import math
 import platform
 import subprocess
 import time
@@ -15,63 +17,160 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+COLUMNS = (
+    *("case", "peer", "p20_ms", "p50_ms", "p80_ms", "host_ms", "timed"),
+    *("floor_ms", "fraction_of_floor", "tflops", "error", "note"),
+)
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Quantiles of one call's time, milliseconds."""
+    """Quantiles of one call's time, and how long the host takes to issue it, milliseconds.
+
+    how: what was timed: "graph", the device's work alone, replayed; "events", the device's work with gaps in which
+    it waits for the host; "clock", on a CPU.
+    """
 
     p20: float
     p50: float
     p80: float
+    host: float
+    how: str
 
 
 def measure(
     function: Callable[..., Any], inputs: Sequence[tuple[Any, ...]], repeats: int, warm_up: int, device: str
 ) -> Timing:
     """Time function over rotating inputs, so that no call finds its tensors in a cache of the last one."""
-    for turn in range(warm_up):
+    for turn in range(max(warm_up, len(inputs) if device == "cuda" else 0)):
         function(*inputs[turn % len(inputs)])
-    times = []
-    if device == "cuda":
-        marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    if device != "cuda":
+        times = [_clock(function, inputs[turn % len(inputs)]) for turn in range(repeats)]
+        return Timing(*_quantiles(times), host=_quantiles(times)[1], how="clock")
+
+    torch.cuda.synchronize()
+    host = []
+    for turn in range(20):
+        host.append(_clock(function, inputs[turn % len(inputs)]))
+        torch.cuda.synchronize()  # an empty queue, so that issuing never waits for room
+    try:
+        calls: list[Callable[[], object]] = [_captured(function, given).replay for given in inputs]
+        how = "graph"
+    except Exception:  # a function that waits for the device cannot be captured
         torch.cuda.synchronize()
-        for turn, (begin, end) in enumerate(marks):
-            begin.record()
-            function(*inputs[turn % len(inputs)])
-            end.record()
-        torch.cuda.synchronize()
-        times = [begin.elapsed_time(end) for begin, end in marks]
-    else:
-        for turn in range(repeats):
-            began = time.perf_counter()
-            function(*inputs[turn % len(inputs)])
-            times.append((time.perf_counter() - began) * 1e3)
+        calls, how = [functools.partial(function, *given) for given in inputs], "events"
+    marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    for turn in range(len(calls)):
+        calls[turn]()
+    torch.cuda.synchronize()
+    for turn, (begin, end) in enumerate(marks):
+        begin.record()
+        calls[turn % len(calls)]()
+        end.record()
+    torch.cuda.synchronize()
+    return Timing(*_quantiles([begin.elapsed_time(end) for begin, end in marks]), host=_quantiles(host)[1], how=how)
+
+
+def _captured(function: Callable[..., Any], given: tuple[Any, ...]) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of one call: replaying it costs the host the same few microseconds for any function."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function(*given)
+    return graph
+
+
+def _clock(function: Callable[..., Any], given: tuple[Any, ...]) -> float:
+    began = time.perf_counter()
+    function(*given)
+    return (time.perf_counter() - began) * 1e3
+
+
+def _quantiles(times: Sequence[float]) -> tuple[float, float, float]:
     p20, p50, p80 = torch.tensor(times, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8]).double()).tolist()
-    return Timing(p20, p50, p80)
+    return p20, p50, p80
+
+
+def input_sets(bytes_per_set: float, device: str) -> int:
+    """How many sets of inputs to rotate over: together, on a GPU, at least three times its L2 cache."""
+    if device != "cuda":
+        return 1
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    return min(64, max(4, math.ceil(3 * cache / bytes_per_set)))
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What this device does at best, as measured: matrix products in TFLOP/s, copies in GB/s."""
+    """What this device does at best, as measured: matrix products, copies and exponentials per second."""
 
     tflops: float
     gigabytes: float
+    gigaexps: float
 
-    def floor(self, flops: float, bytes_moved: float) -> float:
-        """Milliseconds below which no kernel with this work can go."""
-        return max(flops / (self.tflops * 1e9), bytes_moved / (self.gigabytes * 1e6))
+    def floor(self, flops: float, bytes_moved: float, exps: float) -> float:
+        """Milliseconds below which no kernel with this work can go, even with all three overlapped."""
+        return max(flops / (self.tflops * 1e9), bytes_moved / (self.gigabytes * 1e6), exps / (self.gigaexps * 1e6))
+
+
+# Exponentials per clock and multiprocessor of NVIDIA GPUs since Volta.
+EXPS_PER_CLOCK = 16
 
 
 def limits(device: str, dtype: torch.dtype) -> Limits:
-    """Measure the device's limits with one large matrix product and one large copy."""
+    """Measure the device's limits with one large matrix product and one large copy.
+
+    The rate of exponentials is the specified one on a GPU, at its highest clock; on a CPU it is measured.
+    """
     size, count = (8192, 1 << 28) if device == "cuda" else (1024, 1 << 24)
     a = torch.randn(size, size, device=device, dtype=dtype)
     product = measure(torch.mm, [(a, a)], repeats=10, warm_up=3, device=device)
     source = torch.empty(count, device=device, dtype=torch.float32)
     target = torch.empty_like(source)
     copy = measure(target.copy_, [(source,)], repeats=10, warm_up=3, device=device)
-    return Limits(2 * size**3 / product.p20 / 1e9, 8 * count / copy.p20 / 1e6)
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        gigaexps = EXPS_PER_CLOCK * properties.multi_processor_count * properties.clock_rate / 1e6
+    else:
+        few = torch.rand(1 << 20)
+        gigaexps = few.numel() / measure(few.exp, [()], repeats=50, warm_up=5, device=device).p20 / 1e6
+    return Limits(2 * size**3 / product.p20 / 1e9, 8 * count / copy.p20 / 1e6, gigaexps)
+
+
+def timed_row(
+    case: str,
+    peer: str,
+    function: Callable[..., Any],
+    check: Callable[[Any], float] | None,
+    inputs: Sequence[tuple[Any, ...]],
+    repeats: int,
+    device: str,
+    floor: float,
+    flops: float,
+) -> dict[str, Any]:
+    """One line of a result file. A peer that fails, or whose answer `check` refuses, leaves its reason there.
+
+    check: returns the error of the function's answer on the first inputs, or raises; None where there is no answer.
+    """
+    row: dict[str, Any] = dict.fromkeys(COLUMNS, "")
+    row |= {"case": case, "peer": peer, "floor_ms": round(floor, 5)}
+    try:
+        if check is not None:
+            row["error"] = f"{check(function(*inputs[0])):.1e}"
+        timing = measure(function, inputs, repeats, warm_up=10 if device == "cuda" else 1, device=device)
+    except Exception as problem:  # a peer may lack a kernel for this shape
+        row["note"] = f"{type(problem).__name__}: {problem}".splitlines()[0][:160]
+        return row
+    row |= {"p20_ms": timing.p20, "p50_ms": timing.p50, "p80_ms": timing.p80}
+    row |= {"host_ms": timing.host, "timed": timing.how}
+    row |= {"fraction_of_floor": round(floor / timing.p50, 4), "tflops": round(flops / timing.p50 / 1e9, 3)}
+    return row
+
+
+def relative_error(out: torch.Tensor, truth: torch.Tensor, limit: float = 2e-2) -> float:
+    """Relative error in the Frobenius norm; raises RuntimeError beyond the limit."""
+    error = ((out.float() - truth.float()).norm() / truth.float().norm()).item()
+    if not error < limit:
+        raise RuntimeError(f"wrong result: relative error {error:.1e}")
+    return error
 
 
 def environment(device: str) -> dict[str, str]:

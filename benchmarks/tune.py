@@ -3,17 +3,22 @@
     python benchmarks/tune.py                        # times every clean candidate on this GPU
     python benchmarks/tune.py --compile-only sm_90   # without a GPU: fewest instructions per score
 
-A candidate is clean when it compiles for the architecture without spilling and within its shared memory; the
-checks are those of tests/kernel_gate.py. Other architectures' entries stay as they are.
+A candidate is clean when it compiles for the architecture without spilling and within its shared memory, for ragged
+and even lengths; the checks are those of tests/kernel_gate.py. The file is written after every entry, so a run may
+be stopped; other architectures' entries stay as they are.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import multiprocessing
 import os
+import runpy
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
 from pathlib import Path
 from unittest.mock import patch
 
@@ -25,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import harness
 import kernel_gate
 
-from masa.kernels import cross_attention_maps, launch, mutual_attention, tiles
+from masa.kernels import cross_attention_maps, launch, mutual_attention, tile_tables, tiles
 from masa.kernels.tiles import Row, Tile
 
 TABLE = Path(__file__).parent.parent / "kernels" / "tile_tables.py"
@@ -36,26 +41,35 @@ CANDIDATES = [
     *(Tile(128, 64, 8, stages, ones) for stages in (2, 3) for ones in (False, True)),
     *(Tile(128, 64, 4, 3, ones) for ones in (False, True)),
     *(Tile(64, 64, 4, stages, ones) for stages in (2, 3) for ones in (False, True)),
-    *(Tile(128, 32, 8, 2), Tile(64, 32, 4, 2), Tile(64, 32, 4, 3), Tile(64, 32, 8, 2)),
-    *(Tile(64, 16, 4, 2), Tile(64, 16, 8, 2), Tile(32, 16, 4, 2), Tile(32, 16, 8, 2)),
+    *(Tile(128, 32, 8, 2), Tile(128, 32, 8, 3), Tile(64, 32, 4, 2), Tile(64, 32, 4, 3), Tile(64, 32, 8, 2)),
+    *(Tile(64, 16, 4, 2), Tile(64, 16, 8, 2), Tile(32, 16, 4, 2), Tile(32, 16, 8, 2), Tile(16, 16, 4, 2)),
 ]
 
 
-def clean(arch: str, form: str, width: int, dtype: str) -> list[tuple[Tile, kernel_gate.Report]]:
-    """Candidates that may ship, with their reports."""
+def clean(workers: Executor, arch: str, form: str, width: int, dtype: str) -> Iterator[tuple[Tile, kernel_gate.Report]]:
+    """Candidates that may ship, with their reports, compiled side by side."""
     padded = sum(launch.split_width(width)) > width
-    found = []
-    for tile in CANDIDATES:
-        if tile.ones_column and (not padded or form == "maps"):
-            continue
+    tiles_to_try = [tile for tile in CANDIDATES if not tile.ones_column or (padded and form != "maps")]
+    evens = (False,) if form == "maps" else (False, True)
+    jobs = {
+        tile: [
+            workers.submit(kernel_gate.build, kernel_gate.Launch(arch, form, width, dtype, tile, even))
+            for even in evens
+        ]
+        for tile in tiles_to_try
+    }
+    for tile, reports in jobs.items():
         try:
-            report = kernel_gate.build(kernel_gate.Launch(arch, form, width, dtype, tile))
+            ragged, *even = [report.result() for report in reports]
         except Exception as problem:  # the compiler may refuse a shape
-            print(f"  {tile}: {type(problem).__name__}")
+            print(f"  {tuple(tile)}: {type(problem).__name__}: {problem}".splitlines()[0][:160], flush=True)
             continue
-        if not report.problems(dtype):
-            found.append((tile, report))
-    return found
+        # float32 candidates may spill, the one that is chosen too: see kernel_gate.FP32_SPILLS.
+        problems = [
+            x for report in (ragged, *even) for x in report.problems(dtype) if dtype != "fp32" or "spill" not in x
+        ]
+        if not problems:
+            yield tile, ragged
 
 
 def workload(form: str, width: int, tokens: int, dtype: torch.dtype) -> Callable[[], object]:
@@ -88,12 +102,16 @@ def timed(form: str, width: int, tokens: int, dtype: torch.dtype, tile: Tile) ->
         return harness.measure(call, [()], repeats=50, warm_up=10, device="cuda").p50
 
 
-def choose(arch: str, form: str, limit: int, dtype: str, measure: bool) -> Row | None:
-    """The best clean candidate for one entry of the table."""
+def choose(workers: Executor, arch: str, form: str, limit: int, dtype: str, measure: bool) -> Row | None:
+    """The best clean candidate for one entry of the table; None if there is none."""
     width, tokens = SHAPES[limit]
     scores = []
-    for tile, report in clean(arch, form, width, dtype):
-        score = timed(form, width, tokens, kernel_gate.DTYPES[dtype], tile) if measure else report.per_score
+    for tile, report in clean(workers, arch, form, width, dtype):
+        try:
+            score = timed(form, width, tokens, kernel_gate.DTYPES[dtype], tile) if measure else report.per_score
+        except Exception as problem:  # say a launch beyond this device's resources
+            print(f"  {tuple(tile)}: {type(problem).__name__}: {problem}".splitlines()[0][:160], flush=True)
+            continue
         print(f"  {form} {width} {dtype} {tuple(tile)}: {score:.3f} {'ms' if measure else 'per score'}", flush=True)
         scores.append((score, tile))
     if not scores:
@@ -101,20 +119,27 @@ def choose(arch: str, form: str, limit: int, dtype: str, measure: bool) -> Row |
     return Row(form, kernel_gate.DTYPES[dtype].itemsize, limit, min(scores, key=lambda pair: pair[0])[1])
 
 
-def write(arch: str, rows: list[Row], how: str) -> None:
-    """Replace one architecture's entries, keeping every other line; an entry without a choice stays."""
-    chosen = {(row.form, row.size, row.width): row for row in rows}
-    old = {(row.form, row.size, row.width): row for row in tiles.TABLES.get(arch, ())}
-    tables = dict(tiles.TABLES) | {arch: tuple((old | chosen).values())}
-    head = TABLE.read_text().split("TABLES: dict", 1)[0].rstrip()
-    note = f"# {arch}: {how}"
-    kept = [line for line in head.splitlines() if not line.startswith(f"# {arch}:")]
-    lines = [*kept, note, "TABLES: dict[str, Rows] = {"]
+def write(path: Path, arch: str, rows: list[Row], before: str, how: str) -> None:
+    """Replace entries of one architecture in a table file and say how they came about, keeping every other line."""
+    given = runpy.run_path(str(path if path.exists() else TABLE))
+    chosen = {(row.form, row.size, row.width): row.tile for row in rows}
+    tables = {name: {tuple(row[:3]): Tile(*row[3]) for row in entries} for name, entries in given["TABLES"].items()}
+    tables[arch] = tables.get(arch, {}) | chosen
+    if len(chosen) < len(tables[arch]):  # say which entries this run chose
+        names = ", ".join(f"{form} {size} {width}" for form, size, width in chosen)
+        how = f"{before}; then {names}: {how}".removeprefix("; then ")
+    origins = dict(given["ORIGINS"]) | {arch: how}
+    lines = [(path if path.exists() else TABLE).read_text().split("# How each section came about", 1)[0].rstrip(), ""]
+    lines += ["# How each section came about: timed on a GPU, or only compiled.", "ORIGINS: dict[str, str] = {"]
+    lines += [f"    {json.dumps(name)}: {json.dumps(text)}," for name, text in origins.items()]
+    lines += ["}", "", "TABLES: dict[str, Rows] = {"]
     for name, entries in tables.items():
         lines.append(f'    "{name}": (')
-        lines += [f'        ("{row.form}", {row.size}, {row.width}, {tuple(row.tile)}),' for row in entries]
+        lines += [
+            f'        ("{form}", {size}, {width}, {tuple(tile)}),' for (form, size, width), tile in entries.items()
+        ]
         lines.append("    ),")
-    TABLE.write_text("\n".join([*lines, "}", ""]))
+    path.write_text("\n".join([*lines, "}", ""]))
 
 
 def main() -> None:
@@ -123,25 +148,35 @@ def main() -> None:
     parser.add_argument("--forms", nargs="+", default=list(tiles.FORMS), choices=tiles.FORMS)
     parser.add_argument("--widths", nargs="+", type=int, default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--dtypes", nargs="+", default=["fp16"], choices=["fp16", "fp32"])
+    parser.add_argument("--output", type=Path, default=TABLE, metavar="PATH", help="default: %(default)s")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that compile")
     arguments = parser.parse_args()
     measure = arguments.compile_only is None
     if measure and not torch.cuda.is_available():
         parser.error("no CUDA device here: pass --compile-only ARCH")
     arch = launch.architecture(torch.device("cuda", 0)) if measure else arguments.compile_only
+    if measure:
+        where = harness.environment("cuda")
+        how = f"timed on {where['device']}, triton {where['triton']}, commit {where['commit']}"
+    else:
+        how = f"compiled only, triton {kernel_gate.triton.__version__}: fewest instructions per score"
+    wanted = [
+        (form, limit, dtype) for dtype in arguments.dtypes for form in arguments.forms for limit in arguments.widths
+    ]
+    before = tile_tables.ORIGINS.get(arch, "")
+    found: list[Row] = []
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
-        entries = [
-            choose(arch, form, limit, dtype, measure)
-            for dtype in arguments.dtypes
-            for form in arguments.forms
-            for limit in arguments.widths
-        ]
-    where = (
-        harness.environment("cuda")
-        if measure
-        else {"device": "compiled only", "triton": kernel_gate.triton.__version__}
-    )
-    write(arch, [row for row in entries if row], f"{where['device']}, triton {where['triton']}")
+        # Spawned, because a forked process cannot use CUDA; workers compile, this process times.
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(arguments.workers, mp_context=context) as workers:
+            for form, limit, dtype in wanted:
+                row = choose(workers, arch, form, limit, dtype, measure)
+                if row is None:
+                    print(f"  {form} {limit} {dtype}: no clean candidate, the entry stays", flush=True)
+                    continue
+                found.append(row)
+                write(arguments.output, arch, found, before, how)
 
 
 if __name__ == "__main__":

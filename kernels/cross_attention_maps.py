@@ -14,8 +14,8 @@ from masa.kernels.tiles import lookup
 
 __all__ = ["cross_attention_with_maps"]
 
-# The token sets of one launch sit side by side in registers.
-MAX_MAPS = 128
+# The token sets of one launch sit side by side in registers: more than these would spill.
+MAX_MAPS = 32
 
 
 def cross_attention_with_maps(
@@ -35,7 +35,7 @@ def cross_attention_with_maps(
     maps[b, t, n] = mean over heads of sum_j probability[b, h, n, j] * token_weights[.., t, j].
 
     scale: on the logits, > 0, 1/sqrt(D) by default. backend: "triton" (CUDA; float16, bfloat16, float32; D a
-    multiple of 8 up to 256; T up to 128), "sdpa", "reference", or "auto": Triton for 16-bit dtypes where it
+    multiple of 8 up to 256; T up to 32), "sdpa", "reference", or "auto": Triton for 16-bit dtypes where it
     serves, else SDPA. Neither of the first two holds the probabilities in memory; both round them to q's dtype
     before they add them up in float32. Differentiable with respect to q, k and v through both results; backward
     recomputes through SDPA. Raises ValueError for arguments that do not fit, RuntimeError for a backend asked
