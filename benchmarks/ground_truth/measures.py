@@ -78,7 +78,7 @@ def against_truth(classifier: PoseClassifier, who: Individual, pose: str, pictur
     size = picture.shape[0]
     truth, inside = who.picture(pose, size), who.mask(pose, size)
     # Smooth edges of the subject reach a little out of its mask.
-    outside = ~binary_dilation(inside | who.mask(who.source_pose, size), iterations=2)
+    outside = ~binary_dilation(inside | who.mask(who.source_pose, size), iterations=3)
     a, b = picture.astype(np.float32), truth.astype(np.float32)
     _, similarity = structural_similarity(a, b, channel_axis=2, data_range=255, full=True)
     shown, facing = judge(classifier, picture, who, pose)
