@@ -33,7 +33,7 @@ def write_grid(
     subject, size = str(store.about["subject"]), int(store.about["image_size"])
     shared = sorted(set.intersection(*(set(store.seeds(section, method)) for method in methods)))[:cases]
     given = ["source", "truth"] if section == "real" else []
-    figure = Figure(figsize=(1.15 * (len(given) + len(methods)), 1.18 * len(shared) + 0.75), layout="constrained")
+    figure = Figure(figsize=(1.15 * (len(given) + len(methods)), 1.3 * len(shared) + 0.6), layout="constrained")
     axes = figure.subplots(len(shared), len(given) + len(methods), squeeze=False)
     for i, seed in enumerate(shared):
         who = Individual.draw(seed, subject)
