@@ -177,13 +177,13 @@ def sample(
     if not targets and chosen == (MasaCtrl(),):
         chosen = ()  # the default, which has nothing to act on
     described = [describe(control) for control in chosen]
-    _check_numbers(sd, guidance_scale, eta, seed, backend, latents)
+    check_numbers(sd, guidance_scale, eta, backend, latents)
     steps, schedule, size = _steps_and_size(sd, trajectory, steps, schedule, height, width)
     schedule.timesteps(steps)
     noise = Noise(seed, generator)
     eta = _check_start(latents, trajectory, eta, negative_prompt)
     usual = 0 if trajectory is None else trajectory.skip_steps
-    first_step = _first_step(skip_steps, steps, usual, from_noise=trajectory is None and latents is None)
+    first_step = choose_first_step(skip_steps, steps, usual, from_noise=trajectory is None and latents is None)
     source = source or (trajectory.prompt if trajectory is not None else "")
     shape = (sd.config.unet.in_channels, *(side // sd.config.vae.downsample for side in size))
     info = _run_info(sd, schedule, steps, (source, *targets), (shape[1], shape[2]))
@@ -305,10 +305,10 @@ def edit(
     targets = _as_prompts(target)
     if not targets:
         raise MasaError("edit needs at least one target prompt")
-    _check_numbers(sd, guidance_scale, eta, seed, backend, None)
+    check_numbers(sd, guidance_scale, eta, backend)
     _check_negative(method, negative_prompt)
     size = picture_size(sd, image, height, width)
-    first_step = _first_step(skip_steps, steps, default_skip(method, steps), from_noise=False)
+    first_step = choose_first_step(skip_steps, steps, default_skip(method, steps), from_noise=False)
     check_controls(sd, controls, steps, (source, *targets), size=size, first_step=first_step)
     trajectory = invert(
         sd,
@@ -361,20 +361,13 @@ def _as_list(controls: Control | Sequence[Control]) -> tuple[Control, ...]:
     return chosen
 
 
-def _check_numbers(
-    sd: StableDiffusion,
-    guidance_scale: float,
-    eta: float,
-    seed: int | None,
-    backend: str,
-    latents: Tensor | None,
+def check_numbers(
+    sd: StableDiffusion, guidance_scale: float, eta: float, backend: str, latents: Tensor | None = None
 ) -> None:
     """MasaError for values that no run can use."""
     check_guidance(guidance_scale)
     if not isinstance(eta, int | float) or not 0.0 <= eta <= 1.0:
         raise MasaError(f"eta is {eta!r}; expected a number from 0 (deterministic) to 1")
-    if seed is not None and (not isinstance(seed, int) or not 0 <= seed < 2**63):
-        raise MasaError(f"seed is {seed!r}; expected a whole number from 0 to 2**63 - 1")
     if latents is not None and (not isinstance(latents, Tensor) or not bool(torch.isfinite(latents).all())):
         raise MasaError("latents hold NaN or infinite values, or are no tensor; expected a float tensor of noise")
     check_backend(backend, sd.device)
@@ -512,7 +505,7 @@ def _check_negative(method: str, negative_prompt: str) -> None:
         )
 
 
-def _first_step(skip_steps: int | None, steps: int, usual: int, *, from_noise: bool) -> int:
+def choose_first_step(skip_steps: int | None, steps: int, usual: int, *, from_noise: bool) -> int:
     """How many of the noisiest steps are left out: as asked, else as is usual; from_noise: none may be."""
     if skip_steps is None:
         return usual

@@ -19,9 +19,10 @@ from masa.controls.style import StyleTransfer
 from masa.errors import MasaError
 from masa.image import ImageLike
 from masa.inversion import METHODS, invert
+from masa.noise import Noise
 from masa.pipeline import StableDiffusion
 from masa.result import Picture, wrap
-from masa.sampling import check_controls, picture_size, sample
+from masa.sampling import check_controls, check_numbers, choose_first_step, picture_size, sample
 from masa.settings import describe
 from masa.trajectory import default_skip
 
@@ -160,7 +161,9 @@ def sweep(
     usual = 0 if image is None else default_skip(method, steps)
     for settings in (cell for line in cells for cell in line):
         own_steps, skipped = settings.get("steps", steps), settings.get("skip_steps")
-        first_step = usual if skipped is None else skipped
+        check_numbers(sd, settings["guidance_scale"], settings.get("eta", 0.0), backend)
+        Noise(settings["seed"])
+        first_step = choose_first_step(skipped, own_steps, usual, from_noise=image is None)
         prompts, real = (source, target), image is not None
         check_controls(sd, settings["controls"], own_steps, prompts, size=size, first_step=first_step, real=real)
     if image is None:

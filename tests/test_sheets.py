@@ -87,6 +87,12 @@ def test_a_sweep_over_a_picture_inverts_once(tiny, picture, monkeypatch):
         (("start_step", [0]), ("start_step", [1]), False, "give two parameters"),
         (("steps", [3, 4]), ("start_layer", [0]), True, "fixes steps"),
         (("start_step", [0, 9]), ("start_layer", [0]), False, "selects no step"),
+        (("eta", [0.0, 2.0]), ("start_step", [0]), False, r"eta is 2\.0"),
+        (("guidance_scale", ["much"]), ("start_step", [0]), False, "guidance_scale is 'much'"),
+        (("seed", [1, -1]), ("start_step", [0]), False, "seed is -1"),
+        (("skip_steps", [0, 1]), ("start_step", [0]), False, "half noisy latents"),
+        (("skip_steps", [0, 3]), ("start_step", [0]), True, "skip_steps is 3"),
+        (("start_step", [0]), ("steps", [2, 0]), False, "steps is 0"),
         (("start_step", [0]), ("start_layer", [0, 16]), True, "transformer blocks from 0 to 15"),
     ],
 )
