@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 import masa
-from masa.cli import main, parse_sweep
+from masa.arguments import parse_sweep
+from masa.cli import main
 from masa.result import read_settings
 from masa.sheets import CELL, label_sheet
 
