@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SIDE = 2.4  # of one panel, in inches
+LABEL = 32  # characters that fit along it
 
 
 def word_maps(result: Result, words: Sequence[str] | None = None, control: int | None = None) -> Figure:
@@ -99,8 +101,8 @@ def query_components(
 ) -> Figure:
     """The three main components of self-attention queries as red, green and blue: what MasaCtrl compares.
 
-    One row per picture and layer, one column per step. Components are of all pictures together at each layer and
-    step, so that within one column equal colours mean like queries, in source and targets alike. result: of a run
+    One row per layer and picture, one column per step. Components are of all pictures together at each layer and
+    step, so that in its panels equal colours mean like queries, in source and targets alike. result: of a run
     with RecordQueries. layers, steps: of those recorded, by default up to six each, evenly spread. control: as in
     `word_maps`. MasaError for what was not recorded. MasaCtrl (2304.08465), figure 4b.
     """
@@ -108,7 +110,7 @@ def query_components(
     layers = _shown(layers, {layer for layer, _ in kept}, "queries", "layers")
     steps = _shown(steps, {step for _, step in kept}, "queries", "steps")
     pictures = len(result.images)
-    figure, axes = _panels(pictures * len(layers), len(steps), [label for label in result.labels for _ in layers])
+    figure, axes = _panels(pictures * len(layers), len(steps), result.labels * len(layers))
     for row, layer in enumerate(layers):
         for j, step in enumerate(steps):
             queries = kept[layer, step]  # (1 + N, h, w, width)
@@ -116,7 +118,7 @@ def query_components(
             low, high = found.amin(0), found.amax(0)
             colours = ((found - low) / (high - low).clamp_min(1e-12)).unflatten(0, queries.shape[:3])
             for i, picture in enumerate(result.images):
-                axis = axes[i * len(layers) + row][j]
+                axis = axes[row * pictures + i][j]
                 height, width = picture.height, picture.width
                 axis.imshow(colours[i].numpy(), extent=(0, width, height, 0), interpolation="nearest")
                 axis.set_title(f"layer {layer}, step {step}", fontsize="small")
@@ -185,7 +187,7 @@ def _panels(rows: int, columns: int, labels: Sequence[str]) -> tuple[Figure, Any
     figure = Figure(figsize=(SIDE * columns, SIDE * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     for i, label in enumerate(labels):
-        axes[i][0].set_ylabel(label, fontsize="small", wrap=True)
+        axes[i][0].set_ylabel(textwrap.fill(label, LABEL), fontsize="small")
         for axis in axes[i]:
             axis.set_xticks([])
             axis.set_yticks([])

@@ -102,19 +102,6 @@ def test_a_threshold_of_1_leaves_the_source(tiny, noise):
     assert difference(out.latents[1], out.latents[0]) < 1e-5
 
 
-def test_joins_masked_masactrl(tiny):
-    """In either order; each takes part, and each keeps its own masks."""
-    mutual = masa.MasaCtrl(1, 8, mask=masa.WordMasks("cat", "photo", threshold=0.4))
-    blend = masa.LocalBlend("cat", "dog", threshold=0.99)
-    settings = {"height": 128, "width": 192, "steps": 3, "seed": 0, "progress": False}
-    controls = [[mutual, blend], [blend, mutual], mutual, blend]
-    both, turned, one, other = (masa.sample(tiny, SOURCE, TARGETS[0], controls=c, **settings) for c in controls)
-    assert torch.equal(both.latents, turned.latents)
-    assert {i: list(masks) for i, masks in both.masks.items()} == {0: [1, 2], 1: [0, 1, 2]}
-    for alone in (one, other):
-        assert difference(both.latents[1], alone.latents[1]) > 1e-3
-
-
 def test_targets_together_equal_targets_alone(tiny, noise):
     together = run(tiny, noise, masa.LocalBlend("cat", ["dog", "labradoodle"], threshold=0.95)).latents
     alone = run(tiny, noise, masa.LocalBlend("cat", "dog", threshold=0.95), TARGETS[:1]).latents

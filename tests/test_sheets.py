@@ -128,7 +128,7 @@ def test_commands_make_one_picture_each(tiny_folder, tmp_path, monkeypatch, caps
     pixels = torch.randint(0, 256, (64, 64, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     Image.fromarray(pixels.numpy()).save("photo.png")
     Image.new("L", (64, 64), 255).save("mask.png")
-    fast = ["-c", str(tiny_folder), "--steps", "3", "--seed", "1", "-q"]
+    fast = ["-c", str(tiny_folder), "--steps", "3", "--height", "64", "--width", "64", "--seed", "1", "-q"]
     start = ["--start-step", "1", "--start-layer", "0"]
 
     assert main(["grid", "photo.png", TARGET, "-o", "g", "--methods", "ddim", "noise", *fast, *start]) == 0
