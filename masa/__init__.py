@@ -9,7 +9,7 @@ from masa.controls.masactrl import MasaCtrl
 from masa.controls.masks import GivenMasks, WordMasks
 from masa.controls.plug_and_play import PlugAndPlay
 from masa.controls.prompt_to_prompt import PromptToPrompt
-from masa.controls.record import RecordAttention
+from masa.controls.record import RecordAttention, RecordPredictions, RecordQueries
 from masa.controls.style import StyleTransfer
 from masa.errors import CheckpointError, MasaError
 from masa.inversion import invert
@@ -33,6 +33,8 @@ __all__ = [
     "PlugAndPlay",
     "PromptToPrompt",
     "RecordAttention",
+    "RecordPredictions",
+    "RecordQueries",
     "Result",
     "Schedule",
     "ScheduleConfig",

@@ -13,6 +13,7 @@ from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from masa.errors import MasaError
@@ -23,7 +24,7 @@ from masa.kernels.mutual_attention import MaskPlan, mutual_attention
 Place = Literal["down", "mid", "up"]
 Grid = tuple[int, int]
 
-# What a forward recorded: maps (rows, tokens, h*w) by (record's key, site index).
+# What a forward recorded, by (record's key, site index): maps (rows, tokens, h*w), or queries (rows, h*w, width).
 Tape = dict[tuple[Hashable, int], Tensor]
 
 
@@ -78,6 +79,7 @@ class Edit:
     mix: rows whose probabilities come from the source's (cross-attention only).
     features_from: the row whose features, before the residual sum, each row takes (residual blocks only).
     records: maps to keep on the tape, as they are after `mix`, and without `mask` and `union_with`.
+    query_records: keys under which to keep the queries on the tape, as they are after `q_from`.
     """
 
     q_from: tuple[int, ...] | None = None
@@ -89,15 +91,18 @@ class Edit:
     mix: Mix | None = None
     features_from: tuple[int, ...] | None = None
     records: tuple[Record, ...] = ()
+    query_records: tuple[Hashable, ...] = ()
 
     def changed(self) -> tuple[str, ...]:
         """The fields that make this site differ from plain attention; records do not."""
-        return tuple(f.name for f in fields(self) if f.name != "records" and getattr(self, f.name) is not None)
+        names = (f.name for f in fields(self) if f.name not in ("records", "query_records"))
+        return tuple(name for name in names if getattr(self, name) is not None)
 
     def merge(self, other: Edit) -> Edit:
         """Both edits at once, of different fields; records add up."""
         changes = {name: getattr(other, name) for name in other.changed()}
-        return replace(self, records=self.records + other.records, **changes)
+        queries = self.query_records + other.query_records
+        return replace(self, records=self.records + other.records, query_records=queries, **changes)
 
     def read_rows(self, rows: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         """The rows whose queries, those whose keys, and those whose values anybody reads; sorted."""
@@ -166,6 +171,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, rows: int, site: Site, grid: Grid, c
     k_index = tuple(k_rows.index(row) for row in edit.k_from or own)
     v_index = tuple(v_rows.index(row) for row in edit.v_from or own)
     q = take(q, q_index)
+    for key in edit.query_records:
+        call.tape[key, site.index] = rearrange(q, "b h n d -> b n (h d)")
 
     if edit.mix is not None or (edit.records and edit.mask is None and edit.union_with is None):
         # Row-aligned K and V: mostly cross-attention, whose K/V are 77 tokens.

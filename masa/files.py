@@ -5,9 +5,15 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from masa.errors import MasaError
 
 
 @contextmanager
@@ -27,6 +33,34 @@ def replacing(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write one safetensors file; tensors may be views of each other."""
+    with replacing(path) as temporary:
+        save_file(
+            {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, temporary, dict(metadata)
+        )
+
+
+def load_tensors(path: str | Path, format: str, kind: str, remedy: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a file whose metadata name this format. MasaError for any other file.
+
+    kind, remedy: what errors call it, and what to do instead.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != format:
+                raise MasaError(f"{path} is no {kind}; {remedy}")
+            # Copies: the mapped file may be overwritten while they live.
+            return {name: file.get_tensor(name).clone() for name in file.keys()}, metadata  # noqa: SIM118
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise MasaError(f"{path} cannot be read as a {kind} ({error})") from error
+    except SafetensorError as error:
+        raise MasaError(f"{path} is not a whole safetensors file ({error}); {remedy}") from error
 
 
 def file_digest(path: str | Path) -> str:

@@ -65,9 +65,10 @@ def invert(
     """
     schedule = schedule or sd.schedule
     timesteps = schedule.timesteps(steps)
+    check_guidance(guidance_scale)
+    check_guidance(edit_guidance_scale)
     _check_method(method, prompt, steps, schedule, edit_guidance_scale)
     check_backend(backend, sd.device)
-    check_guidance(guidance_scale)
     noise = Noise(seed, generator)
     picture = load_image(image, short_side=sd.config.image_size, height=height, width=width)
     uncond, cond = sd.encode_prompt([""]), sd.encode_prompt([prompt])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from masa.controls.record import SELF
+from masa.controls.record import SELF, spread
 from masa.errors import MasaError
 from masa.result import Result
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SIDE = 2.4  # of one panel, in inches
+LABEL = 32  # characters that fit along it
 
 
 def word_maps(result: Result, words: Sequence[str] | None = None, control: int | None = None) -> Figure:
@@ -36,7 +38,7 @@ def word_maps(result: Result, words: Sequence[str] | None = None, control: int |
             f"no map was recorded of {', '.join(map(repr, missing)) or 'any word'}; recorded are: "
             f"{', '.join(map(repr, maps)) or 'none'}; run with RecordAttention(words=[..])"
         )
-    figure, axes = _panels(len(result.images), len(chosen), result)
+    figure, axes = _panels(len(result.images), len(chosen), result.labels)
     for i, picture in enumerate(result.images):
         for j, word in enumerate(chosen):
             heat = maps[word][i]
@@ -60,7 +62,7 @@ def self_attention_components(result: Result, components: int = 3, control: int 
     positions = recorded.shape[1] * recorded.shape[2]
     if not 1 <= components <= positions:
         raise MasaError(f"components is {components}; expected a number from 1 to {positions}")
-    figure, axes = _panels(len(result.images), 1 + components, result)
+    figure, axes = _panels(len(result.images), 1 + components, result.labels)
     for i, picture in enumerate(result.images):
         axes[i][0].imshow(picture)
         found = principal_components(recorded[i].flatten(2).flatten(0, 1), components)
@@ -78,14 +80,8 @@ def masks(result: Result, control: int | None = None, steps: Sequence[int] | Non
     evenly spread. MasaError where no masks were used. MasaCtrl (2304.08465), figure 5.
     """
     used = _of_control(result.masks, control, "masks were used; run with MasaCtrl(mask=..) or LocalBlend")
-    if steps is None:
-        known = sorted(used)
-        count = min(6, len(known))
-        steps = [known[round(n * (len(known) - 1) / max(1, count - 1))] for n in range(count)]
-    unknown = [step for step in steps if step not in used]
-    if unknown or not steps:
-        raise MasaError(f"no masks in steps {unknown}; there are some in steps {sorted(used)}")
-    figure, axes = _panels(len(result.images), len(steps), result)
+    steps = _shown(steps, used, "masks", "steps")
+    figure, axes = _panels(len(result.images), len(steps), result.labels)
     for i, picture in enumerate(result.images):
         for j, step in enumerate(steps):
             axes[i][j].imshow(picture)
@@ -94,6 +90,56 @@ def masks(result: Result, control: int | None = None, steps: Sequence[int] | Non
             axes[i][j].imshow(0.0 * outside, cmap="gray", alpha=0.75 * outside)
             if i == 0:
                 axes[i][j].set_title(f"step {step}")
+    return figure
+
+
+def query_components(
+    result: Result,
+    layers: Sequence[int] | None = None,
+    steps: Sequence[int] | None = None,
+    control: int | None = None,
+) -> Figure:
+    """The three main components of self-attention queries as red, green and blue: what MasaCtrl compares.
+
+    One row per layer and picture, one column per step. Components are of all pictures together at each layer and
+    step, so that in its panels equal colours mean like queries, in source and targets alike. result: of a run
+    with RecordQueries. layers, steps: of those recorded, by default up to six each, evenly spread. control: as in
+    `word_maps`. MasaError for what was not recorded. MasaCtrl (2304.08465), figure 4b.
+    """
+    kept = _of_control(result.queries, control, "queries were recorded; run with RecordQueries(..)")
+    layers = _shown(layers, {layer for layer, _ in kept}, "queries", "layers")
+    steps = _shown(steps, {step for _, step in kept}, "queries", "steps")
+    pictures = len(result.images)
+    figure, axes = _panels(pictures * len(layers), len(steps), result.labels * len(layers))
+    for row, layer in enumerate(layers):
+        for j, step in enumerate(steps):
+            queries = kept[layer, step]  # (1 + N, h, w, width)
+            found = principal_components(queries.flatten(0, 2), 3)
+            low, high = found.amin(0), found.amax(0)
+            colours = ((found - low) / (high - low).clamp_min(1e-12)).unflatten(0, queries.shape[:3])
+            for i, picture in enumerate(result.images):
+                axis = axes[row * pictures + i][j]
+                height, width = picture.height, picture.width
+                axis.imshow(colours[i].numpy(), extent=(0, width, height, 0), interpolation="nearest")
+                axis.set_title(f"layer {layer}, step {step}", fontsize="small")
+    return figure
+
+
+def predictions(result: Result, steps: Sequence[int] | None = None, control: int | None = None) -> Figure:
+    """The clean pictures that steps predicted: one row per picture, one column per step, the last the result.
+
+    result: of a run with RecordPredictions. steps: of those recorded, by default up to six. control: as in
+    `word_maps`. MasaError for what was not recorded. MasaCtrl (2304.08465), figure 4a.
+    """
+    kept = _of_control(result.predictions, control, "predictions were recorded; run with RecordPredictions(..)")
+    steps = _shown(steps, kept, "predictions", "steps")
+    figure, axes = _panels(len(result.images), len(steps) + 1, result.labels)
+    for i, picture in enumerate(result.images):
+        for j, step in enumerate(steps):
+            axes[i][j].imshow(kept[step][i].numpy())
+        axes[i][-1].imshow(picture)
+    for j, title in enumerate([*(f"step {step}" for step in steps), "result"]):
+        axes[0][j].set_title(title)
     return figure
 
 
@@ -112,6 +158,16 @@ def _recorded(result: Result, control: int | None) -> Mapping[str, Tensor]:
     return _of_control(result.attention, control, "attention was recorded; run with RecordAttention(..)")
 
 
+def _shown(asked: Sequence[int] | None, kept: Collection[int], things: str, where: str) -> list[int]:
+    """The steps or layers to show: those asked for, by default up to six. MasaError for any that was not kept."""
+    known = sorted(kept)
+    shown = spread(known) if asked is None else list(asked)
+    unknown = [number for number in shown if number not in known]
+    if unknown or not shown:
+        raise MasaError(f"no {things} in {where} {unknown}; there are some in {where} {known}")
+    return shown
+
+
 def _of_control(kept: Mapping[int, Mapping[Any, Tensor]], control: int | None, otherwise: str) -> Mapping[Any, Tensor]:
     """What the named control kept, by default the first that kept anything."""
     chosen = min(kept, default=None) if control is None else control
@@ -121,8 +177,8 @@ def _of_control(kept: Mapping[int, Mapping[Any, Tensor]], control: int | None, o
     return kept[chosen]
 
 
-def _panels(rows: int, columns: int, result: Result) -> tuple[Figure, Any]:
-    """A figure and its axes [row][column], without ticks, each row under its prompt."""
+def _panels(rows: int, columns: int, labels: Sequence[str]) -> tuple[Figure, Any]:
+    """A figure and its axes [row][column], without ticks, each row beside its label."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -130,8 +186,8 @@ def _panels(rows: int, columns: int, result: Result) -> tuple[Figure, Any]:
     # Not pyplot: nothing is kept open behind the caller's back, and no display is needed.
     figure = Figure(figsize=(SIDE * columns, SIDE * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
-    for i, label in enumerate(result.labels):
-        axes[i][0].set_ylabel(label, fontsize="small", wrap=True)
+    for i, label in enumerate(labels):
+        axes[i][0].set_ylabel(textwrap.fill(label, LABEL), fontsize="small")
         for axis in axes[i]:
             axis.set_xticks([])
             axis.set_yticks([])

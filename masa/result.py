@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from masa.errors import MasaError
-from masa.files import replacing
+from masa.files import load_tensors, replacing, save_tensors
 
 KEY = "masa"  # the text chunks of a PNG that hold its settings: masa, masa.1, ..
+TENSORS = "result.safetensors"  # what is not a picture, beside the pictures
+FORMAT = "masa result 1"
+BIG = 2**20  # numbers; larger maps are saved as float16
 CHUNK = 900_000  # characters in each; Pillow opens no PNG with a text chunk above 2**20 bytes
 
 
@@ -78,8 +82,9 @@ class Result:
     """One source and N targets.
 
     images: PIL pictures, source first. latents (1 + N, 4, h, w): float32, on the CPU. masks: by control (its
-    place in the list) and step: (1 + N, h, w), source first. attention: what RecordAttention kept, by control
-    and name. settings: JSON values that suffice to run it again.
+    place in the list) and step: (1 + N, h, w), source first. attention, queries, predictions: what RecordAttention,
+    RecordQueries and RecordPredictions kept, by control and by name, (layer, step) or step. settings: JSON values
+    that suffice to run it again.
     """
 
     images: list[Picture]
@@ -87,6 +92,8 @@ class Result:
     settings: Mapping[str, Any]
     masks: Mapping[int, Mapping[int, Tensor]] = field(default_factory=dict)
     attention: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
+    queries: Mapping[int, Mapping[tuple[int, int], Tensor]] = field(default_factory=dict)
+    predictions: Mapping[int, Mapping[int, Tensor]] = field(default_factory=dict)
 
     @property
     def source(self) -> Picture:
@@ -107,18 +114,82 @@ class Result:
         return Picture.of(label_row(self.images, self.labels), self.settings)
 
     def save(self, folder: str | Path) -> list[Path]:
-        """Write source.png, target_0.png, .. and grid.png, all carrying the settings. Returns their paths."""
+        """Write source.png, target_0.png, .., grid.png and result.safetensors. Returns their paths.
+
+        All carry the settings; the last holds everything else for `Result.load`, maps of more than 2**20 numbers
+        as float16. Either all files are there at the end, or none.
+        """
         paths = [Path(folder) / name for name in file_names(len(self.targets))]
         with ExitStack() as stack:  # all are written before the first takes its name
             temporaries = [stack.enter_context(replacing(path)) for path in paths]
-            for temporary, picture in zip(temporaries, [*self.images, self.grid()], strict=True):
+            for temporary, picture in zip(temporaries[:-1], [*self.images, self.grid()], strict=True):
                 picture.save(temporary)
+            kept = self._kept()
+            about = {"format": FORMAT, "settings": json.dumps(self.settings), "order": json.dumps(list(kept))}
+            save_tensors(temporaries[-1], {"latents": self.latents} | kept, about)
         return paths
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Result:
+        """Read back what `save` wrote. MasaError where files are missing, damaged or of different runs."""
+        path = Path(folder) / TENSORS
+        remedy = "expected a folder written by Result.save, or by masa sample, edit or sdedit"
+        if not path.is_file():
+            raise MasaError(f"{folder} holds no {TENSORS}; {remedy}")
+        tensors, metadata = load_tensors(path, FORMAT, "saved result", remedy)
+        settings = json.loads(metadata["settings"])
+        images = []
+        for branch, name in enumerate(file_names(len(settings["target"]))[: 1 + len(settings["target"])]):
+            if not (path.parent / name).is_file():
+                raise MasaError(f"{folder} lacks {name}; {remedy}")
+            if read_settings(path.parent / name) != settings | {"branch": branch}:
+                raise MasaError(f"{path.parent / name} and {TENSORS} beside it are of different runs; {remedy}")
+            with Image.open(path.parent / name) as picture:
+                images.append(Picture.of(picture, settings | {"branch": branch}))
+        kept: dict[str, dict[int, dict[Any, Tensor]]] = {kind: {} for kind in NAMES}
+        for key in json.loads(metadata["order"]):
+            kind, control, name = key.split("/", 2)
+            kept[kind].setdefault(int(control), {})[NAMES[kind](name)] = tensors[key]
+        return cls(
+            images,
+            tensors["latents"],
+            settings,
+            kept["masks"],
+            kept["attention"],
+            kept["queries"],
+            kept["predictions"],
+        )
+
+    def _kept(self) -> dict[str, Tensor]:
+        """What controls left, under one key each: the kind, the control's place, the tensor's own name."""
+        tensors = {}
+        for kind in NAMES:
+            for control, found in getattr(self, kind).items():
+                for name, tensor in found.items():
+                    parts = name if isinstance(name, tuple) else (name,)
+                    half = tensor.is_floating_point() and tensor.numel() > BIG
+                    key = "/".join(map(str, (kind, control, *parts)))
+                    tensors[key] = tensor.to(torch.float16) if half else tensor
+        return tensors
+
+
+def _layer_and_step(name: str) -> tuple[int, int]:
+    layer, step = name.split("/")
+    return int(layer), int(step)
+
+
+# What controls leave in a result, and how its names are read back from text.
+NAMES: Mapping[str, Callable[[str], Any]] = {
+    "masks": int,
+    "attention": str,
+    "queries": _layer_and_step,
+    "predictions": int,
+}
 
 
 def file_names(targets: int) -> list[str]:
     """What `Result.save` writes for a number of targets."""
-    return ["source.png", *(f"target_{i}.png" for i in range(targets)), "grid.png"]
+    return ["source.png", *(f"target_{i}.png" for i in range(targets)), "grid.png", TENSORS]
 
 
 def label_row(images: Sequence[Image.Image], labels: Sequence[str], gap: int = 4) -> Image.Image:

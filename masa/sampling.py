@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -12,18 +13,18 @@ from tqdm import tqdm
 from masa import __version__
 from masa.attention import Backend, Edit, Grid, check_backend
 from masa.branches import Branches, check_guidance
-from masa.controls.base import ActiveControl, Control, Run, resolve
+from masa.controls.base import ActiveControl, Control, Run, begin_all, check_together, resolve
 from masa.controls.masactrl import MasaCtrl
 from masa.errors import MasaError
-from masa.image import ImageLike, check_size
+from masa.image import ImageLike, check_size, load_image
 from masa.inversion import invert
 from masa.models.unet import Retirement
 from masa.noise import Noise
 from masa.pipeline import StableDiffusion
 from masa.result import Picture, Result
-from masa.schedule import Schedule
+from masa.schedule import Schedule, predict_x0
 from masa.settings import describe, pack
-from masa.trajectory import Trajectory
+from masa.trajectory import Trajectory, default_skip
 
 Callback = Callable[[int, int, Tensor], "Tensor | None"]
 
@@ -78,10 +79,15 @@ def denoise(run: Denoising) -> Iterator[Tensor]:
         predicted = branches if retire is None else branches.keep(retire.keep)
         eps = predicted.guide(eps.float(), run.guidance_scale, run.source_guidance)
         noise = _step_noise(run, step).to(x.device) if run.eta > 0 else None
-        moved = run.schedule.step(eps, x[list(predicted.present)], timestep, run.steps, run.eta, noise)
-        # A pinned source that was not computed stands where its trajectory does.
-        x = moved if len(moved) == len(x) else torch.cat([_pinned_after(run, step), moved])
+        present = x[list(predicted.present)]
+        x0 = predict_x0(eps, present, run.schedule.alpha(timestep))
+        moved = run.schedule.step(eps, present, timestep, run.steps, run.eta, noise)
+        if run.pinned is not None and len(moved) < len(x):
+            # A pinned source that was not computed stands where its trajectory does.
+            moved, x0 = torch.cat([_pinned_after(run, step), moved]), torch.cat([run.pinned[:1], x0])
+        x = moved
         for control in run.controls:
+            control.see_prediction(step, x0)
             x = control.after_step(step, x, tape, branches)
         if run.callback is not None:
             x = _call_back(run.callback, step, timestep, x)
@@ -152,7 +158,8 @@ def sample(
     """Synthesise a source picture and, from the same noise and under control, its targets.
 
     source, target: prompts; several targets share one pass; none is plain text-to-image of the source.
-    controls: one or a list; [] is the fixed-seed baseline. They act on targets only.
+    controls: one or a list; [] is the fixed-seed baseline. They act on targets only; those that record serve a
+    run without targets too, others are refused there.
     trajectory: an inverted picture as the source; its size, steps and schedule hold, its prompt where `source`
     is empty, and the unconditional embeddings and noise that it brings. pin_source: put the source's latents
     back on the trajectory before each step (2310.01506), else it drifts; without targets it always denoises
@@ -167,13 +174,16 @@ def sample(
     Raises MasaError for bad input, before any long work. MasaCtrl (2304.08465), algorithm 1.
     """
     targets, chosen = _as_prompts(target), _as_list(controls)
-    described = [describe(control) for control in chosen] if targets else []
-    _check_numbers(sd, guidance_scale, eta, seed, backend, latents)
+    if not targets and chosen == (MasaCtrl(),):
+        chosen = ()  # the default, which has nothing to act on
+    described = [describe(control) for control in chosen]
+    check_numbers(sd, guidance_scale, eta, backend, latents)
     steps, schedule, size = _steps_and_size(sd, trajectory, steps, schedule, height, width)
     schedule.timesteps(steps)
     noise = Noise(seed, generator)
     eta = _check_start(latents, trajectory, eta, negative_prompt)
-    first_step = _first_step(skip_steps, steps, latents, trajectory)
+    usual = 0 if trajectory is None else trajectory.skip_steps
+    first_step = choose_first_step(skip_steps, steps, usual, from_noise=trajectory is None and latents is None)
     source = source or (trajectory.prompt if trajectory is not None else "")
     shape = (sd.config.unet.in_channels, *(side // sd.config.vae.downsample for side in size))
     info = _run_info(sd, schedule, steps, (source, *targets), (shape[1], shape[2]))
@@ -183,20 +193,21 @@ def sample(
         source_latents=None if trajectory is None else trajectory.latents[:1].to(sd.device),
         draw_noise=lambda: noise.draw((1, *shape)).to(sd.device),
     )
-    active = tuple(control.begin(info) for control in chosen) if targets else ()
+    active = begin_all(chosen, info)
     first_step = max(first_step, *(control.first_step for control in active), 0)
-
     start = _start(1 + len(targets), shape, latents, trajectory, steps - first_step, noise).to(sd.device)
     for control in active:
         start = control.start(start)
     source_guidance = None if trajectory is None else trajectory.source_guidance
     guided = max(guidance_scale, source_guidance or 0.0) > 1.0
+    contexts = _contexts(sd, steps, source, targets, negative_prompt, trajectory, guided)
+    check_together(active, first_step, [context.branches for context in contexts], sd.unet.sites)
     run = Denoising(
         sd=sd,
         schedule=schedule,
         steps=steps,
         latents=start,
-        contexts=_contexts(sd, steps, source, targets, negative_prompt, trajectory, guided),
+        contexts=contexts,
         guidance_scale=guidance_scale,
         draw_noise=lambda: noise.draw((1, *shape)),
         source_guidance=source_guidance,
@@ -247,9 +258,18 @@ def sample(
     }
     pictures = sd.decode_latents(x, progress=progress)
     masks = {i: {s: m.cpu() for s, m in c.masks().items()} for i, c in enumerate(active) if c.masks()}
-    attention = {i: c.attention() for i, c in enumerate(active) if c.attention()}
+    attention = {i: {n: m.cpu() for n, m in c.attention().items()} for i, c in enumerate(active) if c.attention()}
+    queries = {i: c.queries() for i, c in enumerate(active) if c.queries()}
+    predictions = {i: _decode_all(sd, c.predictions(), progress) for i, c in enumerate(active) if c.predictions()}
     images = [Picture.of(picture, settings | {"branch": i}) for i, picture in enumerate(pictures)]
-    return Result(images, x.cpu(), settings, masks, attention=attention)
+    return Result(images, x.cpu(), settings, masks, attention, queries, predictions)
+
+
+def _decode_all(sd: StableDiffusion, latents: Mapping[int, Tensor], progress: bool) -> dict[int, Tensor]:
+    """Latents (1 + N, 4, h, w) by step -> pictures (1 + N, height, width, 3), uint8, by step."""
+    together = sd.decode_latents(torch.cat(list(latents.values())), progress=progress)
+    pictures = torch.stack([torch.from_numpy(np.array(picture)) for picture in together])
+    return dict(zip(latents, pictures.chunk(len(latents)), strict=True))
 
 
 def edit(
@@ -285,9 +305,11 @@ def edit(
     targets = _as_prompts(target)
     if not targets:
         raise MasaError("edit needs at least one target prompt")
-    _check_numbers(sd, guidance_scale, eta, seed, backend, None)
-    check_controls(sd, controls, steps, (source, *targets))
+    check_numbers(sd, guidance_scale, eta, backend)
     _check_negative(method, negative_prompt)
+    size = picture_size(sd, image, height, width)
+    first_step = choose_first_step(skip_steps, steps, default_skip(method, steps), from_noise=False)
+    check_controls(sd, controls, steps, (source, *targets), size=size, first_step=first_step)
     trajectory = invert(
         sd,
         image,
@@ -339,34 +361,52 @@ def _as_list(controls: Control | Sequence[Control]) -> tuple[Control, ...]:
     return chosen
 
 
-def _check_numbers(
-    sd: StableDiffusion,
-    guidance_scale: float,
-    eta: float,
-    seed: int | None,
-    backend: str,
-    latents: Tensor | None,
+def check_numbers(
+    sd: StableDiffusion, guidance_scale: float, eta: float, backend: str, latents: Tensor | None = None
 ) -> None:
     """MasaError for values that no run can use."""
     check_guidance(guidance_scale)
     if not isinstance(eta, int | float) or not 0.0 <= eta <= 1.0:
         raise MasaError(f"eta is {eta!r}; expected a number from 0 (deterministic) to 1")
-    if seed is not None and (not isinstance(seed, int) or not 0 <= seed < 2**63):
-        raise MasaError(f"seed is {seed!r}; expected a whole number from 0 to 2**63 - 1")
     if latents is not None and (not isinstance(latents, Tensor) or not bool(torch.isfinite(latents).all())):
         raise MasaError("latents hold NaN or infinite values, or are no tensor; expected a float tensor of noise")
     check_backend(backend, sd.device)
 
 
+def picture_size(
+    sd: StableDiffusion, image: ImageLike | None, height: int | None, width: int | None
+) -> tuple[int, int]:
+    """(height, width) that a run has: of a picture as `invert` fits it, without one as asked or trained."""
+    if image is None:
+        check_size(height, width)
+        return height or sd.config.image_size, width or sd.config.image_size
+    fitted = load_image(image, short_side=sd.config.image_size, height=height, width=width)
+    return fitted.shape[2], fitted.shape[3]
+
+
 def check_controls(
-    sd: StableDiffusion, controls: Control | Sequence[Control], steps: int, prompts: tuple[str, ...]
+    sd: StableDiffusion,
+    controls: Control | Sequence[Control],
+    steps: int,
+    prompts: tuple[str, ...],
+    *,
+    size: tuple[int, int],
+    first_step: int = 0,
+    real: bool = True,
 ) -> None:
-    """Let every control refuse the run before the inversion's minutes are spent."""
-    side = sd.config.image_size // sd.config.vae.downsample
-    latents = torch.zeros(1, sd.config.unet.in_channels, side, side, device=sd.device)
-    info = _run_info(sd, sd.schedule, steps, prompts, (side, side))
-    for control in _as_list(controls):
-        control.begin(replace(info, source_latents=latents, draw_noise=lambda: latents))
+    """Let controls refuse a run, and each other, before an inversion's minutes are spent.
+
+    size (height, width): of the pictures. real: whether the source is a real picture.
+    """
+    sd.schedule.timesteps(steps)
+    grid = (size[0] // sd.config.vae.downsample, size[1] // sd.config.vae.downsample)
+    info = replace(_run_info(sd, sd.schedule, steps, prompts, grid), first_step=first_step)
+    if real:
+        latents = torch.zeros(1, sd.config.unet.in_channels, *grid, device=sd.device)
+        info = replace(info, source_latents=latents, draw_noise=lambda: latents)
+    active = begin_all(_as_list(controls), info)
+    # Which prompts share a row does not matter to what controls set.
+    check_together(active, first_step, [Branches.build(len(prompts) - 1, guided=True)] * steps, sd.unet.sites)
 
 
 def _run_info(sd: StableDiffusion, schedule: Schedule, steps: int, prompts: tuple[str, ...], grid: Grid) -> Run:
@@ -465,13 +505,13 @@ def _check_negative(method: str, negative_prompt: str) -> None:
         )
 
 
-def _first_step(skip_steps: int | None, steps: int, latents: Tensor | None, trajectory: Trajectory | None) -> int:
-    """How many of the noisiest steps are left out: as asked, else as the trajectory's method wants."""
+def choose_first_step(skip_steps: int | None, steps: int, usual: int, *, from_noise: bool) -> int:
+    """How many of the noisiest steps are left out: as asked, else as is usual; from_noise: none may be."""
     if skip_steps is None:
-        return 0 if trajectory is None else trajectory.skip_steps
+        return usual
     if not 0 <= skip_steps <= steps:
         raise MasaError(f"skip_steps is {skip_steps}; expected a number from 0 to {steps}, the run's steps")
-    if skip_steps and trajectory is None and latents is None:
+    if skip_steps and from_noise:
         raise MasaError("skip_steps starts from half noisy latents; give a trajectory (masa.invert) or latents")
     return skip_steps
 

@@ -43,8 +43,10 @@ def sdedit(
     picture through the autoencoder; controls may read it at every step's noise level. seed or generator: of the
     noise. Everything else as in `invert` and `sample`. Raises MasaError for bad input, before any long work.
     """
-    if not 0.0 <= strength <= 1.0:
-        raise MasaError(f"strength is {strength}; expected a number from 0 (the picture) to 1 (noise)")
+    if not isinstance(strength, int | float) or not 0.0 <= strength <= 1.0:
+        raise MasaError(f"strength is {strength!r}; expected a number from 0 (the picture) to 1 (noise)")
+    if not prompt and not isinstance(prompt, str):
+        raise MasaError("sdedit needs at least one prompt")
     trajectory = invert(
         sd,
         image,

@@ -20,7 +20,7 @@ from masa.controls.masactrl import MasaCtrl
 from masa.controls.masks import GivenMasks, WordMasks
 from masa.controls.plug_and_play import PlugAndPlay
 from masa.controls.prompt_to_prompt import PromptToPrompt
-from masa.controls.record import RecordAttention
+from masa.controls.record import RecordAttention, RecordPredictions, RecordQueries
 from masa.controls.style import StyleTransfer
 from masa.errors import MasaError
 from masa.image import load_mask
@@ -36,6 +36,8 @@ KINDS = {
         PlugAndPlay,
         PromptToPrompt,
         RecordAttention,
+        RecordPredictions,
+        RecordQueries,
         LocalBlend,
         StyleTransfer,
     )

@@ -19,10 +19,12 @@ from masa.controls.style import StyleTransfer
 from masa.errors import MasaError
 from masa.image import ImageLike
 from masa.inversion import METHODS, invert
+from masa.noise import Noise
 from masa.pipeline import StableDiffusion
 from masa.result import Picture, wrap
-from masa.sampling import check_controls, sample
+from masa.sampling import check_controls, check_numbers, choose_first_step, picture_size, sample
 from masa.settings import describe
+from masa.trajectory import default_skip
 
 # What a sweep may vary beside MasaCtrl's own parameters.
 SAMPLING = ("guidance_scale", "negative_prompt", "seed", "eta", "steps", "skip_steps", "pin_source")
@@ -72,8 +74,10 @@ def grid(
     if unknown or not methods:
         raise MasaError(f"inversion methods are {list(methods)}; expected some of {', '.join(map(repr, METHODS))}")
     columns = comparison(source) if controls is None else dict(controls)
-    for control in columns.values():
-        check_controls(sd, control, steps, (source, target))
+    size = picture_size(sd, image, height, width)
+    for first_step in {default_skip(method, steps) for method in methods}:
+        for control in columns.values():
+            check_controls(sd, control, steps, (source, target), size=size, first_step=first_step)
     seed = secrets.randbelow(2**32) if seed is None else seed
     rows = []
     for method in tqdm(methods, desc="inversions", disable=not progress):
@@ -153,8 +157,15 @@ def sweep(
     seed = secrets.randbelow(2**32) if seed is None else seed
     fixed: dict[str, Any] = {"guidance_scale": guidance_scale, "seed": seed, "backend": backend, "progress": False}
     cells = [[_cell(control, fixed, {rows[0]: r, columns[0]: c}) for c in columns[1]] for r in rows[1]]
+    size = picture_size(sd, image, height, width)
+    usual = 0 if image is None else default_skip(method, steps)
     for settings in (cell for line in cells for cell in line):
-        check_controls(sd, settings["controls"], settings.get("steps", steps), (source, target))
+        own_steps, skipped = settings.get("steps", steps), settings.get("skip_steps")
+        check_numbers(sd, settings["guidance_scale"], settings.get("eta", 0.0), backend)
+        Noise(settings["seed"])
+        first_step = choose_first_step(skipped, own_steps, usual, from_noise=image is None)
+        prompts, real = (source, target), image is not None
+        check_controls(sd, settings["controls"], own_steps, prompts, size=size, first_step=first_step, real=real)
     if image is None:
         start: dict[str, Any] = {"steps": steps, "height": height, "width": width}
     else:

@@ -8,17 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from masa.errors import MasaError
-from masa.files import file_digest, replacing
+from masa.files import file_digest, load_tensors, save_tensors
 from masa.schedule import Schedule
 
 FORMAT = "masa trajectory 1"
 Method = Literal["ddim", "negative-prompt", "null-text", "edit-friendly", "noise"]
 EDIT_FRIENDLY_ETA = 1.0  # DDIM's, with which the recorded noise is added
+
+
+def default_skip(method: str, steps: int) -> int:
+    """How many of the noisiest steps an edit leaves out by default: 12 of 50 for edit-friendly noise."""
+    return steps * 12 // 50 if method == "edit-friendly" else 0
 
 
 @dataclass(frozen=True)
@@ -65,32 +67,20 @@ class Trajectory:
 
     @property
     def skip_steps(self) -> int:
-        """How many of the noisiest steps an edit leaves out by default: 12 of 50 for edit-friendly noise."""
-        return self.steps * 12 // 50 if self.method == "edit-friendly" else 0
+        """How many of the noisiest steps an edit leaves out by default."""
+        return default_skip(self.method, self.steps)
 
     def save(self, path: str | Path) -> None:
         """Write all of it as one safetensors file."""
         metadata = {"format": FORMAT, "prompt": self.prompt, "settings": json.dumps(dict(self.settings))}
         tensors = {"latents": self.latents, "context": self.context, "noise": self.noise}
-        with replacing(path) as temporary:
-            save_file({name: t.contiguous() for name, t in tensors.items() if t is not None}, temporary, metadata)
+        save_tensors(path, {name: t for name, t in tensors.items() if t is not None}, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> Trajectory:
         """Read what `save` wrote. MasaError for any other file."""
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise MasaError(f"{path} is no trajectory; expected a file written by masa.invert(..).save()")
-                # Copies: the mapped file may be overwritten while the trajectory lives.
-                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        except FileNotFoundError:
-            raise
-        except OSError as error:
-            raise MasaError(f"{path} cannot be read as a trajectory ({error})") from error
-        except SafetensorError as error:
-            raise MasaError(f"{path} is not a whole safetensors file ({error}); invert the picture again") from error
+        remedy = "expected a file written by masa.invert(..).save()"
+        tensors, metadata = load_tensors(path, FORMAT, "trajectory", remedy)
         origin = {"trajectory": str(path), "trajectory_sha256": file_digest(path)}
         settings = json.loads(metadata["settings"]) | origin
         return cls(tensors["latents"], metadata["prompt"], settings, tensors.get("context"), tensors.get("noise"))

@@ -11,7 +11,10 @@ import torch
 from PIL import Image
 
 import masa
-from masa.cli import build_parser, choose_folder, main, parse_numbers
+from masa.arguments import PLOTS, build_parser
+from masa.cli import COMMANDS, choose_folder, main
+from masa.control_arguments import build_controls, parse_numbers
+from masa.result import file_names
 
 ROOT = Path(__file__).parent.parent
 FAST = ["--steps", "3", "--start-step", "1", "--height", "64", "--width", "64", "-q"]
@@ -45,7 +48,7 @@ def test_sample_writes_pictures_and_says_where(home, tiny_folder, capsys):
     argv = ["sample", "a sitting cat", "a running cat", "-c", str(tiny_folder), "--seed", "1", *FAST]
     assert main(argv) == 0
     printed = capsys.readouterr().out.split()
-    assert printed == [f"masa-out/0001/{name}.png" for name in ("source", "target_0", "grid")]
+    assert printed == [f"masa-out/0001/{name}" for name in file_names(1)]
     assert all(Path(path).is_file() for path in printed)
     assert main(argv) == 0
     assert Path("masa-out/0002/grid.png").read_bytes() == Path("masa-out/0001/grid.png").read_bytes()
@@ -85,6 +88,62 @@ def test_masks_from_pictures(home, tiny_folder):
         assert plain.tobytes() != masked.tobytes()
 
 
+def described(*argv: str) -> list[masa.controls.base.Control]:
+    return build_controls(build_parser().parse_args(["sample", "a cat", "a fluffy dog", *argv]))
+
+
+def test_options_describe_controls():
+    assert described() == [masa.MasaCtrl()]
+    assert described("--no-control") == []
+    start = ["--start-step", "2", "--control-layers", "8-9"]
+    assert described("--control", "style", *start) == [masa.StyleTransfer(2, layers=[8, 9])]
+    both = ["--control", "masactrl,prompt-to-prompt", "--p2p-edit", "none", "--reweight", "fluffy=4", "--union"]
+    p2p = masa.PromptToPrompt(None, {"fluffy": 4.0}, self_replace_steps=0.0)
+    assert described(*both, "--self-steps", "0") == [masa.MasaCtrl(union=True), p2p]
+    p2p = masa.PromptToPrompt("refine", cross_replace_steps=0.5)
+    assert described("--control", "prompt-to-prompt", "--cross-steps", "0.5") == [p2p]
+    shares = ["--feature-steps", "0.3", "--attention-steps", "0.2"]
+    assert described("--control", "plug-and-play", *shares) == [masa.PlugAndPlay(0.3, 0.2)]
+    assert described("--no-control", "--local-blend", "cat", "2") == [masa.LocalBlend("cat", 2)]
+
+
+def test_options_describe_recorders():
+    plain = ["--no-control", "--record-words", "cat, of a", "--record-x0"]
+    assert described(*plain) == [masa.RecordAttention(words=["cat", "of a"]), masa.RecordPredictions()]
+    where = ["--record-layers", "8", "--record-steps", "0,2"]
+    assert described("--no-control", "--record-self", "--record-queries", "--record-x0", *where) == [
+        masa.RecordAttention([8], (), True),
+        masa.RecordQueries([8], [0, 2]),
+        masa.RecordPredictions([0, 2]),
+    ]
+
+
+def test_what_a_run_recorded_is_plotted(home, tiny_folder, capsys):
+    pytest.importorskip("matplotlib")
+    record = ["--record-words", "cat,sitting", "--record-self", "--record-queries", "--record-x0"]
+    words = ["--words", "cat", "cat", "--start-layer", "8"]
+    argv = ["sample", "a sitting cat", "a running cat", "-c", str(tiny_folder), "-o", "out", *FAST, *words, *record]
+    assert main(argv) == 0
+    capsys.readouterr()
+    for kind in PLOTS:
+        assert main(["plot", "out", kind]) == 0
+        assert capsys.readouterr().out == f"out/{kind}.png\n"
+        assert Path(f"out/{kind}.png").stat().st_size > 1000
+    assert "out/masks.png is already there" in mistake(capsys, "plot", "out", "masks")
+    assert main(["plot", "out", "masks", "--overwrite", "--steps", "1"]) == 0
+    assert main(["plot", "out", "queries", "--layers", "7,10", "--steps", "0", "-o", "q.pdf", "--control", "2"]) == 0
+    assert Path("q.pdf").read_bytes().startswith(b"%PDF")
+    assert main(["plot", "out", "word-maps", "--words", "cat", "-o", "w.png"]) == 0
+    assert main(["plot", "out", "self-attention", "--components", "1", "-o", "c.png"]) == 0
+    sizes = [Image.open(name).size for name in ("out/word-maps.png", "w.png", "out/self-attention.png", "c.png")]
+    assert sizes[0][0] == 2 * sizes[1][0]
+    assert sizes[2][0] == 2 * sizes[3][0]
+    capsys.readouterr()
+    assert "no masks in steps [0]" in mistake(capsys, "plot", "out", "masks", "--steps", "0", "-o", "m.png")
+    assert "not supported" in mistake(capsys, "plot", "out", "masks", "-o", "m.txt")
+    assert not Path("m.txt").exists()
+
+
 def test_inspect_tells_what_a_file_is(capsys):
     assert main(["inspect", "demo"]) == 0
     out = capsys.readouterr().out
@@ -104,6 +163,15 @@ def test_inspect_tells_what_a_file_is(capsys):
         (["sample", "a cat", "a dog", "--words", "bird", "dog", *FAST], "'bird' is not in the prompt 'a cat'"),
         (["sample", "a cat", "a dog", "--words", "cat", "dog", "--masks", "photo.jpg", "photo.jpg"], "give one"),
         (["sample", "a cat", "a dog", "--start-step", "50", "--steps", "3"], "selects no step"),
+        (["sample", "a cat", "a dog", "--no-control", "--union"], "--union is masactrl's, which is not in use"),
+        (["sample", "a cat", "--reweight", "cat=2"], "--reweight is prompt-to-prompt's, which is not in use"),
+        (["sample", "a cat", "a dog", "--control", "magic"], "'magic' is not a list of masactrl, prompt-to-prompt"),
+        (["sample", "a cat", "a dog", "--reweight", "dog"], "'dog' is not a list of WORD=FACTOR"),
+        (["sample", "a cat", "--record-layers", "7"], "add --record-words, --record-self or --record-queries"),
+        (["sample", "a cat", "--record-steps", "1", "--record-self"], "add --record-queries or --record-x0"),
+        (["sample", "a cat", "--local-blend", "cat", "cat", *FAST], "LocalBlend acts on targets"),
+        (["plot", "none", "masks"], "none holds no result.safetensors"),
+        (["plot", "none", "masks", "--layers", "3"], "--layers has no meaning for masks, which takes --steps"),
         (["sample", "a cat", "--height", "100"], "height is 100; expected a multiple of 64"),
         (["sample", "a cat", "--dtype", "int8"], "dtype is 'int8'"),
         (["sample", "a cat", "--trajectory", "photo.jpg"], "photo.jpg"),
@@ -152,6 +220,7 @@ def test_number_lists():
 
 def test_every_command_has_help_with_an_example(capsys):
     commands = build_parser()._subparsers._group_actions[0].choices
+    assert set(commands) == set(COMMANDS)
     for name, parser in commands.items():
         assert f"masa {name}" in parser.format_help()
 

@@ -204,6 +204,15 @@ def test_every_method_serves_every_control(tiny, trajectories, method):
         assert all((one - other).abs().max() > 1e-3 for other in outs[:i])
 
 
+SHORT = {"prompt": SOURCE, "steps": 2, "seed": 3, "progress": False, "height": 64, "width": 64}
+
+
+@pytest.fixture(scope="module")
+def short(tiny, picture):
+    """One of two steps per method, each made once."""
+    return {method: masa.invert(tiny, picture, method=method, **SHORT) for method in METHODS}
+
+
 @pytest.mark.parametrize(
     ("method", "change"),
     [
@@ -217,9 +226,8 @@ def test_every_method_serves_every_control(tiny, trajectories, method):
     ],
     ids=str,
 )
-def test_parameters_change_the_trajectory(tiny, picture, method, change):
-    settings = {"prompt": SOURCE, "steps": 2, "seed": 3, "method": method, "progress": False, **SIZE}
-    parts = [masa.invert(tiny, picture, **s) for s in (settings, settings | change)]
+def test_parameters_change_the_trajectory(tiny, picture, short, method, change):
+    parts = [short[method], masa.invert(tiny, picture, **(SHORT | {"method": method} | change))]
     one, other = (torch.cat([t.flatten() for t in (p.latents, p.context, p.noise) if t is not None]) for p in parts)
     assert not torch.equal(one, other)
 
@@ -270,6 +278,8 @@ def test_an_edit_runs_again_from_its_picture(tiny, tmp_path, method):
         ({"method": "null-text", "prompt": ""}, "null-text inversion with an empty prompt"),
         ({"method": "negative-prompt", "prompt": ""}, "negative-prompt inversion with an empty prompt"),
         ({"method": "null-text", "steps": 101}, "100 steps at most"),
+        ({"method": "null-text", "edit_guidance_scale": float("nan")}, "guidance_scale is nan"),
+        ({"seed": -1}, "seed is -1; expected a whole number"),
         ({"method": "null-text", "edit_guidance_scale": 1.0}, "expected more than 1"),
         ({"method": "edit-friendly", "schedule": Schedule(offset=0)}, "offset 1"),
         ({"method": "noise", "seed": 1, "generator": torch.Generator()}, "leave one out"),

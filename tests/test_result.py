@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,10 +26,54 @@ def out(tiny):
 
 def test_saved_files(out, tmp_path):
     paths = out.save(tmp_path / "new" / "folder")
-    assert [p.name for p in paths] == ["source.png", "target_0.png", "target_1.png", "grid.png"]
+    names = ["source.png", "target_0.png", "target_1.png", "grid.png", "result.safetensors"]
+    assert [p.name for p in paths] == names
     assert sorted(p.name for p in (tmp_path / "new" / "folder").iterdir()) == sorted(p.name for p in paths)
     with Image.open(paths[1]) as picture:
         assert picture.size == (64, 64)
+
+
+def test_a_saved_result_comes_back_whole(tiny, tmp_path):
+    records = [masa.RecordAttention(words=["of a", "cat"], self_attention=True), masa.RecordQueries([8], [0, 2])]
+    controls = [masa.MasaCtrl(1, 4, mask=masa.WordMasks("cat", "cat")), *records, masa.RecordPredictions([2, 0])]
+    first = masa.sample(tiny, "a photo of a cat", "a cat", controls=controls, seed=5, **SETTINGS)
+    first.save(tmp_path)
+    back = masa.Result.load(tmp_path)
+    assert [p.tobytes() for p in back.images] == [p.tobytes() for p in first.images]
+    assert back.images[1].settings == first.images[1].settings
+    assert back.settings == first.settings
+    assert torch.equal(back.latents, first.latents)
+    for kind in ("masks", "attention", "queries", "predictions"):
+        kept, ours = getattr(back, kind), getattr(first, kind)
+        assert [(c, list(found)) for c, found in kept.items()] == [(c, list(found)) for c, found in ours.items()]
+        assert all(torch.equal(kept[c][n], t) for c, found in ours.items() for n, t in found.items())
+    back.save(tmp_path / "again")
+    assert (tmp_path / "again" / "target_0.png").read_bytes() == (tmp_path / "target_0.png").read_bytes()
+    assert list(masa.Result.load(tmp_path / "again").attention[1]) == ["of a", "cat", "self-attention"]
+
+
+def test_large_maps_are_saved_in_half_precision(out, tmp_path, generator):
+    maps = {"small": torch.rand(4, generator=generator), "large": torch.rand(1025, 1024, generator=generator)}
+    replace(out, attention={1: maps}).save(tmp_path)
+    back = masa.Result.load(tmp_path).attention[1]
+    assert torch.equal(back["small"], maps["small"])
+    assert back["large"].dtype == torch.float16
+    assert torch.allclose(back["large"].float(), maps["large"], atol=1e-3)
+
+
+def test_what_is_no_saved_result_is_named(out, tmp_path):
+    with pytest.raises(masa.MasaError, match=r"holds no result\.safetensors; expected a folder written by Result"):
+        masa.Result.load(tmp_path)
+    out.save(tmp_path)
+    (tmp_path / "target_1.png").unlink()
+    with pytest.raises(masa.MasaError, match=r"lacks target_1\.png"):
+        masa.Result.load(tmp_path)
+    Picture.of(out.source, out.settings | {"branch": 2, "seed": 6}).save(tmp_path / "target_1.png")
+    with pytest.raises(masa.MasaError, match=r"target_1\.png and .* are of different runs"):
+        masa.Result.load(tmp_path)
+    (tmp_path / "result.safetensors").write_bytes(b"123")
+    with pytest.raises(masa.MasaError, match="is not a whole safetensors file"):
+        masa.Result.load(tmp_path)
 
 
 def test_images_are_the_decoded_latents(tiny, out):
@@ -150,6 +195,16 @@ def test_damaged_settings_are_named(tmp_path, text):
         read_settings(tmp_path / "odd.png")
 
 
+def test_no_picture_is_saved_without_the_rest(out, tmp_path, monkeypatch):
+    def fail(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("masa.result.save_tensors", fail)
+    with pytest.raises(OSError, match="disk full"):
+        out.save(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_pictures_are_saved_together_or_not_at_all(out, tmp_path, monkeypatch):
     saved = []
     original = Picture.save
@@ -187,6 +242,8 @@ def test_settings_are_json_and_come_back():
         masa.MasaCtrl(start_step=np.int64(3), steps=np.arange(3), layers={4}),
         masa.MasaCtrl(steps=range(3), layers=[1, 2], union=True, source_weight=2.0),
         masa.MasaCtrl(mask=masa.WordMasks(["wooden", "chair"], 3, threshold=0.2)),
+        masa.RecordQueries([7], range(3)),
+        masa.RecordPredictions([1]),
     ):
         back = restore(json.loads(json.dumps(describe(control))))
         assert json.dumps(describe(back)) == json.dumps(describe(control))

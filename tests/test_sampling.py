@@ -361,3 +361,42 @@ def test_edit_refuses_before_inverting(tiny, generator, monkeypatch):
     picture = torch.rand(3, 64, 64, generator=generator)
     with pytest.raises(masa.MasaError, match="is not in the prompt"):
         masa.edit(tiny, picture, TARGET, SOURCE, controls=masa.MasaCtrl(mask=masa.WordMasks("dog", "cat")))
+    with pytest.raises(masa.MasaError, match="skip_steps is 60; expected a number from 0 to 50"):
+        masa.edit(tiny, picture, TARGET, skip_steps=60)
+    with pytest.raises(masa.MasaError, match="selects no step of a run of 5; expected numbers from 1 to 4"):
+        masa.edit(tiny, picture, TARGET, steps=5, method="edit-friendly", controls=masa.MasaCtrl(steps=[0]))
+
+
+AT_ODDS = [masa.StyleTransfer(steps=[3], layers=[12]), masa.MasaCtrl(2, 10)]
+
+
+def test_controls_at_odds_in_a_late_step_are_refused_before_the_first(tiny, noise, generator, monkeypatch):
+    for name in ("invert", "denoise"):
+        monkeypatch.setattr(masa.sampling, name, lambda *args, **kwargs: pytest.fail("ran first"))
+    message = r"both set k_from at .* \(layer 12\) in step 3: StyleTransfer and MasaCtrl"
+    with pytest.raises(masa.MasaError, match=message):
+        run(tiny, noise, controls=AT_ODDS)
+    with pytest.raises(masa.MasaError, match=message):
+        masa.edit(tiny, torch.rand(3, 64, 64, generator=generator), TARGET, controls=AT_ODDS, steps=5)
+
+
+def test_controls_may_be_at_odds_in_steps_that_are_left_out(tiny, generator):
+    picture = torch.rand(3, 64, 64, generator=generator) * 2 - 1
+    settings = {"steps": 5, "height": 64, "width": 64, "progress": False}
+    edit = masa.PromptToPrompt("refine", cross_replace_steps=1.0, self_replace_steps=0.4)
+    controls = [edit, masa.MasaCtrl(1, 10)]
+    with pytest.raises(masa.MasaError, match="in step 1: PromptToPrompt and MasaCtrl"):
+        masa.edit(tiny, picture, TARGET, SOURCE, controls=controls, **settings)
+    out = masa.edit(tiny, picture, TARGET, SOURCE, controls=controls, skip_steps=2, **settings)
+    assert out.settings["skip_steps"] == 2
+
+
+def test_what_controls_set_may_depend_on_the_pictures_size(tiny, generator, monkeypatch):
+    """Where the picture is wide, layer 10 has more tokens than Prompt-to-Prompt's self-attention reaches."""
+    monkeypatch.setattr(masa.sampling, "invert", lambda *args, **kwargs: pytest.fail("not refused"))
+    edit = masa.PromptToPrompt("refine", self_replace_steps=0.8, self_replace_tokens=8 * 8)
+    settings = {"controls": [edit, masa.MasaCtrl(1, layers=[10])], "steps": 4}
+    with pytest.raises(masa.MasaError, match="PromptToPrompt and MasaCtrl"):
+        masa.edit(tiny, torch.rand(3, 128, 128, generator=generator), TARGET, SOURCE, **settings)
+    with pytest.raises(pytest.fail.Exception, match="not refused"):
+        masa.edit(tiny, torch.rand(3, 128, 256, generator=generator), TARGET, SOURCE, **settings)

@@ -100,10 +100,15 @@ def test_an_sdedit_runs_again_from_its_picture(tiny, tmp_path):
     assert torch.equal(again.latents, out.latents)
 
 
-@pytest.mark.parametrize("strength", [-0.1, 1.1, float("nan")])
+@pytest.mark.parametrize("strength", [-0.1, 1.1, float("nan"), "half"])
 def test_strength_out_of_range_is_refused(tiny, picture, strength):
     with pytest.raises(masa.MasaError, match="expected a number from 0"):
         masa.sdedit(tiny, picture, TARGET, strength, **SETTINGS)
+
+
+def test_no_prompt_is_refused(tiny, picture):
+    with pytest.raises(masa.MasaError, match="at least one prompt"):
+        masa.sdedit(tiny, picture, [], 0.5, **SETTINGS)
 
 
 # ------------------------------------------------------------------------------------------ blended latents
@@ -151,9 +156,10 @@ def test_outside_the_mask_the_picture_stays(tiny, picture, clean):
     assert set(out.masks[0]) == set(range(1, STEPS))
 
 
-def test_a_white_mask_is_sdedit(tiny, picture):
-    """Nothing is kept: the same start from the noised picture, the same steps."""
-    out = blend(tiny, picture, torch.ones(8, 16), skip=0.4)
+@pytest.mark.parametrize("settings", [{"skip": 0.4}, {"skip": 0.0, "skip_steps": 2}], ids=["its own", "the run's"])
+def test_a_white_mask_is_sdedit(tiny, picture, settings):
+    """Nothing is kept: the same start from the noised picture, the same steps, whoever leaves out the first."""
+    out = blend(tiny, picture, torch.ones(8, 16), **settings)
     same(out.latents[1], masa.sdedit(tiny, picture, TARGET, 0.6, **SETTINGS).latents[1], 1e-4)
 
 
@@ -179,6 +185,13 @@ def test_a_blend_runs_again(tiny, tmp_path):
     out.save(tmp_path / "out")
     again = masa.rerun(tmp_path / "out" / "grid.png", tiny, progress=False)
     assert torch.equal(again.latents, out.latents)
+
+
+def test_controls_choose_among_the_steps_that_blending_leaves(tiny, picture):
+    with pytest.raises(masa.MasaError, match="selects no step of a run of 5; expected numbers from 2 to 4"):
+        blend(tiny, picture, half(), skip=0.45, extra=[masa.MasaCtrl(steps=[0, 1])])
+    out = blend(tiny, picture, half(), skip=0.45, extra=[masa.RecordPredictions()])
+    assert list(out.predictions[0]) == [2, 3, 4]
 
 
 def test_blending_needs_a_picture(tiny):

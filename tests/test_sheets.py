@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 import masa
-from masa.cli import main, parse_sweep
+from masa.arguments import parse_sweep
+from masa.cli import main
 from masa.result import read_settings
 from masa.sheets import CELL, label_sheet
 
@@ -87,6 +88,12 @@ def test_a_sweep_over_a_picture_inverts_once(tiny, picture, monkeypatch):
         (("start_step", [0]), ("start_step", [1]), False, "give two parameters"),
         (("steps", [3, 4]), ("start_layer", [0]), True, "fixes steps"),
         (("start_step", [0, 9]), ("start_layer", [0]), False, "selects no step"),
+        (("eta", [0.0, 2.0]), ("start_step", [0]), False, r"eta is 2\.0"),
+        (("guidance_scale", ["much"]), ("start_step", [0]), False, "guidance_scale is 'much'"),
+        (("seed", [1, -1]), ("start_step", [0]), False, "seed is -1"),
+        (("skip_steps", [0, 1]), ("start_step", [0]), False, "half noisy latents"),
+        (("skip_steps", [0, 3]), ("start_step", [0]), True, "skip_steps is 3"),
+        (("start_step", [0]), ("steps", [2, 0]), False, "steps is 0"),
         (("start_step", [0]), ("start_layer", [0, 16]), True, "transformer blocks from 0 to 15"),
     ],
 )
@@ -121,7 +128,7 @@ def test_commands_make_one_picture_each(tiny_folder, tmp_path, monkeypatch, caps
     pixels = torch.randint(0, 256, (64, 64, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     Image.fromarray(pixels.numpy()).save("photo.png")
     Image.new("L", (64, 64), 255).save("mask.png")
-    fast = ["-c", str(tiny_folder), "--steps", "3", "--seed", "1", "-q"]
+    fast = ["-c", str(tiny_folder), "--steps", "3", "--height", "64", "--width", "64", "--seed", "1", "-q"]
     start = ["--start-step", "1", "--start-layer", "0"]
 
     assert main(["grid", "photo.png", TARGET, "-o", "g", "--methods", "ddim", "noise", *fast, *start]) == 0

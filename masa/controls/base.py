@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -63,6 +63,12 @@ class ActiveControl:
         """The latents (1 + N, 4, h, w) that the next step starts from."""
         return latents
 
+    def see_prediction(self, step: int, x0: Tensor) -> None:
+        """What this step takes the clean latents to be: (1 + N, 4, h, w), from the guided prediction.
+
+        Of a pinned source that the step does not compute, the trajectory's clean latents.
+        """
+
     def masks(self) -> dict[int, Tensor]:
         """Masks used, by step: (1 + N, h, w) float, source first."""
         return {}
@@ -71,11 +77,46 @@ class ActiveControl:
         """Attention maps recorded, by name: (1 + N, ..) float, source first."""
         return {}
 
+    def queries(self) -> dict[tuple[int, int], Tensor]:
+        """Queries recorded, by (layer, step): (1 + N, h, w, width), source first."""
+        return {}
+
+    def predictions(self) -> dict[int, Tensor]:
+        """Predicted clean latents to be decoded, by step: (1 + N, 4, h, w), source first."""
+        return {}
+
 
 class Control(Protocol):
-    """A frozen, reusable value. `begin` checks it against a run and raises before any long work."""
+    """A frozen, reusable value. `begin` checks it against a run and raises before any long work.
+
+    A control that also serves a run without targets says so with a class variable `needs_targets = False`.
+    """
 
     def begin(self, run: Run) -> ActiveControl: ...
+
+
+def begin_all(controls: Sequence[Control], run: Run) -> tuple[ActiveControl, ...]:
+    """Controls bound to a run, and to the step at which the latest of them wants it to start.
+
+    MasaError for what a control refuses, and for a control that acts on targets where there are none.
+    """
+    idle = [type(c).__name__ for c in controls if getattr(c, "needs_targets", True)] if len(run.prompts) == 1 else []
+    if idle:
+        verb = "acts" if len(idle) == 1 else "act"
+        raise MasaError(f"{' and '.join(idle)} {verb} on targets, and there are none; give one, or controls=[]")
+    active = tuple(control.begin(run) for control in controls)
+    first_step = max((control.first_step for control in active), default=0)
+    if first_step > run.first_step:  # the others' steps are chosen among those that are run
+        active = tuple(control.begin(replace(run, first_step=first_step)) for control in controls)
+    return active
+
+
+def check_together(
+    controls: Sequence[ActiveControl], first_step: int, branches: Sequence[Branches], sites: Sequence[Site]
+) -> None:
+    """MasaError where two controls are at odds in any step of a run; branches: of each step."""
+    for step in range(first_step, len(branches)):
+        resolve(controls, step, branches[step], sites)
 
 
 def resolve(controls: Sequence[ActiveControl], step: int, branches: Branches, sites: Sequence[Site]) -> dict[int, Edit]:

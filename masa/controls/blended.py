@@ -39,7 +39,8 @@ class BlendedLatents:
             )
         mask = load_mask(self.mask)[None, None]
         mask = F.interpolate(mask, size=run.grid, mode="nearest").to(run.device)
-        return _Active(mask, int(self.skip * run.steps), run.source_latents, run.draw_noise, run.alphas)
+        first_step = max(run.first_step, int(self.skip * run.steps))
+        return _Active(mask, first_step, run.source_latents, run.draw_noise, run.alphas)
 
 
 class _Active(ActiveControl):

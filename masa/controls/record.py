@@ -1,20 +1,22 @@
-"""RecordAttention: keeps attention maps of a run, to look at; it changes nothing."""
+"""What a run keeps to be looked at: attention maps, queries, predictions. Recording changes nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from masa.attention import Edit, Grid, Record, Tape
 from masa.branches import Branches
-from masa.controls.base import ActiveControl, Run, choose_layers
+from masa.controls.base import ActiveControl, Run, choose_layers, choose_steps
 from masa.controls.masks import MAP_DOWNSAMPLE
 from masa.errors import MasaError
 
 SELF = "self-attention"  # its name among the maps
+SHOWN_STEPS = 6  # by default, spread over the run
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class RecordAttention:
     tokens, h, w) for all tokens (""), (1 + N, h, w, h, w), query first, for "self-attention". Maps are of the
     conditional half, and are what the run used, edits included. 2208.01626, figure 4; 2210.04885.
     """
+
+    needs_targets: ClassVar[bool] = False
 
     layers: Sequence[int] | None = None
     words: Sequence[str] = ()
@@ -109,3 +113,98 @@ class _Active(ActiveControl):
             # Recorded by key; read by query.
             found[SELF] = means["self"].mT.unflatten(2, self.grid).unflatten(1, self.grid)
         return found
+
+
+@dataclass(frozen=True)
+class RecordQueries:
+    """Keep the self-attention queries of named layers and steps, for `masa.plots.query_components`.
+
+    layers: transformer blocks; default the first of each grid on the way up (7, 10 and 13 of SD v1). steps: default
+    six, spread over the run. Result.queries holds, by (layer, step), (1 + N, h, w, width), float16 on the CPU:
+    per step 4.6 MB a picture at 512x512 with the default layers. Queries are of the conditional half, and are what
+    the run used, edits included. MasaCtrl (2304.08465), figure 4b.
+    """
+
+    layers: Sequence[int] | None = None
+    steps: Sequence[int] | None = None
+
+    needs_targets: ClassVar[bool] = False
+
+    def begin(self, run: Run) -> ActiveControl:
+        steps = _chosen_steps(self.steps, run, "RecordQueries")
+        sites = {site.layer: site for site in run.sites if site.kind == "self"}
+        if self.layers is None:
+            up = [site.layer for site in sites.values() if site.place == "up"]
+            first = {sites[layer].downsample: layer for layer in sorted(up, reverse=True)}
+            layers = frozenset(first.values())
+        else:
+            layers = choose_layers(self.layers, 0, run, "RecordQueries")
+        grids = {layer: run.grid_at(sites[layer].downsample) for layer in sorted(layers)}
+        return _ActiveQueries(steps, {layer: sites[layer].index for layer in grids}, grids)
+
+
+class _ActiveQueries(ActiveControl):
+    name = "RecordQueries"
+
+    def __init__(self, steps: frozenset[int], sites: Mapping[int, int], grids: Mapping[int, Grid]) -> None:
+        self.steps = steps
+        self.sites = sites  # by layer
+        self.grids = grids
+        self.key = ("recorded queries", id(self))
+        self.kept: dict[tuple[int, int], Tensor] = {}
+
+    def edits(self, step: int, branches: Branches) -> Mapping[int, Edit]:
+        return dict.fromkeys(self.sites.values(), Edit(query_records=(self.key,))) if step in self.steps else {}
+
+    def after_step(self, step: int, latents: Tensor, tape: Tape, branches: Branches) -> Tensor:
+        if step in self.steps:
+            rows = [branches.row(branch, "cond") for branch in range(len(latents))]
+            for layer, site in self.sites.items():
+                queries = tape[self.key, site][rows].unflatten(1, self.grids[layer])
+                self.kept[layer, step] = queries.to("cpu", torch.float16)
+        return latents
+
+    def queries(self) -> dict[tuple[int, int], Tensor]:
+        return self.kept
+
+
+@dataclass(frozen=True)
+class RecordPredictions:
+    """Keep the clean pictures that steps predict, for `masa.plots.predictions`.
+
+    steps: default six, spread over the run. Result.predictions holds, by step, (1 + N, height, width, 3), uint8 on
+    the CPU: x0 = (x - sqrt(1 - a) eps) / sqrt(a) of the guided eps, decoded after the run. Of a pinned source that a
+    step does not compute it is the picture itself. DDIM (2010.02502), eq. 9; MasaCtrl (2304.08465), figure 4a.
+    """
+
+    steps: Sequence[int] | None = None
+
+    needs_targets: ClassVar[bool] = False
+
+    def begin(self, run: Run) -> ActiveControl:
+        return _ActivePredictions(_chosen_steps(self.steps, run, "RecordPredictions"))
+
+
+class _ActivePredictions(ActiveControl):
+    name = "RecordPredictions"
+
+    def __init__(self, steps: frozenset[int]) -> None:
+        self.steps = steps
+        self.kept: dict[int, Tensor] = {}
+
+    def see_prediction(self, step: int, x0: Tensor) -> None:
+        if step in self.steps:
+            self.kept[step] = x0
+
+    def predictions(self) -> dict[int, Tensor]:
+        return self.kept
+
+
+def spread(items: Sequence[int], count: int = SHOWN_STEPS) -> list[int]:
+    """Up to `count` of the items, evenly spread, the first and the last among them."""
+    count = min(count, len(items))
+    return [items[round(n * (len(items) - 1) / max(1, count - 1))] for n in range(count)]
+
+
+def _chosen_steps(steps: Sequence[int] | None, run: Run, control: str) -> frozenset[int]:
+    return choose_steps(spread(range(run.first_step, run.steps)) if steps is None else steps, 0, run, control)

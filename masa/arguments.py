@@ -1,0 +1,269 @@
+"""The arguments of the command line: one subcommand for each function of the library."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from masa.control_arguments import add_control, add_record, add_start, parse_numbers, parse_words
+from masa.inversion import METHODS
+from masa.sheets import PARAMETERS
+
+PLOTS = ("word-maps", "self-attention", "masks", "queries", "predictions")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"masa: {message}; see {self.prog} --help\n")
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        prog="masa",
+        description="MasaCtrl on Stable Diffusion v1: the same subject, another pose.",
+        epilog="Begin with: masa demo",
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
+
+    text = "two labelled pictures from the embedded model, in under a minute"
+    demo = add(commands, "demo", text, ["masa demo"])
+    demo.add_argument("--seed", type=int, default=None, help="another pair of pictures")
+    add_output(demo)
+
+    sample = add(
+        commands,
+        "sample",
+        "synthesise a source and targets that keep its subject",
+        [
+            'masa sample "a sitting cat" "a standing cat" -c v1-5-pruned-emaonly.safetensors --seed 0 -o cats',
+            'masa sample "a cat sitting" "a cat standing" --record-words cat --record-queries --record-x0 -o cats',
+            'masa sample "" "a running corgi" --trajectory corgi.safetensors -c v1-5-pruned-emaonly.safetensors',
+        ],
+    )
+    sample.add_argument("source", help="the source's prompt")
+    sample.add_argument("target", nargs="*", help="the targets' prompts; none: plain text-to-image")
+    sample.add_argument("--trajectory", metavar="FILE", help="an inverted picture (masa invert) as the source")
+    add_sampling(sample, steps=None)
+    add_control(sample)
+    add_record(sample)
+    add_model(sample)
+    add_output(sample)
+
+    edit = add(
+        commands,
+        "edit",
+        "edit a real picture",
+        [
+            'masa edit corgi.jpg "a photo of a running corgi" -c v1-5-pruned-emaonly.safetensors',
+            'masa edit cat.png "a cat jumping" --source "a cat sitting" --words cat cat -c sd15/ -o jump',
+            'masa edit cat.png "a fluffy cat" --source "a cat" --control prompt-to-prompt --reweight fluffy=4 -c sd15/',
+        ],
+    )
+    edit.add_argument("image", help="the picture's path")
+    edit.add_argument("target", nargs="+", help="the targets' prompts")
+    edit.add_argument("--source", default="", help="the picture's own prompt (default: empty)")
+    add_inversion(edit)
+    add_sampling(edit)
+    add_control(edit)
+    add_record(edit)
+    add_model(edit)
+    add_output(edit)
+
+    invert = add(
+        commands,
+        "invert",
+        "invert a real picture once, for any number of edits",
+        ["masa invert corgi.jpg -o corgi.safetensors -c v1-5-pruned-emaonly.safetensors"],
+    )
+    invert.add_argument("image", help="the picture's path")
+    invert.add_argument("--prompt", default="", help="the picture's own prompt (default: empty)")
+    group = add_inversion(invert)
+    group.add_argument("--edit-guidance", type=float, default=7.5, help="guidance that null-text fits (default: 7.5)")
+    group.add_argument("--seed", type=int, help="of edit-friendly and plain noise (default: drawn)")
+    add_steps_and_size(invert)
+    add_model(invert)
+    add_output(invert, "the .safetensors file to write (default: named after the picture)")
+
+    sdedit = add(
+        commands,
+        "sdedit",
+        "noise a picture half way and denoise it with other prompts",
+        ['masa sdedit corgi.jpg "a photo of a wolf" --strength 0.6 -c v1-5-pruned-emaonly.safetensors'],
+    )
+    sdedit.add_argument("image", help="the picture's path")
+    sdedit.add_argument("target", nargs="+", help="the targets' prompts")
+    sdedit.add_argument("--strength", type=float, default=0.8, help="0: the picture, 1: noise (default: 0.8)")
+    group = add_steps_and_size(sdedit)
+    add_guidance_and_seed(group)
+    group.add_argument("--negative-prompt", default="", help="what to be guided away from")
+    add_model(sdedit)
+    add_output(sdedit)
+
+    grid = add(
+        commands,
+        "grid",
+        "one picture of an edit by every inversion and control",
+        [
+            'masa grid corgi.jpg "a running corgi" --source "a sitting corgi" -c v1-5-pruned-emaonly.safetensors',
+            'masa grid cat.png "a cat standing" --source "a cat sitting" --steps 20 --guidance 3 --start-layer 0',
+        ],
+    )
+    grid.add_argument("image", help="the picture's path")
+    grid.add_argument("target", help="the target's prompt")
+    grid.add_argument("--source", default="", help="the picture's own prompt (default: empty)")
+    grid.add_argument("--methods", nargs="+", choices=METHODS, help="inversions (default: all that the source allows)")
+    add_guidance_and_seed(add_steps_and_size(grid))
+    add_start(grid.add_argument_group("control (MasaCtrl)"))
+    add_model(grid)
+    add_output(grid)
+
+    sweep = add(
+        commands,
+        "sweep",
+        "one picture of a target under every pair of values of two parameters",
+        [
+            'masa sweep "a sitting cat" "a standing cat" --rows start_step=0,4,20 --columns start_layer=0,8,10,14',
+            'masa sweep "" "a running corgi" --image corgi.jpg --rows guidance_scale=3,7.5 --columns start_step=0,4,20',
+        ],
+    )
+    sweep.add_argument("source", help="the source's prompt")
+    sweep.add_argument("target", help="the target's prompt")
+    sweep.add_argument("--image", help="edit this picture, inverted once (default: synthesise the source)")
+    sweep.add_argument("--method", default="ddim", choices=METHODS, help="the picture's inversion (default: ddim)")
+    form = "of MasaCtrl or of sampling: NAME=VALUE,VALUE,.."
+    default = "start_step=0,4,8,16"
+    sweep.add_argument("--rows", type=parse_sweep, default=default, help=f"{form} (default: {default})")
+    default = "start_layer=0,4,8,10,14"
+    sweep.add_argument("--columns", type=parse_sweep, default=default, help=f"another (default: {default})")
+    add_guidance_and_seed(add_steps_and_size(sweep))
+    add_start(sweep.add_argument_group("control (MasaCtrl)"))
+    add_model(sweep)
+    add_output(sweep)
+
+    plot = add(
+        commands,
+        "plot",
+        "a figure of what a run recorded",
+        [
+            "masa plot masa-out/0001 word-maps",
+            "masa plot masa-out/0001 queries --layers 7,10,13 -o queries.pdf",
+        ],
+    )
+    plot.add_argument("folder", help="a folder that masa sample or masa edit wrote, with --record-.. or masks")
+    plot.add_argument("kind", choices=PLOTS, help=f"one of {', '.join(PLOTS)}", metavar="KIND")
+    group = plot.add_argument_group("figure")
+    group.add_argument("--words", type=parse_words, metavar="WORD,..", help="of word-maps (default: all recorded)")
+    group.add_argument("--layers", type=parse_numbers, metavar="LIST", help="of queries (default: up to six)")
+    text = "of masks, queries and predictions (default: up to six)"
+    group.add_argument("--steps", type=parse_numbers, metavar="LIST", help=text)
+    group.add_argument("--components", type=int, help="of self-attention (default: 3)")
+    group.add_argument("--control", type=int, help="place of the recording control (default: the first that did)")
+    group = plot.add_argument_group("output")
+    group.add_argument("-o", "--out", help="the .png, .pdf or .svg to write (default: FOLDER/KIND.png)")
+    group.add_argument("--overwrite", action="store_true", help="replace a file that is already there")
+
+    inspect = add(
+        commands,
+        "inspect",
+        "what is in a checkpoint: layout, parts, sizes, dtype, what is missing",
+        ["masa inspect v1-5-pruned-emaonly.safetensors", "masa inspect demo"],
+    )
+    inspect.add_argument("checkpoint", help="a file, folder or hub id; 'demo' is the embedded model")
+
+    rerun = add(
+        commands,
+        "rerun",
+        "repeat the run that made a PNG",
+        ["masa rerun masa-out/0001/target_0.png"],
+    )
+    rerun.add_argument("picture", help="a PNG that masa saved")
+    add_model(rerun)
+    add_output(rerun)
+    return parser
+
+
+def add(
+    commands: argparse._SubParsersAction[Parser],
+    name: str,
+    text: str,
+    examples: Sequence[str],
+) -> Parser:
+    command = commands.add_parser(
+        name,
+        help=text,
+        description=text[0].upper() + text[1:] + ".",
+        epilog="examples:\n" + "\n".join(f"  {example}" for example in examples),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(command=name)
+    return command
+
+
+def add_model(parser: Parser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument("-c", "--checkpoint", help=".safetensors file, diffusers folder or hub id (default: demo model)")
+    group.add_argument("--device", help="cpu, cuda, cuda:1, .. (default: cuda where there is one)")
+    group.add_argument("--dtype", help="fp32, fp16 or bf16 (default: the fastest that the device has)")
+    group.add_argument("--vae", help="another autoencoder's file or folder")
+    group.add_argument("--tokenizer", help="a tokenizer's folder (default: the checkpoint's, else CLIP's)")
+
+
+def add_steps_and_size(parser: Parser, steps: int | None = 50) -> argparse._ArgumentGroup:
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--steps", type=int, default=steps, help="denoising steps (default: 50)")
+    group.add_argument("--height", type=int, help="a multiple of 64 (default: the model's or the picture's)")
+    group.add_argument("--width", type=int, help="a multiple of 64")
+    backends = ("auto", "triton", "sdpa", "reference")
+    group.add_argument("--backend", choices=backends, default="auto", help="of controlled attention (default: auto)")
+    return group
+
+
+def add_sampling(parser: Parser, steps: int | None = 50) -> None:
+    group = add_steps_and_size(parser, steps)
+    add_guidance_and_seed(group)
+    group.add_argument("--negative-prompt", default="", help="what to be guided away from")
+    group.add_argument("--skip-steps", type=int, help="leave out the noisiest steps (default: as the inversion wants)")
+    group.add_argument("--eta", type=float, default=0.0, help="DDIM's randomness, 0 to 1 (default: 0)")
+    group.add_argument("--free-source", action="store_true", help="let a real source drift instead of pinning it")
+
+
+def add_guidance_and_seed(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--guidance", type=float, default=7.5, help="classifier-free guidance (default: 7.5; 1 is off)")
+    group.add_argument("--seed", type=int, help="of the noise (default: drawn, and written into the PNGs)")
+
+
+def add_inversion(parser: Parser) -> argparse._ArgumentGroup:
+    group = parser.add_argument_group("inversion")
+    group.add_argument("--method", default="ddim", choices=METHODS, help="(default: ddim)")
+    group.add_argument("--invert-guidance", type=float, default=1.0, help="guidance of the inversion (default: 1)")
+    return group
+
+
+def add_output(parser: Parser, text: str = "the folder to write into (default: the next free masa-out/NNNN)") -> None:
+    group = parser.add_argument_group("output")
+    group.add_argument("-o", "--out", help=text)
+    group.add_argument("--overwrite", action="store_true", help="replace files that are already there")
+    group.add_argument("-q", "--quiet", action="store_true", help="no progress bars")
+
+
+def parse_sweep(text: str) -> tuple[str, list[Any]]:
+    """ "start_layer=0,6,10" -> ("start_layer", [0, 6, 10])."""
+    name, equals, values = text.partition("=")
+    if not equals or name not in PARAMETERS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUES with a name of {', '.join(PARAMETERS)}")
+    return name, [parse_value(value.strip()) for value in values.split(",")]
+
+
+def parse_value(text: str) -> int | float | bool | str:
+    """A number or truth value where it is one, else the text."""
+    if text in ("True", "False"):
+        return text == "True"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

@@ -1,0 +1,187 @@
+"""Controls on the command line: their arguments, and the values that these describe."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Literal
+
+from masa.controls.base import Control
+from masa.controls.blended import BlendedLatents
+from masa.controls.local_blend import LocalBlend
+from masa.controls.masactrl import MasaCtrl
+from masa.controls.masks import GivenMasks, WordMasks
+from masa.controls.plug_and_play import PlugAndPlay
+from masa.controls.prompt_to_prompt import PromptToPrompt
+from masa.controls.record import RecordAttention, RecordPredictions, RecordQueries
+from masa.controls.style import StyleTransfer
+from masa.errors import MasaError
+from masa.image import open_picture
+
+CONTROLS = ("masactrl", "prompt-to-prompt", "plug-and-play", "style")
+
+# Options that one control alone reads; they are nothing, or None, where they are not given.
+OWNERS = {
+    "words": "masactrl",
+    "masks": "masactrl",
+    "union": "masactrl",
+    "p2p_edit": "prompt-to-prompt",
+    "reweight": "prompt-to-prompt",
+    "cross_steps": "prompt-to-prompt",
+    "self_steps": "prompt-to-prompt",
+    "feature_steps": "plug-and-play",
+    "attention_steps": "plug-and-play",
+}
+
+
+def add_start(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--start-step", type=int, default=4, help="first step controlled (default: 4)")
+    group.add_argument("--start-layer", type=int, default=10, help="first layer controlled, 0..15 (default: 10)")
+
+
+def add_control(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("control (MasaCtrl)")
+    add_start(group)
+    group.add_argument("--control-steps", type=parse_numbers, metavar="LIST", help="these steps instead: 4,6,10-20")
+    group.add_argument("--control-layers", type=parse_numbers, metavar="LIST", help="these layers instead: 10-15")
+    group.add_argument(
+        "--words", nargs=2, metavar=("SOURCE", "TARGET"), help="mask by these words' attention; a number is a token"
+    )
+    group.add_argument("--threshold", type=float, default=0.1, help="of the words' maps (default: 0.1)")
+    group.add_argument("--masks", nargs=2, metavar=("SOURCE", "TARGET"), help="mask by these pictures, white = subject")
+    group.add_argument("--union", action="store_true", help="targets see their own keys and values too")
+    group.add_argument("--source-weight", type=float, default=1.0, help="of the source in a union (default: 1)")
+
+    group = parser.add_argument_group("which controls, and those beside MasaCtrl")
+    form = f"some of {', '.join(CONTROLS)} (default: masactrl)"
+    group.add_argument("--control", type=parse_controls, default=["masactrl"], metavar="LIST", help=form)
+    text = "none of them: the fixed-seed baseline"
+    group.add_argument("--no-control", dest="control", action="store_const", const=[], help=text)
+    edits = ("replace", "refine", "none")
+    group.add_argument("--p2p-edit", choices=edits, help="swap words, add words, or only reweight (default: refine)")
+    group.add_argument("--reweight", type=parse_factors, metavar="WORD=FACTOR,..", help="attention to target words")
+    group.add_argument("--cross-steps", type=float, help="share of prompt-to-prompt's cross-attention (default: 0.8)")
+    group.add_argument("--self-steps", type=float, help="share of prompt-to-prompt's self-attention (default: 0.4)")
+    group.add_argument("--feature-steps", type=float, help="share of plug-and-play's features (default: 0.8)")
+    group.add_argument("--attention-steps", type=float, help="share of plug-and-play's attention (default: 0.5)")
+    text = "keep the source outside these words' attention"
+    group.add_argument("--local-blend", nargs=2, metavar=("SOURCE", "TARGET"), help=text)
+    group.add_argument("--blend", metavar="MASK", help="keep a real picture outside this mask, white = may change")
+
+
+def add_record(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("looking inside (masa plot draws it)")
+    group.add_argument("--record-words", type=parse_words, metavar="WORD,..", help="where these words look")
+    group.add_argument("--record-self", action="store_true", help="self-attention")
+    group.add_argument("--record-queries", action="store_true", help="queries of self-attention")
+    group.add_argument("--record-x0", action="store_true", help="the clean pictures that steps predict")
+    text = "of words, self-attention and queries (default: each its own)"
+    group.add_argument("--record-layers", type=parse_numbers, metavar="LIST", help=text)
+    text = "of queries and predictions (default: six)"
+    group.add_argument("--record-steps", type=parse_numbers, metavar="LIST", help=text)
+
+
+def build_controls(args: argparse.Namespace) -> list[Control]:
+    """The controls that the options describe: MasaCtrl unless others are named, blending, recorders.
+
+    MasaError for an option of a control that is not among them.
+    """
+    names = args.control if args.target else []
+    for option, owner in OWNERS.items():
+        if getattr(args, option) not in (None, False) and owner not in names:
+            flag = option.replace("_", "-")
+            raise MasaError(f"--{flag} is {owner}'s, which is not in use; add it to --control, and give a target")
+    start = {"start_step": args.start_step, "start_layer": args.start_layer}
+    chosen = {"steps": args.control_steps, "layers": args.control_layers}
+    controls: list[Control] = []
+    if "masactrl" in names:
+        mask = build_mask(args)
+        controls.append(MasaCtrl(**start, **chosen, mask=mask, union=args.union, source_weight=args.source_weight))
+    if "prompt-to-prompt" in names:
+        edit: Literal["replace", "refine"] | None = None if args.p2p_edit == "none" else args.p2p_edit or "refine"
+        fractions = {"cross_replace_steps": args.cross_steps, "self_replace_steps": args.self_steps}
+        given = {name: fraction for name, fraction in fractions.items() if fraction is not None}
+        controls.append(PromptToPrompt(edit, args.reweight or {}, **given))
+    if "plug-and-play" in names:
+        fractions = {"feature_steps": args.feature_steps, "attention_steps": args.attention_steps}
+        controls.append(PlugAndPlay(**{name: f for name, f in fractions.items() if f is not None}))
+    if "style" in names:
+        controls.append(StyleTransfer(**start, **chosen))
+    if args.local_blend is not None:
+        controls.append(LocalBlend(as_words(args.local_blend[0]), as_words(args.local_blend[1])))
+    if args.blend is not None:
+        check_picture(args.blend)
+        controls.append(BlendedLatents(args.blend))
+    return [*controls, *build_recorders(args)]
+
+
+def build_mask(args: argparse.Namespace) -> GivenMasks | WordMasks | None:
+    """MasaCtrl's mask."""
+    if args.words and args.masks:
+        raise MasaError("--words and --masks both say where the subject is; give one")
+    if args.words:
+        return WordMasks(as_words(args.words[0]), as_words(args.words[1]), args.threshold)
+    if args.masks:
+        for path in args.masks:
+            check_picture(path)
+        return GivenMasks(args.masks[0], args.masks[1])
+    return None
+
+
+def build_recorders(args: argparse.Namespace) -> list[Control]:
+    """What the run is to keep for masa plot."""
+    maps, layers, steps = args.record_words or args.record_self, args.record_layers, args.record_steps
+    if layers is not None and not (maps or args.record_queries):
+        raise MasaError("--record-layers says where to record; add --record-words, --record-self or --record-queries")
+    if steps is not None and not (args.record_queries or args.record_x0):
+        raise MasaError("--record-steps says when to record; add --record-queries or --record-x0")
+    recorders: list[Control] = []
+    if maps:
+        recorders.append(RecordAttention(layers, args.record_words or (), args.record_self))
+    if args.record_queries:
+        recorders.append(RecordQueries(layers, steps))
+    if args.record_x0:
+        recorders.append(RecordPredictions(steps))
+    return recorders
+
+
+def as_words(text: str) -> str | int:
+    """A word or phrase, or the token position that a number means."""
+    return int(text) if text.isdecimal() else text
+
+
+def check_picture(path: str) -> None:
+    """Open a picture before the model's minutes are spent."""
+    open_picture(path)
+
+
+def parse_numbers(text: str) -> list[int]:
+    """ "3,5,10-12" -> [3, 5, 10, 11, 12]."""
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        try:
+            numbers += range(int(first), int(last or first) + 1)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 3,5,10-12") from None
+    return numbers
+
+
+def parse_words(text: str) -> list[str]:
+    """ "cat, wooden chair" -> ["cat", "wooden chair"]."""
+    return [word.strip() for word in text.split(",")]
+
+
+def parse_controls(text: str) -> list[str]:
+    """ "masactrl,style" -> ["masactrl", "style"]."""
+    names = parse_words(text)
+    if not set(names) <= set(CONTROLS):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of {', '.join(CONTROLS)}")
+    return names
+
+
+def parse_factors(text: str) -> dict[str, float]:
+    """ "fluffy=4,cat=0.5" -> {"fluffy": 4.0, "cat": 0.5}."""
+    try:
+        return {word: float(factor) for word, _, factor in (part.partition("=") for part in parse_words(text))}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of WORD=FACTOR such as fluffy=4") from None
