@@ -87,7 +87,7 @@ class _Active(ActiveControl):
         self.steps = 0
 
     def edits(self, step: int, branches: Branches) -> Mapping[int, Edit]:
-        weights = self.weights[[row.branch for row in branches.rows]]
+        weights = self.weights[[row.branch for row in branches.known]]
         edits = dict.fromkeys(self.sites["cross"], Edit(records=(Record(self.key, weights),)))
         each = self.positions.expand(len(branches), -1, -1)
         edits.update(dict.fromkeys(self.sites.get("self", ()), Edit(records=(Record(self.key, each),))))
