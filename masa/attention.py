@@ -258,7 +258,7 @@ def _attend_to_tokens(q: Tensor, k: Tensor, v: Tensor, edit: Edit, site: Site, c
     tokens = torch.cat(weights, dim=1) if weights else None
     lent_maps = None
     if tokens is not None and edit.lent is not None and edit.lent.maps is not None:
-        lent_maps = tokens[rows:] @ edit.lent.maps
+        lent_maps = tokens[rows:].to(edit.lent.maps.dtype) @ edit.lent.maps
         tokens = tokens[:rows]
     if mix is not None:
         own_q, own_k, own_v = (take(t, mix.rows) for t in (q, k, v))
