@@ -14,12 +14,14 @@ from masa.controls.style import StyleTransfer
 from masa.errors import CheckpointError, MasaError
 from masa.inversion import invert
 from masa.pipeline import StableDiffusion, load
+from masa.recording import record
 from masa.rerun import rerun
 from masa.result import Result
 from masa.sampling import edit, sample
 from masa.schedule import Schedule
 from masa.sdedit import sdedit
 from masa.sheets import grid, sweep
+from masa.source_cache import SourceCache
 from masa.trajectory import Trajectory
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "Result",
     "Schedule",
     "ScheduleConfig",
+    "SourceCache",
     "StableDiffusion",
     "StyleTransfer",
     "Trajectory",
@@ -46,6 +49,7 @@ __all__ = [
     "grid",
     "invert",
     "load",
+    "record",
     "rerun",
     "sample",
     "sdedit",

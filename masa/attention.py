@@ -24,8 +24,11 @@ from masa.kernels.mutual_attention import MaskPlan, mutual_attention
 Place = Literal["down", "mid", "up"]
 Grid = tuple[int, int]
 
-# What a forward recorded, by (record's key, site index): maps (rows, tokens, h*w), or queries (rows, h*w, width).
+# What a forward recorded, by (record's key, site index): maps (rows, tokens, h*w), queries (rows, h*w, width), or
+# what `Edit.keep` names.
 Tape = dict[tuple[Hashable, int], Tensor]
+
+Part = Literal["q", "k", "v"]
 
 
 @dataclass(frozen=True)
@@ -68,9 +71,25 @@ class Record:
     token_weights: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class Lent:
+    """What rows outside the batch have at a site in this step, for edits that read them.
+
+    q, k, v (rows lent, heads, h*w, d). maps (rows lent, keys, h*w): head-mean probabilities of every key. Only
+    what the edit reads need be there.
+    """
+
+    q: Tensor | None = None
+    k: Tensor | None = None
+    v: Tensor | None = None
+    maps: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class Edit:
     """What one site does differently in one step; rows are indices into the UNet batch.
+
+    Where rows are lent, they are indexed behind the batch's own, and the tape's maps have them too.
 
     q_from, k_from, v_from: the row whose queries, keys and values each row reads (default: its own).
     union_with: a second row whose keys and values each row also sees, -1 for none.
@@ -80,6 +99,8 @@ class Edit:
     features_from: the row whose features, before the residual sum, each row takes (residual blocks only).
     records: maps to keep on the tape, as they are after `mix`, and without `mask` and `union_with`.
     query_records: keys under which to keep the queries on the tape, as they are after `q_from`.
+    keep: which of the queries, keys and values read here to put on the tape, under ("kept", name).
+    lent: what the rows behind the batch's own have here.
     """
 
     q_from: tuple[int, ...] | None = None
@@ -92,6 +113,8 @@ class Edit:
     features_from: tuple[int, ...] | None = None
     records: tuple[Record, ...] = ()
     query_records: tuple[Hashable, ...] = ()
+    keep: tuple[Part, ...] | None = None
+    lent: Lent | None = None
 
     def changed(self) -> tuple[str, ...]:
         """The fields that make this site differ from plain attention; records do not."""
@@ -112,6 +135,14 @@ class Edit:
         keys = tuple(sorted({*(self.k_from or own), *extra}))
         values = tuple(sorted({*(self.v_from or own), *extra}))
         return queries, keys, values
+
+    def key_rows(self, rows: int) -> tuple[int, ...]:
+        """The rows whose keys `attend` indexes, and a mask's plan must cover: all that are read, or those lent.
+
+        A union of lent keys with the batch's own has these apart.
+        """
+        first = tuple(sorted({*(self.k_from or range(rows))}))
+        return first if first[0] >= rows else self.read_rows(rows)[1]
 
 
 PLAIN = Edit()
@@ -150,6 +181,8 @@ def take(x: Tensor, rows: tuple[int, ...]) -> Tensor:
     """The named rows of x, in order; x itself when that is all of them, a view when they are adjacent."""
     if rows == tuple(range(len(x))):
         return x
+    if not rows:
+        return x[:0]
     if rows == tuple(range(rows[0], rows[0] + len(rows))):
         return x[rows[0] : rows[0] + len(rows)]
     return torch.cat([x[row : row + 1] for row in rows])
@@ -158,8 +191,8 @@ def take(x: Tensor, rows: tuple[int, ...]) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, rows: int, site: Site, grid: Grid, call: Call) -> Tensor:
     """softmax(q kᵀ / √d) v with the edit that this call makes at this site.
 
-    q (read rows, heads, h*w, d), k and v (read rows, heads, keys, d): only the rows that `Edit.read_rows` lists
-    for each, in that order. Returns (rows, heads, h*w, d).
+    q (read rows, heads, h*w, d), k and v (read rows, heads, keys, d): only the rows of the batch that
+    `Edit.read_rows` lists for each, in that order. Returns (rows, heads, h*w, d).
     """
     edit = call.edit_at(site)
     if edit is PLAIN and call.backend == "auto":
@@ -167,6 +200,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, rows: int, site: Site, grid: Grid, c
 
     own = tuple(range(rows))
     q_rows, k_rows, v_rows = edit.read_rows(rows)
+    second_k, second_v, second_rows = k, v, k_rows  # of a union
+    if edit.keep is not None:
+        call.tape.update({(("kept", name), site.index): {"q": q, "k": k, "v": v}[name] for name in edit.keep})
+    if edit.lent is not None:
+        k_rows = edit.key_rows(rows)
+        v_rows = k_rows if edit.v_from == edit.k_from else v_rows
+        second_rows = tuple(row for row in second_rows if row < rows)
+        q = _with_lent(q, edit.lent.q, q_rows, rows)
+        k, v = _with_lent(k, edit.lent.k, k_rows, rows), _with_lent(v, edit.lent.v, v_rows, rows)
+        if k_rows[0] < rows:
+            second_k, second_v, second_rows = k, v, k_rows
     q_index = tuple(q_rows.index(row) for row in edit.q_from or own)
     k_index = tuple(k_rows.index(row) for row in edit.k_from or own)
     v_index = tuple(v_rows.index(row) for row in edit.v_from or own)
@@ -187,19 +231,28 @@ def attend(q: Tensor, k: Tensor, v: Tensor, rows: int, site: Site, grid: Grid, c
         k, v, k_index = take(k, k_index), take(v, v_index), own
     if edit.union_with is None:
         return mutual_attention(q, k, v, kv_index=k_index, plan=plan, backend=call.backend)
-    second = tuple(-1 if row < 0 else k_rows.index(row) for row in edit.union_with)
+    second = tuple(-1 if row < 0 else second_rows.index(row) for row in edit.union_with)
     return mutual_attention(
         q,
         k,
         v,
         kv_index=k_index,
-        k2=k,
-        v2=v,
+        k2=second_k,
+        v2=second_v,
         kv_index2=second,
         source_weight=1.0 if edit.source_weight is None else edit.source_weight,
         plan=plan,
         backend=call.backend,
     )
+
+
+def _with_lent(own: Tensor, lent: Tensor | None, wanted: tuple[int, ...], rows: int) -> Tensor:
+    """The rows wanted, sorted: the batch's own, all of `own`, then those lent; no copy where they are of one kind."""
+    behind = tuple(row - rows for row in wanted if row >= rows)
+    if not behind:
+        return own
+    assert lent is not None, "rows are read that were not lent"
+    return take(lent, behind) if len(behind) == len(wanted) else torch.cat([own, take(lent, behind)])
 
 
 def _attend_to_tokens(q: Tensor, k: Tensor, v: Tensor, edit: Edit, site: Site, call: Call) -> Tensor:
@@ -211,6 +264,10 @@ def _attend_to_tokens(q: Tensor, k: Tensor, v: Tensor, edit: Edit, site: Site, c
     rows, mix = len(q), edit.mix
     weights = [record.token_weights for record in edit.records]
     tokens = torch.cat(weights, dim=1) if weights else None
+    lent_maps = None
+    if tokens is not None and edit.lent is not None and edit.lent.maps is not None:
+        lent_maps = tokens[rows:].to(edit.lent.maps.dtype) @ edit.lent.maps
+        tokens = tokens[:rows]
     if mix is not None:
         own_q, own_k, own_v = (take(t, mix.rows) for t in (q, k, v))
         own_tokens = None if tokens is None else take(tokens, mix.rows)
@@ -231,6 +288,8 @@ def _attend_to_tokens(q: Tensor, k: Tensor, v: Tensor, edit: Edit, site: Site, c
         return _fold_rows(out, rows, mix)
     out, maps = cross_attention_with_maps(q, k, v, tokens, backend=call.backend)
     maps = _fold_rows(maps, rows, mix)
+    if lent_maps is not None:
+        maps = torch.cat([maps, lent_maps])
     for record, part in zip(edit.records, maps.split([w.shape[1] for w in weights], dim=1), strict=True):
         call.tape[record.key, site.index] = part
     return _fold_rows(out, rows, mix)

@@ -29,9 +29,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Branches:
-    """The batch's rows, and how latents become rows and predictions become one eps per branch."""
+    """The batch's rows, and how latents become rows and predictions become one eps per branch.
+
+    lent: rows that are not in the batch, of which a source cache knows what an edit may read; they are indexed
+    behind the batch's own.
+    """
 
     rows: tuple[Row, ...]
+    lent: tuple[Row, ...] = ()
 
     @classmethod
     def build(cls, targets: int, *, guided: bool, merge_source: bool = False) -> Branches:
@@ -65,9 +70,14 @@ class Branches:
     def targets(self) -> tuple[int, ...]:
         return tuple(branch for branch in self.present if branch != SOURCE)
 
+    @property
+    def known(self) -> tuple[Row, ...]:
+        """The batch's rows, then those lent: what the tape and row indices are about."""
+        return self.rows + self.lent
+
     def row(self, branch: int, half: Half) -> int | None:
-        """Index of the row that serves this branch and half, or None."""
-        for i, row in enumerate(self.rows):
+        """Index, among the known, of the row that serves this branch and half, or None."""
+        for i, row in enumerate(self.known):
             if row.branch == branch and half in row.halves:
                 return i
         return None
@@ -76,12 +86,24 @@ class Branches:
     def source_rows(self) -> tuple[int, ...]:
         """For each row, the source's row of the same half."""
         rows = [self.row(SOURCE, row.halves[0]) for row in self.rows]
-        assert None not in rows, "the source has no rows in this batch"
+        assert None not in rows, "the source has no rows, in this batch or lent to it"
         return tuple(row for row in rows if row is not None)
 
     def keep(self, rows: tuple[int, ...]) -> Branches:
         """These rows alone."""
-        return Branches(tuple(self.rows[i] for i in rows))
+        return Branches(tuple(self.rows[i] for i in rows), self.lent)
+
+    def lend_source(self) -> Branches:
+        """The targets' rows, with the source's lent to them."""
+        source = tuple(row for row in self.rows if row.branch == SOURCE)
+        return Branches(tuple(row for row in self.rows if row.branch != SOURCE), source)
+
+    def parts(self, targets: int | None) -> tuple[Branches, ...]:
+        """The rows of at most this many targets at once, the source's rows with each; None: all together."""
+        if targets is None or len(self.targets) <= targets:
+            return (self,)
+        groups = [{SOURCE, *self.targets[i : i + targets]} for i in range(0, len(self.targets), targets)]
+        return tuple(Branches(tuple(row for row in self.rows if row.branch in group), self.lent) for group in groups)
 
     def without_source(self) -> tuple[int, ...]:
         """Indices of the targets' rows."""

@@ -66,6 +66,7 @@ def rerun(picture: str | Path, sd: StableDiffusion | None = None, *, progress: b
         latents=None if settings["latents"] is None else unpack(settings["latents"]),
         eta=settings["eta"],
         schedule=Schedule.restore(settings["schedule"]),
+        targets_at_once=settings.get("targets_at_once"),
         backend=settings["backend"],
         progress=progress,
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from masa import __version__
-from masa.attention import Backend, Edit, Grid, check_backend
+from masa.attention import Backend, Edit, Grid, Tape, check_backend, take
 from masa.branches import Branches, check_guidance
 from masa.controls.base import ActiveControl, Control, Run, begin_all, check_together, resolve
 from masa.controls.masactrl import MasaCtrl
@@ -24,6 +24,7 @@ from masa.pipeline import StableDiffusion
 from masa.result import Picture, Result
 from masa.schedule import Schedule, predict_x0
 from masa.settings import describe, pack
+from masa.source_cache import Recorder, SourceCache
 from masa.trajectory import Trajectory, default_skip
 
 Callback = Callable[[int, int, Tensor], "Tensor | None"]
@@ -49,6 +50,18 @@ class Denoising:
     noise: Tensor | None = None  # (steps, 4, h, w), added by each step instead of fresh noise
     backend: Backend = "auto"
     callback: Callback | None = None
+    cache: SourceCache | None = None  # has what the targets read of the source, which is not computed
+    targets_at_once: int | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One call of the UNet: its rows, their edits, those that leave on the way and those whose eps is wanted."""
+
+    branches: Branches
+    edits: dict[int, Edit]
+    retire: Retirement | None
+    wanted: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -62,29 +75,20 @@ class Context:
 
 def denoise(run: Denoising) -> Iterator[Tensor]:
     """The latents (1 + N, 4, h, w) after each step; the caller owns the progress. MasaCtrl algorithm 1."""
-    sd, x = run.sd, run.latents
+    x = run.latents
     for step, timestep in list(enumerate(run.schedule.timesteps(run.steps)))[run.first_step :]:
         last = step == run.steps - 1
         if run.pinned is not None:
             x = torch.cat([run.pinned[run.steps - step][None], x[1:]])
-        branches, edits, retire = _plan_step(run, step, last)
-        eps, tape = sd.unet(
-            branches.expand(x).to(sd.dtype),
-            timestep,
-            branches.contexts(run.contexts[step].uncond, run.contexts[step].cond),
-            edits,
-            retire=retire,
-            backend=run.backend,
-        )
-        predicted = branches if retire is None else branches.keep(retire.keep)
-        eps = predicted.guide(eps.float(), run.guidance_scale, run.source_guidance)
+        eps, present, tape, branches = _predict(run, x, step, timestep, _plan_step(run, step, last))
         noise = _step_noise(run, step).to(x.device) if run.eta > 0 else None
-        present = x[list(predicted.present)]
-        x0 = predict_x0(eps, present, run.schedule.alpha(timestep))
-        moved = run.schedule.step(eps, present, timestep, run.steps, run.eta, noise)
-        if run.pinned is not None and len(moved) < len(x):
-            # A pinned source that was not computed stands where its trajectory does.
-            moved, x0 = torch.cat([_pinned_after(run, step), moved]), torch.cat([run.pinned[:1], x0])
+        before = x[list(present)]
+        x0 = predict_x0(eps, before, run.schedule.alpha(timestep))
+        moved = run.schedule.step(eps, before, timestep, run.steps, run.eta, noise)
+        if len(moved) < len(x):
+            # A source that was not computed stands where its trajectory does, or where it was recorded.
+            moved = torch.cat([_source_after(run, step).to(x.device), moved])
+            x0 = torch.cat([_source_after(run, run.steps - 1).to(x.device), x0])
         x = moved
         for control in run.controls:
             control.see_prediction(step, x0)
@@ -94,24 +98,82 @@ def denoise(run: Denoising) -> Iterator[Tensor]:
         yield x
 
 
-def _plan_step(run: Denoising, step: int, last: bool) -> tuple[Branches, dict[int, Edit], Retirement | None]:
-    """The rows and edits of a step, leaving out source rows that nobody reads.
+def _plan_step(run: Denoising, step: int, last: bool) -> list[Batch]:
+    """The UNet's calls in a step, leaving out source rows that nobody reads.
 
-    A pinned source is computed only for the targets to read it, or at the last step, which gives its
-    reconstruction; it leaves the batch once the last edited layer is done.
+    A pinned source, or one that an earlier call has predicted, is computed only for the targets to read it; a
+    pinned one also at the last step, which gives its reconstruction. It leaves the batch once the last edited
+    layer is done.
     """
+    batches = []
+    for part, branches in enumerate(_parts(run, step)):
+        rows, targets = tuple(range(len(branches))), branches.without_source()
+        edits = resolve(run.controls, step, branches, run.sd.unet.sites)
+        if run.cache is not None:
+            lent = {site: run.cache.lend(edit, step, site, len(rows), run.sd.device) for site, edit in edits.items()}
+            batches.append(Batch(branches, lent, None, rows))
+        elif part == 0 and (run.pinned is None or (last and run.retraces)):
+            batches.append(Batch(branches, edits, None, rows))
+        elif not edits:
+            batches.append(Batch(branches.keep(targets), {}, None, tuple(range(len(targets)))))
+        elif not targets:  # a pinned source is recorded
+            batches.append(Batch(branches, edits, None, ()))
+        else:
+            last_layer = max(run.sd.unet.sites[index].layer for index in edits)
+            batches.append(Batch(branches, edits, Retirement(last_layer, targets), targets))
+    return batches
+
+
+def _parts(run: Denoising, step: int) -> tuple[Branches, ...]:
+    """The rows of a step in as many parts as there are calls of the UNet."""
     branches = run.contexts[step].branches
-    edits = resolve(run.controls, step, branches, run.sd.unet.sites)
-    if run.pinned is None or (last and run.retraces):
-        return branches, edits, None
-    targets = branches.without_source()
-    if not edits:
-        return branches.keep(targets), {}, None
-    last_layer = max(run.sd.unet.sites[index].layer for index in edits)
-    return branches, edits, Retirement(last_layer, targets)
+    return (branches if run.cache is None else branches.lend_source()).parts(run.targets_at_once)
 
 
-def _pinned_after(run: Denoising, step: int) -> Tensor:
+def _predict(
+    run: Denoising, x: Tensor, step: int, timestep: int, batches: Sequence[Batch]
+) -> tuple[Tensor, tuple[int, ...], Tape, Branches]:
+    """Guided eps (branches present, 4, h, w), the branches present, and all calls' tape with the rows it is of."""
+    context, tapes = run.contexts[step], []
+    predicted: dict[int, Tensor] = {}
+    for batch in batches:
+        branches, tape = batch.branches, {}
+        if len(branches):
+            eps, tape = run.sd.unet(
+                branches.expand(x).to(run.sd.dtype),
+                timestep,
+                branches.contexts(context.uncond, context.cond),
+                batch.edits,
+                retire=batch.retire,
+                backend=run.backend,
+            )
+            wanted = branches.keep(batch.wanted)
+            eps = (eps if batch.retire is not None else take(eps, batch.wanted)).float()
+            if len(wanted):
+                guided = wanted.guide(eps, run.guidance_scale, run.source_guidance)
+                predicted.update(zip(wanted.present, guided, strict=True))
+        tapes.append(tape)
+    present = tuple(sorted(predicted))
+    eps = torch.stack([predicted[branch] for branch in present]) if present else x[:0]
+    return eps, present, *_join_tapes(batches, tapes)
+
+
+def _join_tapes(batches: Sequence[Batch], tapes: Sequence[Tape]) -> tuple[Tape, Branches]:
+    """The tapes of several calls as if of one: each row as the first call that has it wrote it."""
+    if len(batches) == 1:
+        return tapes[0], batches[0].branches
+    first = {row: (n, i) for n, b in reversed(list(enumerate(batches))) for i, row in enumerate(b.branches.known)}
+    lent = batches[0].branches.lent
+    halves = [[row for row in first if row not in lent and row.halves[0] == half] for half in ("uncond", "cond")]
+    rows = tuple(row for half in halves for row in sorted(half, key=lambda row: row.branch))
+    places = [first[row] for row in (*rows, *lent)]
+    joined = {key: torch.cat([tapes[n][key][i : i + 1] for n, i in places]) for key in tapes[0]}
+    return joined, Branches(rows, lent)
+
+
+def _source_after(run: Denoising, step: int) -> Tensor:
+    if run.cache is not None:
+        return run.cache.source_after(step)
     assert run.pinned is not None
     return run.pinned[run.steps - step - 1][None]
 
@@ -139,10 +201,11 @@ def sample(
     *,
     controls: Control | Sequence[Control] = MasaCtrl(),
     trajectory: Trajectory | None = None,
-    pin_source: bool = True,
+    cache: SourceCache | None = None,
+    pin_source: bool | None = None,
     steps: int | None = None,
     skip_steps: int | None = None,
-    guidance_scale: float = 7.5,
+    guidance_scale: float | None = None,
     negative_prompt: str = "",
     height: int | None = None,
     width: int | None = None,
@@ -151,6 +214,7 @@ def sample(
     latents: Tensor | None = None,
     eta: float = 0.0,
     schedule: Schedule | None = None,
+    targets_at_once: int | None = None,
     backend: Backend = "auto",
     progress: bool = True,
     callback: Callback | None = None,
@@ -161,22 +225,44 @@ def sample(
     controls: one or a list; [] is the fixed-seed baseline. They act on targets only; those that record serve a
     run without targets too, others are refused there.
     trajectory: an inverted picture as the source; its size, steps and schedule hold, its prompt where `source`
-    is empty, and the unconditional embeddings and noise that it brings. pin_source: put the source's latents
-    back on the trajectory before each step (2310.01506), else it drifts; without targets it always denoises
-    freely. steps: default 50. skip_steps: how
+    is empty, and the unconditional embeddings and noise that it brings. cache: a source that `masa.record` ran;
+    it is not computed again, and all that it was recorded with holds. pin_source: put the source's latents
+    back on the trajectory before each step (2310.01506), the default, else it drifts; without targets it always
+    denoises freely. steps: default 50. skip_steps: how
     many of the noisiest are left out, starting from the trajectory's (or the given) latents there; default 0,
-    for an edit-friendly trajectory 12 of 50. guidance_scale: 1 or less switches guidance off.
+    for an edit-friendly trajectory 12 of 50. guidance_scale: default 7.5; 1 or less switches guidance off.
     height, width: multiples of 64, default the model's training size. Starting noise: `latents` (1, 4, h, w)
     shared or (1 + N, 4, h, w), else drawn from `generator`, else from `seed` on the CPU, the same on every
-    device. eta: DDIM's, 0 is deterministic. schedule: default the model's. backend: of controlled attention,
+    device. eta: DDIM's, 0 is deterministic. schedule: default the model's. targets_at_once: how many targets one
+    call of the UNet takes, where memory is short; further calls in a step compute the source again where their
+    targets read it, unless it is cached. backend: of controlled attention,
     "auto", "triton", "sdpa" or "reference". callback(step, timestep, latents) may return other latents.
 
     Raises MasaError for bad input, before any long work. MasaCtrl (2304.08465), algorithm 1.
     """
     targets, chosen = _as_prompts(target), _as_list(controls)
+    if targets_at_once is not None and (not isinstance(targets_at_once, int) or targets_at_once < 1):
+        raise MasaError(f"targets_at_once is {targets_at_once!r}; expected a number from 1, or None for all")
     if not targets and chosen == (MasaCtrl(),):
         chosen = ()  # the default, which has nothing to act on
     described = [describe(control) for control in chosen]
+    if cache is not None:
+        cache.check(sd)
+        trajectory = _cached_trajectory(cache, trajectory, generator)
+        source = cache.agree("source", source or None)
+        pin_source = cache.agree("pin_source", pin_source)
+        steps = cache.agree("steps", steps)
+        if skip_steps is None or not cache.pinned or skip_steps < cache.first_step:
+            skip_steps = cache.agree("skip_steps", skip_steps)
+        guidance_scale = cache.agree("guidance_scale", guidance_scale)
+        negative_prompt = cache.agree("negative_prompt", negative_prompt or None)
+        height, width = cache.agree("height", height), cache.agree("width", width)
+        seed = cache.agree("seed", seed) if cache.seeded else seed
+        latents = cache.start(latents)
+        eta = cache.agree("eta", eta or None)
+        schedule = cache.agree("schedule", schedule)
+    pin_source = True if pin_source is None else pin_source
+    guidance_scale = 7.5 if guidance_scale is None else guidance_scale
     check_numbers(sd, guidance_scale, eta, backend, latents)
     steps, schedule, size = _steps_and_size(sd, trajectory, steps, schedule, height, width)
     schedule.timesteps(steps)
@@ -200,26 +286,32 @@ def sample(
         start = control.start(start)
     source_guidance = None if trajectory is None else trajectory.source_guidance
     guided = max(guidance_scale, source_guidance or 0.0) > 1.0
-    contexts = _contexts(sd, steps, source, targets, negative_prompt, trajectory, guided)
-    check_together(active, first_step, [context.branches for context in contexts], sd.unet.sites)
+    # A source alone denoises freely, unless it is recorded for targets to come.
+    pin_source = pin_source and (bool(targets) or any(isinstance(control, Recorder) for control in chosen))
     run = Denoising(
         sd=sd,
         schedule=schedule,
         steps=steps,
         latents=start,
-        contexts=contexts,
+        contexts=_contexts(sd, steps, source, targets, negative_prompt, trajectory, guided),
         guidance_scale=guidance_scale,
         draw_noise=lambda: noise.draw((1, *shape)),
         source_guidance=source_guidance,
         first_step=first_step,
         controls=active,
-        pinned=trajectory.latents.to(sd.device) if trajectory is not None and pin_source and targets else None,
+        pinned=trajectory.latents.to(sd.device) if trajectory is not None and pin_source else None,
         retraces=trajectory is None or trajectory.method != "noise",
         eta=eta,
         noise=None if trajectory is None else trajectory.noise,
         backend=backend,
         callback=callback,
+        cache=cache,
+        targets_at_once=targets_at_once,
     )
+    if cache is not None:
+        _check_cache(run, cache)
+    rows = [context.branches if cache is None else context.branches.lend_source() for context in run.contexts]
+    check_together(active, first_step, rows, sd.unet.sites)
     x = run.latents
     for x in tqdm(denoise(run), desc="sample", total=steps - first_step, disable=not progress):  # noqa: B007
         pass
@@ -241,7 +333,7 @@ def sample(
         "target": list(targets),
         "controls": described,
         "trajectory": None if trajectory is None else dict(trajectory.settings),
-        "pin_source": pin_source and bool(targets),
+        "pin_source": pin_source,
         "steps": steps,
         "skip_steps": first_step,
         "guidance_scale": guidance_scale,
@@ -253,10 +345,14 @@ def sample(
         "latents": None if latents is None else pack(latents),
         "eta": eta,
         "schedule": schedule.describe(),
+        "targets_at_once": targets_at_once,
         "backend": backend,
         "callback": callback is not None,
     }
-    pictures = sd.decode_latents(x, progress=progress)
+    if cache is None:
+        pictures = sd.decode_latents(x, progress=progress)
+    else:
+        pictures = [cache.picture, *sd.decode_latents(x[1:], progress=progress)]
     masks = {i: {s: m.cpu() for s, m in c.masks().items()} for i, c in enumerate(active) if c.masks()}
     attention = {i: {n: m.cpu() for n, m in c.attention().items()} for i, c in enumerate(active) if c.attention()}
     queries = {i: c.queries() for i, c in enumerate(active) if c.queries()}
@@ -292,6 +388,7 @@ def edit(
     seed: int | None = None,
     generator: torch.Generator | None = None,
     schedule: Schedule | None = None,
+    targets_at_once: int | None = None,
     backend: Backend = "auto",
     progress: bool = True,
     callback: Callback | None = None,
@@ -339,10 +436,39 @@ def edit(
         eta=eta,
         seed=seed,
         generator=generator,
+        targets_at_once=targets_at_once,
         backend=backend,
         progress=progress,
         callback=callback,
     )
+
+
+def _cached_trajectory(
+    cache: SourceCache, trajectory: Trajectory | None, generator: torch.Generator | None
+) -> Trajectory | None:
+    """The cache's. MasaError where the arguments name another start."""
+    if trajectory is not None and (
+        cache.trajectory is None or not torch.equal(trajectory.latents, cache.trajectory.latents)
+    ):
+        raise MasaError("trajectory and cache are of different sources; leave the trajectory out, or record it anew")
+    if generator is not None and cache.seeded:
+        raise MasaError("generator and cache both give the noise; leave the generator out, or record anew")
+    return cache.trajectory
+
+
+def _check_cache(run: Denoising, cache: SourceCache) -> None:
+    """MasaError where a run needs of its source what the cache has not."""
+    if run.first_step != cache.first_step and not (cache.pinned and run.first_step > cache.first_step):
+        raise MasaError(
+            f"the run starts at step {run.first_step}, and the cache was recorded from step {cache.first_step} on; "
+            "record with skip_steps to match"
+        )
+    for control in run.controls:
+        if control.watches_source:
+            raise MasaError(f"{control.name} keeps what only a computed source has; run without cache=")
+    for step in range(run.first_step, run.steps):
+        for control in run.controls:
+            cache.check_edits(control, step, _parts(run, step)[0], run.sd.unet.sites)
 
 
 def _as_prompts(target: str | Sequence[str]) -> tuple[str, ...]:

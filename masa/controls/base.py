@@ -50,6 +50,7 @@ class ActiveControl:
     name = "a control"  # what errors call it
 
     first_step: int = 0  # the run leaves out the steps before it
+    watches_source: bool = False  # it needs the source to be computed, not lent by a cache
 
     def start(self, latents: Tensor) -> Tensor:
         """The latents (1 + N, 4, h, w) that the run's first step starts from."""

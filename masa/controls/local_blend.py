@@ -85,7 +85,7 @@ class ActiveBlend(ActiveControl):
         self.used: dict[int, Tensor] = {}
 
     def edits(self, step: int, branches: Branches) -> Mapping[int, Edit]:
-        weights = self.weights[[row.branch for row in branches.rows]]
+        weights = self.weights[[row.branch for row in branches.known]]
         return dict.fromkeys(self.sites, Edit(records=(Record(self.key, weights),)))
 
     def after_step(self, step: int, latents: Tensor, tape: Tape, branches: Branches) -> Tensor:

@@ -79,8 +79,7 @@ class _Active(ActiveControl):
             source_weight=self.control.source_weight if self.control.union else None,
         )
         if self.mask is not None:
-            _, key_rows, _ = edit.read_rows(len(branches))
-            edit = replace(edit, mask=self.mask.source(branches, key_rows))
+            edit = replace(edit, mask=self.mask.source(branches, edit.key_rows(len(branches))))
         edits = {site.index: edit for site in self.sites}
         if self.mask is not None:
             edits.update(self.mask.records(branches))

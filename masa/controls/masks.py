@@ -90,10 +90,11 @@ class _ActiveGiven:
         return self.planned[branches, key_rows]
 
     def _plan(self, masks: Tensor, branches: Branches, key_rows: tuple[int, ...]) -> MaskPlan:
-        rows = masks[[row.branch for row in branches.rows]].flatten(1)
+        rows = masks[[row.branch for row in branches.known]].flatten(1)
         region = rows >= SOURCE_THRESHOLD
         full = _is_source(branches, rows.device)
-        return MaskPlan.build(take(region, key_rows), rows if self.soft else region, full)
+        queries = (rows if self.soft else region)[: len(branches)]
+        return MaskPlan.build(take(region, key_rows), queries, full)
 
     def records(self, branches: Branches) -> dict[int, Edit]:
         return {}
@@ -162,21 +163,23 @@ class _ActiveWords:
         self.recorded = recorded
         self.grid = grid
         self.key = key
-        self.previous: Tensor | None = None
+        self.previous: Tensor | None = None  # (1 + N, h*w)
 
     def source(self, branches: Branches, key_rows: tuple[int, ...]) -> MaskSource:
-        return _WordPlans(self.key, self.recorded, self.grid, self.threshold, branches, key_rows, self.previous)
+        of_rows = [row.branch for row in branches.known]
+        previous = None if self.previous is None else self.previous[of_rows]
+        return _WordPlans(self.key, self.recorded, self.grid, self.threshold, branches, key_rows, previous)
 
     def records(self, branches: Branches) -> dict[int, Edit]:
-        weights = self.weights[[row.branch for row in branches.rows]]
+        weights = self.weights[[row.branch for row in branches.known]]
         return {index: Edit(records=(Record(self.key, weights),)) for index in self.recorded}
 
     def after_step(self, tape: Tape, branches: Branches) -> Tensor:
-        self.previous = _mean_map(tape, self.key, self.recorded, branches)
-        assert self.previous is not None
+        maps = _mean_map(tape, self.key, self.recorded, branches)
+        assert maps is not None
+        self.previous = maps[[branches.row(branch, "cond") for branch in (SOURCE, *branches.targets)]]
         masks = normalise(self.previous)[0] >= self.threshold
-        first_rows = [next(i for i, row in enumerate(branches.rows) if row.branch == b) for b in branches.present]
-        return masks[first_rows].float().unflatten(1, self.grid)
+        return masks.float().unflatten(1, self.grid)
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,18 +201,18 @@ class _WordPlans:
         scaled, constant = normalise(maps)
         masks = (_resize(scaled.unflatten(1, self.map_grid), grid) >= self.threshold).flatten(1)
         # A constant map says nothing: its row, and every row that reads a source without a map, sees all keys.
-        source = list(self.branches.source_rows)
-        full = _is_source(self.branches, maps.device) | constant | constant[source]
-        return MaskPlan.build(take(masks, self.key_rows), masks, full)
+        source, rows = list(self.branches.source_rows), len(self.branches)
+        full = _is_source(self.branches, maps.device) | constant[:rows] | constant[source]
+        return MaskPlan.build(take(masks, self.key_rows), masks[:rows], full)
 
 
 def _mean_map(tape: Tape, key: Hashable, recorded: tuple[int, ...], branches: Branches) -> Tensor | None:
-    """Mean over the layers that have run so far of each row's conditional map: (rows, h*w), or None."""
+    """Mean over the layers that have run so far of each known row's conditional map: (rows, h*w), or None."""
     maps = [tape[key, index] for index in recorded if (key, index) in tape]
     if not maps:
         return None
     mean = torch.stack(maps).float().mean(0)[:, 0]
-    cond = [branches.row(row.branch, "cond") for row in branches.rows]
+    cond = [branches.row(row.branch, "cond") for row in branches.known]
     return mean[cond]
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from masa.attention import Edit, Mix, Tape
+from masa.attention import Edit, Mix, Tape, take
 from masa.branches import SOURCE, Branches
 from masa.controls.base import ActiveControl, Run, find_words
 from masa.controls.local_blend import LocalBlend
@@ -163,8 +163,9 @@ class _Active(ActiveControl):
                 reads = tuple(source if row in targets else row for row in range(len(branches)))
                 edits.update(dict.fromkeys(self.self_sites, Edit(q_from=reads, k_from=reads)))
             if step in self.cross_steps:
-                from_source = self.from_source * self.schedule[step][:, None]
-                own = self.own[step] if step in self.own_steps else None
+                of_targets = tuple(branch - 1 for branch in branches.targets)
+                from_source = take(self.from_source * self.schedule[step][:, None], of_targets)
+                own = take(self.own[step], of_targets) if step in self.own_steps else None
                 mix = Mix(targets, (source,) * len(targets), from_source, own)
                 edits.update(dict.fromkeys(self.cross_sites, Edit(mix=mix)))
         if self.blend is not None:

@@ -91,7 +91,7 @@ class _Active(ActiveControl):
         self.steps = 0
 
     def edits(self, step: int, branches: Branches) -> Mapping[int, Edit]:
-        weights = self.weights[[row.branch for row in branches.rows]]
+        weights = self.weights[[row.branch for row in branches.known]]
         edits = dict.fromkeys(self.sites["cross"], Edit(records=(Record(self.key, weights),)))
         each = self.positions.expand(len(branches), -1, -1)
         edits.update(dict.fromkeys(self.sites.get("self", ()), Edit(records=(Record(self.key, each),))))
@@ -145,6 +145,7 @@ class RecordQueries:
 
 class _ActiveQueries(ActiveControl):
     name = "RecordQueries"
+    watches_source = True
 
     def __init__(self, steps: frozenset[int], sites: Mapping[int, int], grids: Mapping[int, Grid]) -> None:
         self.steps = steps
@@ -187,6 +188,7 @@ class RecordPredictions:
 
 class _ActivePredictions(ActiveControl):
     name = "RecordPredictions"
+    watches_source = True
 
     def __init__(self, steps: frozenset[int]) -> None:
         self.steps = steps

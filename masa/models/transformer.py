@@ -24,7 +24,9 @@ class Attention(nn.Module):
         """x (rows, h*w, width), context (rows, keys, context_width), grid (h, w) -> (rows, h*w, width)."""
         edit = call.edit_at(self.site)
         # Only the rows that somebody reads are projected: a MasaCtrl target's own K and V never are.
-        q_rows, k_rows, v_rows = edit.read_rows(len(x))
+        q_rows, k_rows, v_rows = (
+            tuple(row for row in read if row < len(x)) for read in edit.read_rows(len(x))
+        )  # those behind the batch are lent
         k_input = take(context, k_rows)
         v_input = k_input if v_rows == k_rows else take(context, v_rows)
         q, k, v = (
