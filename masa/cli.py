@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.formatwarning = lambda message, *_: f"masa: {message}\n"
     args = build_parser().parse_args(argv)
     try:
-        args.run(args)
+        run(args)
     except (Exception, KeyboardInterrupt) as error:
         if interrupted(error):
             print("\nmasa: interrupted; nothing unfinished was written", file=sys.stderr)
@@ -46,6 +46,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return 2
     return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    """The command, profiled where it has --profile and that is given."""
+    if getattr(args, "profile", None) is None:
+        return args.run(args)
+    from masa.profiling import profiled
+
+    with profiled(args.profile, args.overwrite):
+        return args.run(args)
 
 
 def interrupted(error: BaseException | None) -> bool:
@@ -398,6 +408,7 @@ def build_parser() -> Parser:
     demo = add(commands, "demo", run_demo, text, ["masa demo"])
     demo.add_argument("--seed", type=int, default=None, help="another pair of pictures")
     add_output(demo)
+    add_profile(demo)
 
     sample = add(
         commands,
@@ -416,6 +427,7 @@ def build_parser() -> Parser:
     add_control(sample)
     add_model(sample)
     add_output(sample)
+    add_profile(sample)
 
     edit = add(
         commands,
@@ -435,6 +447,7 @@ def build_parser() -> Parser:
     add_control(edit)
     add_model(edit)
     add_output(edit)
+    add_profile(edit)
 
     invert = add(
         commands,
@@ -451,6 +464,7 @@ def build_parser() -> Parser:
     add_steps_and_size(invert)
     add_model(invert)
     add_output(invert, "the .safetensors file to write (default: named after the picture)")
+    add_profile(invert)
 
     sdedit = add(
         commands,
@@ -610,6 +624,10 @@ def add_inversion(parser: Parser) -> argparse._ArgumentGroup:
     group.add_argument("--method", default="ddim", choices=METHODS, help="(default: ddim)")
     group.add_argument("--invert-guidance", type=float, default=1.0, help="guidance of the inversion (default: 1)")
     return group
+
+
+def add_profile(parser: Parser) -> None:
+    parser.add_argument("--profile", metavar="FILE", help="write a chrome trace (.json) and print what takes longest")
 
 
 def add_output(parser: Parser, text: str = "the folder to write into (default: the next free masa-out/NNNN)") -> None:
