@@ -32,6 +32,7 @@ def build_parser() -> Parser:
     demo = add(commands, "demo", text, ["masa demo"])
     demo.add_argument("--seed", type=int, default=None, help="another pair of pictures")
     add_output(demo)
+    add_profile(demo)
 
     sample = add(
         commands,
@@ -51,6 +52,7 @@ def build_parser() -> Parser:
     add_record(sample)
     add_model(sample)
     add_output(sample)
+    add_profile(sample)
 
     edit = add(
         commands,
@@ -71,6 +73,7 @@ def build_parser() -> Parser:
     add_record(edit)
     add_model(edit)
     add_output(edit)
+    add_profile(edit)
 
     invert = add(
         commands,
@@ -86,6 +89,7 @@ def build_parser() -> Parser:
     add_steps_and_size(invert)
     add_model(invert)
     add_output(invert, "the .safetensors file to write (default: named after the picture)")
+    add_profile(invert)
 
     sdedit = add(
         commands,
@@ -240,6 +244,10 @@ def add_inversion(parser: Parser) -> argparse._ArgumentGroup:
     group.add_argument("--method", default="ddim", choices=METHODS, help="(default: ddim)")
     group.add_argument("--invert-guidance", type=float, default=1.0, help="guidance of the inversion (default: 1)")
     return group
+
+
+def add_profile(parser: Parser) -> None:
+    parser.add_argument("--profile", metavar="FILE", help="write a chrome trace (.json) and print what takes longest")
 
 
 def add_output(parser: Parser, text: str = "the folder to write into (default: the next free masa-out/NNNN)") -> None:

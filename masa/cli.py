@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.formatwarning = lambda message, *_: f"masa: {message}\n"
     args = build_parser().parse_args(argv)
     try:
-        COMMANDS[args.command](args)
+        run(args)
     except (Exception, KeyboardInterrupt) as error:
         if interrupted(error):
             print("\nmasa: interrupted; nothing unfinished was written", file=sys.stderr)
@@ -42,6 +42,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def run(args: argparse.Namespace) -> None:
+    """The command, profiled where it has --profile and that is given."""
+    command = COMMANDS[args.command]
+    if getattr(args, "profile", None) is None:
+        return command(args)
+    from masa.profiling import profiled
+
+    with profiled(args.profile, args.overwrite):
+        return command(args)
+
+
 def interrupted(error: BaseException | None) -> bool:
     """Whether Ctrl-C is at the root of an error; libraries that import lazily turn it into others."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
@@ -53,10 +64,10 @@ def interrupted(error: BaseException | None) -> bool:
 
 
 def run_demo(args: argparse.Namespace) -> None:
-    from masa.demo import run
+    from masa import demo
 
     folder = choose_folder(args.out, ["synthesis.png", "editing.png", "picture.png"], args.overwrite)
-    for path in run(folder, seed=args.seed, progress=not args.quiet):
+    for path in demo.run(folder, seed=args.seed, progress=not args.quiet):
         print(path)
     print(
         f"""

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from masa.config import ModelConfig
 from masa.errors import CheckpointError, MasaError
 from masa.image import ImageLike, load_image, to_pil
+from masa.models import tiling
 from masa.models.clip import TextEncoder
 from masa.models.tokenizer import Tokenizer
 from masa.models.unet import UNet
@@ -49,7 +52,7 @@ class Origin:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class StableDiffusion:
-    """The parts of a Stable Diffusion v1 model, all on one device and in one dtype."""
+    """The parts of a Stable Diffusion v1 model in one dtype and, unless offloaded, on one device."""
 
     unet: UNet
     vae: VAE
@@ -58,6 +61,7 @@ class StableDiffusion:
     schedule: Schedule
     config: ModelConfig
     origin: Origin
+    offload: bool = False  # text encoder and VAE are on the UNet's device only while they run
 
     def __repr__(self) -> str:
         parameters = sum(p.numel() for m in (self.unet, self.vae, self.text_encoder) for p in m.parameters())
@@ -74,7 +78,7 @@ class StableDiffusion:
         digest = hashlib.sha256()
         for network in (self.unet, self.vae, self.text_encoder):
             # A few values of each tensor: any training, merging or conversion changes some of them.
-            ends = [tensor.detach().flatten()[:16].float() for tensor in network.parameters()]
+            ends = [first_values(tensor.detach()).float() for tensor in network.parameters()]
             digest.update(torch.cat(ends).cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
@@ -86,29 +90,62 @@ class StableDiffusion:
     def dtype(self) -> torch.dtype:
         return self.unet.conv_in.weight.dtype
 
+    def compile(
+        self, *, compiler: str | Callable[..., Any] = "inductor", cuda_graphs: bool | None = None
+    ) -> StableDiffusion:
+        """This model with its UNet compiled, on the same weights: faster once the first steps have compiled it.
+
+        compiler: torch.compile's backend, by name or as a function. cuda_graphs: replay whole steps as CUDA
+        graphs, one per structure of edits; default on a CUDA device. Results agree up to rounding. Raises MasaError
+        for an unknown compiler, graphs without a CUDA device, or a model that is compiled already.
+        """
+        from masa.compile import compile_unet  # the compiler takes seconds to import
+
+        return replace(self, unet=compile_unet(self.unet, compiler, cuda_graphs))
+
     @torch.no_grad()
-    def encode_image(self, image: ImageLike, *, height: int | None = None, width: int | None = None) -> Tensor:
+    def encode_image(
+        self, image: ImageLike, *, height: int | None = None, width: int | None = None, tiled: bool | None = None
+    ) -> Tensor:
         """A picture -> latents (1, 4, h/8, w/8), float32: the posterior mean times 0.18215.
 
         Without height and width the picture is scaled to the model's training size on its short side and
-        cropped to multiples of 64.
+        cropped to multiples of 64. tiled: in overlapping tiles, which takes less memory and changes the result; default
+        where a side is over 768 pixels.
         """
         picture = load_image(image, short_side=self.config.image_size, height=height, width=width)
-        return self.vae.encode(picture.to(self.device, self.dtype)).float()
+        with self._at_work(self.vae):
+            return tiling.encode(self.vae, picture.to(self.device, self.dtype), tiled).float()
 
     @torch.no_grad()
-    def decode_latents(self, latents: Tensor, *, progress: bool = False) -> list[Image.Image]:
-        """Latents (n, 4, h, w) -> n pictures of 8h x 8w pixels, decoded one at a time."""
+    def decode_latents(
+        self, latents: Tensor, *, progress: bool = False, tiled: bool | None = None
+    ) -> list[Image.Image]:
+        """Latents (n, 4, h, w) -> n pictures of 8h x 8w pixels, decoded one at a time; tiled as in encode_image."""
         latents = latents.to(self.device, self.dtype)
         bar = tqdm(latents, desc="decode", disable=not progress)
-        return [to_pil(self.vae.decode(z[None]))[0] for z in bar]
+        with self._at_work(self.vae):
+            return [to_pil(tiling.decode(self.vae, z[None], tiled))[0] for z in bar]
 
     @torch.no_grad()
     def encode_prompt(self, prompts: Sequence[str]) -> Tensor:
         """n prompts -> context (n, 77, width)."""
         if isinstance(prompts, str):
             raise MasaError(f"encode_prompt takes a list of prompts; give [{prompts!r}]")
-        return self.text_encoder(self.tokenizer(prompts).to(self.device))
+        with self._at_work(self.text_encoder):
+            return self.text_encoder(self.tokenizer(prompts).to(self.device))
+
+    @contextmanager
+    def _at_work(self, network: nn.Module) -> Iterator[None]:
+        """The network on the UNet's device; offloaded, it goes back to the CPU afterwards."""
+        if not self.offload:
+            yield
+            return
+        network.to(self.device)
+        try:
+            yield
+        finally:
+            network.to("cpu")
 
 
 def load(
@@ -118,6 +155,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     tokenizer: str | Path | None = None,
     vae: str | Path | None = None,
+    offload: bool = False,
     progress: bool = True,
 ) -> StableDiffusion:
     """Load a Stable Diffusion v1 model.
@@ -126,12 +164,15 @@ def load(
     None for the demo model that ships with the library. device: default cuda where there is one, else cpu.
     dtype: a torch dtype or "fp32", "fp16", "bf16"; default float16 on cuda, bfloat16 on a CPU with AMX or
     AVX512-BF16, else float32. tokenizer: a folder with vocab.json and merges.txt; default the checkpoint's
-    own, else CLIP's. vae: another autoencoder's file or folder. progress: a bar while a large file is read.
+    own, else CLIP's. vae: another autoencoder's file or folder. offload: keep text encoder and VAE in the CPU's
+    memory while the UNet denoises on a GPU. progress: a bar while a large file is read.
 
     Raises CheckpointError, with reason and remedy, for whatever is not a whole Stable Diffusion v1 model.
     """
     device = choose_device(device)
     dtype = choose_dtype(dtype, device)
+    if offload and device.type == "cpu":
+        raise MasaError("offload=True saves a GPU's memory, and the device is cpu; leave it out, or load onto 'cuda'")
     opened = open_checkpoint(
         locate(checkpoint, prefer_half=dtype == torch.float16),
         prefer_half=dtype == torch.float16,
@@ -147,6 +188,9 @@ def load(
             f"{opened.config.text.vocab_size:,}; give its own tokenizer's folder as tokenizer="
         )
     unet, vae_model, text_encoder = build_models(opened, dtype, device, progress)
+    if offload:
+        vae_model.to("cpu")
+        text_encoder.to("cpu")
     return StableDiffusion(
         unet,
         vae_model,
@@ -159,7 +203,15 @@ def load(
             None if vae is None else str(vae),
             None if tokenizer is None else str(tokenizer),
         ),
+        offload,
     )
+
+
+def first_values(tensor: Tensor, count: int = 16) -> Tensor:
+    """The first values of a tensor in the order of its indices, whatever its layout, without a copy of the rest."""
+    while tensor.dim() > 1 and tensor[0].numel() >= count:
+        tensor = tensor[0]
+    return tensor.flatten()[:count]
 
 
 def build_models(
@@ -170,6 +222,8 @@ def build_models(
     parts = checkpoint_parts(opened, unet, vae, text_encoder)
     load_parts(parts, opened.path, dtype=dtype, device=device, progress=progress)
     text_encoder.restore_buffers(device)
+    for network in (unet, vae):
+        network.to(memory_format=choose_layout(device, dtype))  # type: ignore[call-overload]
     return unet, vae, text_encoder.eval()
 
 
@@ -237,6 +291,15 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
         name = str(chosen).removeprefix("torch.")
         warnings.warn(f"this CPU only emulates {name}, at a small fraction of float32's speed", stacklevel=3)
     return chosen
+
+
+def choose_layout(device: torch.device, dtype: torch.dtype) -> torch.memory_format:
+    """The layout of convolutions' weights, which feature maps follow.
+
+    Channels last lets attention read a feature map as tokens without a copy, and float32 convolutions on a CPU are
+    as fast or a little faster. 16-bit CPU tensors stay channels first: no CPU that computes them was measured.
+    """
+    return torch.contiguous_format if device.type == "cpu" and dtype != torch.float32 else torch.channels_last
 
 
 def cpu_has_bf16() -> bool:

@@ -1,0 +1,190 @@
+"""A compiled UNet: what no edit touches goes through torch.compile, whole forwards into CUDA graphs.
+
+Edits change attentions only, whose products and softmax are fast kernels already. What a compiler gains is in the
+residual blocks and MLPs, norms and gates fused, and those do not know which step, prompt or control they serve:
+they are compiled once per shape. What is lost between kernels, a CUDA graph of the whole forward wins back: one
+graph per structure of edits, whose tensors, like the latents, are copied into the graph's own before each replay.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from masa.attention import Backend, Edit, Tape
+from masa.errors import MasaError
+from masa.models.resnet import ResnetBlock
+from masa.models.transformer import FeedForward
+from masa.models.unet import Retirement, UNet
+
+# Blocks of a kind share one Python function, so the compiler takes their shapes for recompilations of it, and
+# would give up after 8.
+MOST_SHAPES = 1024
+
+# What a forward gives, of tensors (x, timestep, context and the edits').
+Forward = Callable[[tuple[Tensor, ...]], tuple[Tensor, Tape]]
+# (a forward, its inputs) -> the same forward, as fast as it gets for inputs of these shapes.
+Capture = Callable[[Forward, tuple[Tensor, ...]], Forward]
+
+
+class CompiledUNet(UNet):
+    """A UNet with compiled blocks, on the weights of another: same names, same results up to rounding."""
+
+    def __init__(self, unet: UNet, compiler: str | Callable[..., Any], capture: Capture | None) -> None:
+        nn.Module.__init__(self)
+        shared: dict[int, Any] = {id(weight): weight for weight in unet.parameters()}
+        self.config, self.sites = unet.config, unet.sites
+        for name, child in unet.named_children():
+            self.add_module(name, copy.deepcopy(child, shared))
+        self.capture = capture
+        self.captured: dict[object, Forward] = {}
+        for module in self.modules():
+            if isinstance(module, ResnetBlock | FeedForward):
+                compiled = torch.compile(module.forward, backend=compiler, dynamic=False, fullgraph=True)
+                module.forward = compiled  # type: ignore[method-assign]
+
+    def forward(
+        self,
+        x: Tensor,
+        timestep: int | Tensor,
+        context: Tensor,
+        edits: Mapping[int, Edit] | None = None,
+        retire: Retirement | None = None,
+        backend: Backend = "auto",
+        checkpoint: bool = False,
+    ) -> tuple[Tensor, Tape]:
+        """As `UNet.forward`. With a gradient to take, or masks, which index by host lists, nothing is captured."""
+        # A number would be copied to the device anew, which a graph cannot do.
+        time = torch.full((1,), timestep, device=x.device) if isinstance(timestep, int) else timestep
+        graded = torch.is_grad_enabled() and any(t.requires_grad for t in (x, context))
+        plain = edits or {}
+        with torch._dynamo.config.patch(recompile_limit=MOST_SHAPES, accumulated_recompile_limit=MOST_SHAPES):
+            if graded or self.capture is None or any(edit.mask is not None for edit in plain.values()):
+                with torch.set_grad_enabled(graded):  # the compiler tells the two modes apart
+                    return super().forward(x, time, context, plain, retire, backend, checkpoint)
+            structure, tensors = split(dict(plain))
+            inputs = (x, time, context, *tensors)
+
+            def run(given: tuple[Tensor, ...]) -> tuple[Tensor, Tape]:
+                found = cast("dict[int, Edit]", join(structure, given[3:]))
+                x, time, context = given[:3]
+                return super(CompiledUNet, self).forward(x, time, context, found, retire, backend)
+
+            with torch.no_grad():
+                # Strides too: a graph's input keeps the layout that it was captured with.
+                key = (structure, retire, backend, *((t.shape, t.stride(), t.dtype) for t in inputs))
+                if key not in self.captured:
+                    self.captured[key] = self.capture(run, inputs)
+                return self.captured[key](inputs)
+
+
+def compile_unet(unet: UNet, compiler: str | Callable[..., Any] = "inductor", cuda_graphs: bool | None = None) -> UNet:
+    """The UNet compiled. compiler: torch.compile's backend. cuda_graphs: default on CUDA devices.
+
+    MasaError for an unknown compiler, or graphs without a CUDA device.
+    """
+    device = unet.conv_in.weight.device
+    if isinstance(compiler, str):
+        known = torch._dynamo.list_backends(exclude_tags=())
+        if compiler not in known:
+            raise MasaError(f"compiler is {compiler!r}; expected one of {', '.join(map(repr, known))}")
+    if cuda_graphs and device.type != "cuda":
+        raise MasaError(f"cuda_graphs=True, and the model is on {device}; load it with device='cuda', or leave it out")
+    if isinstance(unet, CompiledUNet):
+        raise MasaError("the model is compiled already; compile the one that was loaded")
+    graphs = device.type == "cuda" if cuda_graphs is None else cuda_graphs
+    return CompiledUNet(unet, compiler, cuda_capture(device) if graphs else None)
+
+
+def cuda_capture(device: torch.device) -> Capture:
+    """Captures of forwards as CUDA graphs, which share one pool of memory: one forward's results are copied out
+    before the next is replayed."""
+    pool = torch.cuda.graph_pool_handle()
+
+    def capture(run: Forward, inputs: tuple[Tensor, ...]) -> Forward:
+        own = tuple(torch.empty_like(tensor).copy_(tensor) for tensor in inputs)
+        with torch.cuda.device(device):
+            # First on a side stream: compilers and libraries choose their kernels, which a capture cannot see.
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(2):
+                    run(own)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                results = run(own)
+        return replayed(own, graph.replay, results)
+
+    return capture
+
+
+def replayed(own: tuple[Tensor, ...], replay: Callable[[], None], results: tuple[Tensor, Tape]) -> Forward:
+    """The forward that copies its inputs into `own`, replays, and copies the results out."""
+
+    def forward(inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tape]:
+        for mine, given in zip(own, inputs, strict=True):
+            mine.copy_(given)
+        replay()
+        eps, tape = results
+        return eps.clone(), {key: maps.clone() for key, maps in tape.items()}
+
+    return forward
+
+
+# ------------------------------------------------------------------------------------------------ edits' structure
+
+
+@dataclass(frozen=True)
+class Node:
+    """A dataclass, tuple or dict without its tensors; comparable and hashable, if what it holds is."""
+
+    kind: type
+    names: tuple[Any, ...]
+    children: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The place of a tensor: its index among all."""
+
+    index: int
+
+
+def split(value: Any) -> tuple[Any, tuple[Tensor, ...]]:
+    """Nested dataclasses, tuples and dicts as a structure and the tensors in it."""
+    tensors: list[Tensor] = []
+
+    def walk(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            tensors.append(value)
+            return Slot(len(tensors) - 1)
+        if is_dataclass(value) and not isinstance(value, type):
+            names = tuple(f.name for f in fields(value))
+            return Node(type(value), names, tuple(walk(getattr(value, name)) for name in names))
+        if isinstance(value, tuple):
+            return Node(tuple, (), tuple(walk(item) for item in value))
+        if isinstance(value, dict):
+            return Node(dict, tuple(value), tuple(walk(item) for item in value.values()))
+        return value
+
+    return walk(value), tuple(tensors)
+
+
+def join(structure: Any, tensors: tuple[Tensor, ...]) -> Any:
+    """The inverse of `split`, with these tensors."""
+    if isinstance(structure, Slot):
+        return tensors[structure.index]
+    if not isinstance(structure, Node):
+        return structure
+    children = tuple(join(child, tensors) for child in structure.children)
+    if structure.kind is tuple:
+        return children
+    if structure.kind is dict:
+        return dict(zip(structure.names, children, strict=True))
+    return structure.kind(**dict(zip(structure.names, children, strict=True)))

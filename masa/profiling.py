@@ -1,0 +1,41 @@
+"""`--profile FILE`: where a command's time goes, as a chrome trace and a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from masa.errors import MasaError
+from masa.files import replacing
+
+ROWS = 15
+
+
+@contextmanager
+def profiled(file: str | Path | None, overwrite: bool = False) -> Iterator[None]:
+    """Profile what runs inside; then write a chrome trace to `file` and print the costliest operations.
+
+    None: nothing is profiled. Open the trace in chrome://tracing or ui.perfetto.dev. MasaError, before anything
+    runs, unless the file ends in .json and is new or may be replaced; after an error inside nothing is written.
+    """
+    if file is None:
+        yield
+        return
+    path = Path(file)
+    if path.suffix != ".json":
+        raise MasaError(f"--profile {path} must end in .json, the format of a chrome trace")
+    if path.exists() and not overwrite:
+        raise MasaError(f"{path} is already there; give another --profile, or --overwrite")
+    on_gpu = torch.cuda.is_available()
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with profile(activities=activities) as found:
+        yield
+    with replacing(path) as temporary:
+        found.export_chrome_trace(str(temporary))
+    order = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    print(found.key_averages().table(sort_by=order, row_limit=ROWS, max_name_column_width=50))
+    print(path)

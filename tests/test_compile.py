@@ -1,0 +1,156 @@
+"""The compiled UNet: equal to the plain one, compiled once per shape, captured once per structure of edits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+import masa
+from masa.attention import Edit, Mix, Record
+from masa.compile import CompiledUNet, join, replayed, split
+
+SETTINGS = {"steps": 3, "height": 64, "width": 64, "guidance_scale": 3.0, "progress": False}
+SOURCE, TARGET = "a sitting cat", "a running cat"
+CONTROLS = {
+    "none": [],
+    "masactrl": masa.MasaCtrl(start_step=1, start_layer=4),
+    "union": masa.MasaCtrl(start_step=1, start_layer=4, union=True, source_weight=2.0),
+    "words": masa.MasaCtrl(start_step=1, start_layer=8, mask=masa.WordMasks("cat", "cat")),
+    "prompt-to-prompt": masa.PromptToPrompt("replace"),
+    "plug-and-play": masa.PlugAndPlay(),
+}
+
+
+class Captures:
+    """Stands in for CUDA graphs where there are none: a replay runs the forward on the captured inputs."""
+
+    def __init__(self):
+        self.count = 0
+
+    def __call__(self, run, inputs):
+        self.count += 1
+        own = tuple(tensor.clone() for tensor in inputs)
+        eps, tape = run(own)
+
+        def replay():
+            again, maps = run(own)
+            eps.copy_(again)
+            for key, value in maps.items():
+                tape[key].copy_(value)
+
+        return replayed(own, replay, (eps, tape))
+
+
+def relative_error(out: torch.Tensor, ref: torch.Tensor) -> float:
+    return float((out - ref).abs().max() / ref.abs().max())
+
+
+def captured(sd):
+    """The model with a UNet whose forwards are captured, and the captures."""
+    captures = Captures()
+    return replace(sd, unet=CompiledUNet(sd.unet, "eager", captures)), captures
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_captured_runs_equal_plain_ones(tiny, name):
+    sd, captures = captured(tiny)
+    for seed, target in ((0, TARGET), (1, "a jumping cat")):
+        run = {"controls": CONTROLS[name], "seed": seed, **SETTINGS}
+        plain = masa.sample(tiny, SOURCE, target, **run)
+        assert relative_error(masa.sample(sd, SOURCE, target, **run).latents, plain.latents) < 1e-5
+    # Steps before and under control; word masks are never captured.
+    assert captures.count == {"none": 1, "masactrl": 2, "union": 2, "words": 1}.get(name, captures.count)
+
+
+def test_an_edit_of_a_real_picture_is_captured_per_structure(tiny):
+    sd, captures = captured(tiny)
+    picture = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    counts = []
+    for seed, target in ((0, TARGET), (1, "a jumping cat")):
+        run = {"controls": CONTROLS["masactrl"], "seed": seed, **SETTINGS}
+        plain = masa.edit(tiny, picture, target, **run)
+        assert relative_error(masa.edit(sd, picture, target, **run).latents, plain.latents) < 1e-5
+        counts.append(captures.count)
+    # Inversion, targets alone, source and targets with the source retiring, and without at the last step.
+    assert counts == [4, 4]
+
+
+def test_blocks_compile_once_for_all_steps_prompts_seeds_and_controls(tiny):
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    sd = tiny.compile(compiler=counter)
+    masa.sample(sd, SOURCE, TARGET, seed=0, controls=[], **SETTINGS)
+    compiled = counter.frame_count
+    # Of 22 residual blocks and 16 MLPs, those that differ in shape.
+    assert 0 < compiled < 22 + 16
+    for name in ("masactrl", "union", "words", "prompt-to-prompt"):
+        masa.sample(sd, SOURCE, "a jumping cat", seed=1, controls=CONTROLS[name], **SETTINGS | {"steps": 4})
+    assert counter.frame_count == compiled
+
+
+def test_compiling_shares_weights_and_leaves_the_model_alone(tiny):
+    sd = tiny.compile(compiler="eager")
+    before, after = tiny.unet.state_dict(), sd.unet.state_dict()
+    assert list(before) == list(after)
+    assert all(before[name].data_ptr() == after[name].data_ptr() for name in before)
+    assert sd.fingerprint == tiny.fingerprint
+    assert type(tiny.unet) is not type(sd.unet)
+    assert "forward" not in vars(tiny.unet.mid_block.resnets[0])
+    assert isinstance(sd.unet, torch.nn.Module)
+    assert sd.vae is tiny.vae
+
+
+def test_gradients_flow_through_a_compiled_model(tiny, generator):
+    x = torch.randn(1, 4, 8, 8, generator=generator)
+    start = torch.randn(1, 77, 32, generator=generator)
+    grads = []
+    for sd in (tiny, captured(tiny)[0]):
+        context = start.clone().requires_grad_()
+        eps, _ = sd.unet(x, 500, context, checkpoint=True)
+        grads.append(torch.autograd.grad(eps.square().sum(), context)[0])
+    assert relative_error(grads[1], grads[0]) < 1e-4
+
+
+def test_inductor_gives_the_same_block(tiny, generator):
+    """One MLP and one residual block; a whole UNet takes the compiler minutes."""
+    torch._dynamo.reset()
+    sd = tiny.compile()
+    x = torch.randn(2, 64, 32, generator=generator)
+    plain, fast = (m.unet.down_blocks[0].attentions[0].transformer_blocks[0].ff for m in (tiny, sd))
+    with torch.no_grad():
+        assert relative_error(fast(x), plain(x)) < 1e-5
+        x, emb = torch.randn(2, 32, 8, 8, generator=generator), torch.randn(2, 128, generator=generator)
+        plain, fast = (m.unet.down_blocks[0].resnets[0] for m in (tiny, sd))
+        assert relative_error(fast(x, emb), plain(x, emb)) < 1e-5
+
+
+def test_bad_choices_are_refused(tiny):
+    with pytest.raises(masa.MasaError, match=r"compiler is 'fast'; expected one of .*'inductor'"):
+        tiny.compile(compiler="fast")
+    with pytest.raises(masa.MasaError, match="the model is on cpu; load it with device='cuda'"):
+        tiny.compile(cuda_graphs=True)
+    with pytest.raises(masa.MasaError, match="compiled already"):
+        tiny.compile(compiler="eager").compile(compiler="eager")
+
+
+def test_structures_compare_without_tensors():
+    def edits(seed: int, rows: tuple[int, ...] = (0, 0)) -> dict[int, Edit]:
+        draws = torch.Generator().manual_seed(seed)
+        mix = Mix((1,), (0,), torch.rand(1, 77, 77, generator=draws), torch.rand(1, 77, generator=draws))
+        record = Record(("maps", 3), torch.rand(2, 1, 77, generator=draws))
+        return {20: Edit(k_from=rows, v_from=rows), 21: Edit(mix=mix, records=(record,))}
+
+    structure, tensors = split(edits(0))
+    again, others = split(edits(1))
+    assert structure == again
+    assert hash(structure) == hash(again)
+    assert structure != split(edits(0, rows=(0, 1)))[0]
+    assert [t.shape for t in tensors] == [(1, 77, 77), (1, 77), (2, 1, 77)]
+    rebuilt = join(structure, others)
+    assert rebuilt[20] == edits(1)[20]
+    assert torch.equal(rebuilt[21].mix.own, edits(1)[21].mix.own)
+    assert torch.equal(rebuilt[21].records[0].token_weights, edits(1)[21].records[0].token_weights)
+    assert rebuilt[21].records[0].key == ("maps", 3)
