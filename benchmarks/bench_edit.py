@@ -11,7 +11,7 @@ at a time, the flows in turn; a ratio is of two flows of the same turn. With one
 time of the process, which other processes on the machine hardly change, else elapsed time.
 
 Writes edit_<device>.csv (runs), edit_<device>_calls.csv (calls) and edit_<device>.md; with --profile also
-profile_<device>.csv. What is in the CSV already, of the same commit, is not run again.
+profile_<device>.csv. What the same commit has left in the CSV is not run again; lines of others go.
 """
 
 from __future__ import annotations
@@ -77,7 +77,6 @@ def run_flow(plan: Plan, arguments: argparse.Namespace, cases: list[str]) -> dic
             case = flow.case(name, picture)
             if measured is None:
                 case()  # warm-up
-            reset_peak(device)
             cost = timer.cost(case)
             line: dict[str, Any] = {"case": name, **context, "edit_steps": arguments.edit_steps}
             line |= {"steps_measured": measured or arguments.edit_steps, "clock": clock}
@@ -86,12 +85,12 @@ def run_flow(plan: Plan, arguments: argparse.Namespace, cases: list[str]) -> dic
             line |= {"total_s": chosen(cost.total), "wall_s": round(cost.total.wall, 3)}
             line |= {f"{name}_s": chosen(cost.seconds[name]) if name in cost.seconds else "" for name in NETWORKS}
             line |= {"rest_s": chosen(cost.rest)}
-            line |= {"peak_mib": round(peak_mib(device)), "loading_peak_mib": round(loading)}
+            line |= {"peak_mib": round(cost.peak), "loading_peak_mib": round(loading)}
             runs.append(line)
         for kind, times in timer.times.items():
             for spent in times:
-                seconds = {"cpu_s": round(spent.cpu, 3), "wall_s": round(spent.wall, 3)}
-                calls.append(context | asdict(kind) | seconds)
+                spending = {"cpu_s": round(spent.cpu, 3), "wall_s": round(spent.wall, 3)}
+                calls.append(context | asdict(kind) | spending | {"peak_mib": round(timer.peaks[kind])})
         if arguments.profile and plan.flow in arguments.profile:
             kind = max(
                 (k for k in timer.times if k.network == "unet" and k.rows <= 4), key=lambda k: (k.edited, k.rows)
@@ -105,21 +104,19 @@ def run_flow(plan: Plan, arguments: argparse.Namespace, cases: list[str]) -> dic
 # ---------------------------------------------------------------------------------------------------- all flows
 
 
-def read_csv(path: Path) -> list[dict[str, str]]:
+def read_csv(path: Path, commit: str) -> list[dict[str, str]]:
+    """The lines that a commit has left in a result file, which is itself a change to the tree."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+        return [line for line in csv.DictReader(file) if line["commit"].split("+")[0] == commit.split("+")[0]]
 
 
-def missing(plan: Plan, pair: int, arguments: argparse.Namespace, done: list[dict[str, str]], commit: str) -> list[str]:
+def missing(plan: Plan, pair: int, cases: list[str], done: list[dict[str, Any]]) -> list[str]:
     """The cases of this turn that no line of the result file holds yet."""
-    found = {
-        line["case"]
-        for line in done
-        if (line["flow"], line["dtype"], line["pair"], line["commit"]) == (plan.flow, plan.dtype, str(pair), commit)
-    }
-    return [case for case in arguments.cases if case not in found]
+    turn = (plan.flow, plan.dtype, str(pair))
+    found = {line["case"] for line in done if (line["flow"], line["dtype"], str(line["pair"])) == turn}
+    return [case for case in cases if case not in found]
 
 
 def run_apart(
@@ -174,10 +171,12 @@ def main() -> None:
     stem = f"edit_{arguments.device}"
     files = {"runs": stem, "calls": f"{stem}_calls", "profile": f"profile_{arguments.device}"}
     paths = {name: arguments.results / f"{file}.csv" for name, file in files.items()}
-    lines: dict[str, list[dict[str, Any]]] = {name: list(read_csv(path)) for name, path in paths.items()}
+    lines: dict[str, list[dict[str, Any]]] = {
+        name: list(read_csv(path, context["commit"])) for name, path in paths.items()
+    }
     for pair in range(arguments.pairs):
         for plan in plans(arguments.device, arguments.dtype):
-            cases = missing(plan, pair, arguments, lines["runs"], context["commit"])
+            cases = missing(plan, pair, arguments.cases, lines["runs"])
             if plan.flow not in arguments.flows or not cases:
                 continue
             load = {} if arguments.device == "cuda" else {"load_average": round(os.getloadavg()[0], 2)}

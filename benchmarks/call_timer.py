@@ -56,7 +56,11 @@ class Kind:
 
 @dataclass(frozen=True)
 class Probe:
-    """A network's method to time. kind and blank, an answer of the right shape, are given the method's arguments."""
+    """A network's method to time.
+
+    kind: of the method's arguments. blank: an answer of the right shape, of the kind's last computed answer and the
+    method's arguments.
+    """
 
     network: nn.Module
     method: str
@@ -66,7 +70,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Cost:
-    """One run: its networks' calls, their seconds by network, and the seconds around them.
+    """One run: its networks' calls, their seconds by network, the seconds around them, and the most memory, MiB.
 
     Where nothing was timed apart, `seconds` is empty and `rest` the whole.
     """
@@ -74,6 +78,7 @@ class Cost:
     calls: dict[Kind, int]
     seconds: dict[str, Seconds]
     rest: Seconds
+    peak: float
 
     @property
     def total(self) -> Seconds:
@@ -96,9 +101,12 @@ class CallTimer:
     measured: int | None
     device: str
     times: defaultdict[Kind, list[Seconds]] = field(default_factory=lambda: defaultdict(list))
+    answers: dict[Kind, Any] = field(default_factory=dict)  # of the last computed call of each kind
+    peaks: dict[Kind, float] = field(default_factory=dict)  # MiB during the last computed call of each kind
     again: dict[Kind, Callable[[], Any]] = field(default_factory=dict)  # the last computed call of each kind
     _calls: Counter[Kind] = field(default_factory=Counter)
     _inside: Seconds = NOTHING
+    _peak_outside: float = 0.0
 
     def __enter__(self) -> CallTimer:
         for probe in self.probes:
@@ -118,11 +126,16 @@ class CallTimer:
             if self.measured is None:
                 return method(*args, **kwargs)
             if len(self.times[kind]) >= self.measured:
-                return probe.blank(*args, **kwargs)
+                return probe.blank(self.answers[kind], *args, **kwargs)
+            self._peak_outside = max(self._peak_outside, peak_mib(self.device))
+            reset_peak(self.device)
             began = Seconds.now(self.device)
             out = method(*args, **kwargs)
             spent = Seconds.now(self.device) - began
             self.times[kind].append(spent)
+            self.answers[kind] = out
+            self.peaks[kind] = peak_mib(self.device)
+            reset_peak(self.device)
             self.again[kind] = functools.partial(method, *args, **kwargs)
             self._inside += spent
             return out
@@ -131,17 +144,19 @@ class CallTimer:
 
     def cost(self, run: Callable[[], object]) -> Cost:
         """What a run costs; kinds that earlier runs have measured are not measured again."""
-        self._calls, self._inside = Counter(), NOTHING
+        self._calls, self._inside, self._peak_outside = Counter(), NOTHING, 0.0
+        reset_peak(self.device)
         began = Seconds.now(self.device)
         run()
         whole = Seconds.now(self.device) - began
         calls = dict(self._calls)
+        peak = max(peak_mib(self.device), self._peak_outside, *(self.peaks.get(kind, 0.0) for kind in calls))
         if self.measured is None:
-            return Cost(calls, {}, whole)
+            return Cost(calls, {}, whole, peak)
         seconds: defaultdict[str, Seconds] = defaultdict(lambda: NOTHING)
         for kind, count in calls.items():
             seconds[kind.network] += self.typical(kind) * count
-        return Cost(calls, dict(seconds), whole - self._inside)
+        return Cost(calls, dict(seconds), whole - self._inside, peak)
 
     def typical(self, kind: Kind) -> Seconds:
         """The median call of a kind."""

@@ -58,20 +58,21 @@ def report(runs: Sequence[Line], calls: Sequence[Line]) -> str:
 
 
 def _case_table(case: str, runs: Sequence[Line]) -> list[str]:
-    """One case. Ratios are of the same pair, against masa in the same dtype where there is one."""
+    """One case. Ratios are of the same turn, against masa in each dtype that it ran in."""
     text = [f"## {case[0].upper()}{case[1:]}\n"]
-    text.append("| flow | dtype | UNet rows | s per row | run, s | masa is faster by | peak MiB | turns |")
+    text.append("| flow | dtype | UNet rows | s per row | run, s | its time over masa's | peak MiB | turns |")
     text.append("|---|---|---:|---:|---:|---:|---:|---:|")
     for flow, dtype in dict.fromkeys((line["flow"], line["dtype"]) for line in runs):
         own = [line for line in runs if (line["flow"], line["dtype"]) == (flow, dtype)]
-        faster = [
-            f"{span(ratios)} ({peer})"
+        ratios = {
+            peer: pairwise(runs, (flow, dtype), ("masa", peer), "total_s")
             for peer in dict.fromkeys(line["dtype"] for line in runs if line["flow"] == "masa")
-            if flow != "masa" and (ratios := pairwise(runs, (flow, dtype), ("masa", peer), "total_s"))
-        ]
+            if (flow, dtype) != ("masa", peer)
+        }
+        over = "; ".join(f"{span(found)} ({peer})" for peer, found in ratios.items() if found)
         text.append(
             f"| {flow} | {dtype} | {own[0]['unet_rows']} | {seconds_per_row(own)} | {middle(own, 'total_s'):.4g} | "
-            f"{'; '.join(faster)} | {middle(own, 'peak_mib'):.0f} | {len(own)} |"
+            f"{over} | {peak(own)} | {len(own)} |"
         )
     return [*text, ""]
 
@@ -152,6 +153,12 @@ def seconds_per_row(lines: Sequence[Line]) -> str:
     """Median seconds per UNet row; nothing where the whole run alone was timed."""
     timed = [float(line["unet_s"]) / int(line["unet_rows"]) for line in lines if line["unet_s"] != ""]
     return f"{statistics.median(timed):.3g}" if timed else ""
+
+
+def peak(lines: Sequence[Line]) -> str:
+    """The most memory of any turn; nothing where it was not measured."""
+    found = [float(line["peak_mib"]) for line in lines if line["peak_mib"] != ""]
+    return f"{max(found):.0f}" if found else ""
 
 
 def span(ratios: Sequence[float]) -> str:

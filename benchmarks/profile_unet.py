@@ -28,17 +28,15 @@ def group_of(name: str) -> str:
     return next((group for group, starts in GROUPS.items() if name.startswith(starts)), "other")
 
 
-def matmul_limit(dtype: torch.dtype, repeats: int = 5) -> float:
-    """GFLOP per second of processor time of a large matrix product, at its best."""
-    best = 0.0
-    for size in (1024, 2048):
-        a, b = torch.randn(2, size, size).to(dtype)
+def matmul_limit(dtype: torch.dtype, size: int = 2048, repeats: int = 3) -> float:
+    """GFLOP per second of processor time of a large matrix product on all threads, at its best."""
+    a, b = torch.randn(2, size, size).to(dtype)
+    seconds = []
+    for _ in range(1 + repeats):
+        began = time.process_time()
         a @ b
-        for _ in range(repeats):
-            began = time.process_time()
-            a @ b
-            best = max(best, 2 * size**3 / (time.process_time() - began) / 1e9)
-    return best * torch.get_num_threads()
+        seconds.append(time.process_time() - began)
+    return 2 * size**3 / min(seconds) / 1e9 * torch.get_num_threads()
 
 
 def profile_call(call: Callable[[], object], seconds: float, dtype: torch.dtype) -> list[dict[str, Any]]:
