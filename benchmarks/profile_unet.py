@@ -13,7 +13,14 @@ from torch.profiler import ProfilerActivity, profile
 
 # Operators by the start of their names; the first group that fits. What fits none is "other".
 GROUPS = {
-    "convolutions": ("aten::mkldnn_convolution", "aten::convolution", "aten::_convolution", "aten::conv", "aten::thnn"),
+    "convolutions": (
+        "aten::mkldnn_convolution",
+        "aten::convolution",
+        "aten::_convolution",
+        "aten::conv",
+        "aten::thnn",
+        "aten::_slow_conv",
+    ),
     "attention": ("aten::scaled_dot", "aten::_scaled_dot", "aten::bmm", "aten::baddbmm", "aten::einsum", "aten::_soft"),
     "linear layers": ("aten::addmm", "aten::mm", "aten::linear", "aten::matmul", "aten::mkldnn_linear"),
     "norms": ("aten::native_group_norm", "aten::native_layer_norm", "aten::group_norm", "aten::layer_norm"),
