@@ -1,0 +1,90 @@
+"""Where one UNet call on a CPU spends its time, by the kind of work, against the rate of a large matrix product."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.autograd.profiler_util import FunctionEvent
+from torch.profiler import ProfilerActivity, profile
+
+# Operators by the start of their names; the first group that fits. What fits none is "other".
+GROUPS = {
+    "convolutions": (
+        "aten::mkldnn_convolution",
+        "aten::convolution",
+        "aten::_convolution",
+        "aten::conv",
+        "aten::thnn",
+        "aten::_slow_conv",
+    ),
+    "attention": ("aten::scaled_dot", "aten::_scaled_dot", "aten::bmm", "aten::baddbmm", "aten::einsum", "aten::_soft"),
+    "linear layers": ("aten::addmm", "aten::mm", "aten::linear", "aten::matmul", "aten::mkldnn_linear"),
+    "norms": ("aten::native_group_norm", "aten::native_layer_norm", "aten::group_norm", "aten::layer_norm"),
+    "activations": ("aten::gelu", "aten::silu"),
+    "sums and products": ("aten::add", "aten::mul", "aten::sub", "aten::div"),
+    "copies": ("aten::copy_", "aten::cat", "aten::clone", "aten::contiguous", "aten::upsample", "aten::fill_"),
+}
+COUNTED = ("convolutions", "attention", "linear layers")  # groups whose operations are worth counting
+
+
+def group_of(name: str) -> str:
+    return next((group for group, starts in GROUPS.items() if name.startswith(starts)), "other")
+
+
+def matmul_limit(dtype: torch.dtype, size: int = 2048, repeats: int = 3) -> float:
+    """GFLOP per second of processor time of a large matrix product on all threads, at its best."""
+    a, b = torch.randn(2, size, size).to(dtype)
+    seconds = []
+    for _ in range(1 + repeats):
+        began = time.process_time()
+        a @ b
+        seconds.append(time.process_time() - began)
+    return 2 * size**3 / min(seconds) / 1e9 * torch.get_num_threads()
+
+
+def profile_call(call: Callable[[], object], seconds: float, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """Lines of a result file, a group each, the slowest first.
+
+    seconds: what the call takes without a profiler; each group is given its share of that. limit_gflops is measured
+    here, before and after the call.
+    """
+    limit = matmul_limit(dtype)
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], record_shapes=True, with_flops=True) as found:
+        call()
+    limit = max(limit, matmul_limit(dtype))
+    events = list(found.events() or ())
+    spent: Counter[str] = Counter()
+    flops: Counter[str] = Counter()
+    for event in events:
+        group = group_of(event.name)
+        spent[group] += event.self_cpu_time_total
+        if group in COUNTED:
+            flops[group] += operations(event)
+    whole = sum(spent.values())
+    lines = []
+    for group, microseconds in spent.most_common():
+        share = microseconds / whole
+        line: dict[str, Any] = {"work": group, "share": round(share, 4), "seconds": round(share * seconds, 3)}
+        rate = flops[group] / 1e9 / (share * seconds)
+        counted = bool(flops[group])
+        line |= {"gflop": round(flops[group] / 1e9, 1) if counted else "", "gflops": round(rate, 1) if counted else ""}
+        line |= {"limit_gflops": round(limit, 1), "of_limit": round(rate / limit, 3) if counted else ""}
+        lines.append(line)
+    return lines
+
+
+def operations(event: FunctionEvent) -> int:
+    """Multiplications and additions of an event that holds its own; those around it are left out."""
+    if event.name == "aten::scaled_dot_product_attention":
+        return attention_operations(event.input_shapes)
+    return int(event.flops or 0)
+
+
+def attention_operations(shapes: Sequence[Sequence[int]]) -> int:
+    """Of softmax(q kT) v with q (b, h, n, d), k (b, h, m, d): two products."""
+    (b, h, n, d), (_, _, m, _) = shapes[0], shapes[1]
+    return 4 * b * h * n * m * d

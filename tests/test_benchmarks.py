@@ -1,0 +1,138 @@
+"""The edit benchmark: its peers compute what the library computes, and its extrapolation counts what is run."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import masa
+
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+
+import edit_report
+from call_timer import CallTimer, Kind, Seconds
+from edit_flows import TARGETS, DiffusersBest, MasaFlow, Published
+from profile_unet import COUNTED, attention_operations, group_of, profile_call
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def picture() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def free_source(tiny_folder, picture) -> masa.Result:
+    """The library on the same job as the published flow: the source free, nothing else left out by choice."""
+    return MasaFlow(tiny_folder, "cpu", torch.float32, STEPS).edit(picture, TARGETS[:1], pin_source=False)
+
+
+@pytest.mark.parametrize("peer", [Published, DiffusersBest])
+def test_peer_computes_the_same_edit(tiny_folder, picture, free_source, peer):
+    flow = peer(tiny_folder, "cpu", torch.float32, STEPS)
+    (latents,) = flow.case("edit", picture)()
+    start = flow.flow.invert(torch.from_numpy(picture).permute(2, 0, 1)[None] / 127.5 - 1, "")
+    plain = flow.flow.sample(["", TARGETS[0]], start.expand(2, -1, -1, -1), control=False)
+    scale = free_source.latents.abs().max()
+    assert (latents - free_source.latents).abs().max() < 2e-4 * scale
+    assert (latents[0] - plain[0]).abs().max() < 2e-4 * scale
+    assert (latents[1] - plain[1]).abs().max() > 0.01 * scale
+
+
+@pytest.mark.parametrize(
+    ("build", "calls"),
+    [
+        (MasaFlow, {Kind("unet", 1): 50, Kind("unet", 2): 4, Kind("unet", 3, 6): 46, Kind("decoder", 1): 2}),
+        (
+            Published,
+            {Kind("unet", 2): 100, Kind("unet", 4): 4, Kind("unet", 4, 6): 46}
+            | {Kind("decoder", 1): 1, Kind("decoder", 2): 1},
+        ),
+    ],
+)
+def test_calls_are_counted_and_few_are_run(tiny_folder, build, calls):
+    flow = build(tiny_folder, "cpu", torch.float32, 50)
+    picture = np.zeros((64, 64, 3), dtype=np.uint8)
+    with CallTimer(flow.probes(), 1, "cpu") as timer:
+        cost = timer.cost(flow.case("edit", picture))
+    calls = calls | {Kind("encoder", 1): 1}
+    assert cost.calls == calls
+    assert cost.unet_rows == (196 if build is MasaFlow else 400)
+    assert {kind: len(times) for kind, times in timer.times.items()} == dict.fromkeys(calls, 1)
+    whole = sum(timer.times[kind][0].cpu * count for kind, count in calls.items())
+    assert cost.total.cpu - cost.rest.cpu == pytest.approx(whole)
+    assert cost.rest.wall > 0
+    assert not any(probe.method in vars(probe.network) for probe in flow.probes())
+
+
+def test_rows_of_the_other_cases(tiny_folder):
+    """896 rows where the published flow runs 100 + 8 * 300."""
+    picture = np.zeros((64, 64, 3), dtype=np.uint8)
+    rows = {}
+    for build in (MasaFlow, Published):
+        flow = build(tiny_folder, "cpu", torch.float32, 50)
+        with CallTimer(flow.probes(), 1, "cpu") as timer:
+            for case in ("edit, 8 targets", "one more target", "synthesis"):
+                rows[build, case] = timer.cost(flow.case(case, picture)).unet_rows
+    assert [rows[MasaFlow, case] for case in ("edit, 8 targets", "one more target", "synthesis")] == [896, 146, 200]
+    assert [rows[Published, case] for case in ("edit, 8 targets", "one more target", "synthesis")] == [2500, 300, 200]
+
+
+def test_every_call_is_run_where_all_are_asked_for(tiny_folder, picture):
+    flow = MasaFlow(tiny_folder, "cpu", torch.float32, STEPS)
+    outputs = []
+    with CallTimer(flow.probes(), None, "cpu") as timer:
+        cost = timer.cost(lambda: outputs.append(flow.edit(picture, TARGETS[:1])))
+    assert torch.equal(outputs[0].latents, flow.edit(picture, TARGETS[:1]).latents)
+    assert cost.total == cost.rest
+    assert not timer.times
+
+
+def test_typical_call_is_the_median():
+    timer = CallTimer((), 3, "cpu")
+    timer.times[Kind("unet", 1)] += [Seconds(3.0, 1.0), Seconds(1.0, 9.0), Seconds(2.0, 2.0)]
+    assert timer.typical(Kind("unet", 1)) == Seconds(2.0, 2.0)
+
+
+def test_profile_groups_all_of_the_time(tiny):
+    x, context = torch.randn(2, 4, 16, 16), torch.randn(2, 77, 32)
+    lines = profile_call(lambda: tiny.unet(x, 1, context), seconds=2.0, dtype=torch.float32)
+    assert sum(line["share"] for line in lines) == pytest.approx(1, abs=1e-3)
+    assert sum(line["seconds"] for line in lines) == pytest.approx(2, abs=0.01)
+    by_work = {line["work"]: line for line in lines}
+    assert {*COUNTED, "norms", "activations", "copies"} <= set(by_work)
+    assert all(by_work[work]["gflop"] != "" and by_work[work]["limit_gflops"] > 0 for work in COUNTED)
+
+
+def test_operations_of_attention():
+    assert attention_operations([(2, 8, 4096, 40), (2, 8, 77, 40)]) == 4 * 2 * 8 * 4096 * 77 * 40
+    assert group_of("aten::mkldnn_convolution") == "convolutions"
+    assert group_of("aten::nothing") == "other"
+
+
+def test_report_pairs_by_turn():
+    shared = {"case": "edit", "steps_measured": 1, "edit_steps": 50, "clock": "cpu", "threads": "1", "unet_s": 1.0}
+    shared |= {
+        "device": "a CPU",
+        "torch": "2",
+        "diffusers": "0",
+        "transformers": "5",
+        "commit": "abc",
+        "unet_rows": 196,
+    }
+    runs = [
+        shared | {"flow": flow, "dtype": "float32", "pair": pair, "total_s": seconds, "peak_mib": peak}
+        for pair, (ours, theirs) in enumerate([(10, 60), (20, 160), (10, 70)])
+        for flow, seconds, peak in (("masa", ours, 40), ("published", theirs, 100))
+    ]
+    assert edit_report.pairwise(runs, ("published", "float32"), ("masa", "float32"), "total_s") == [6, 8, 7]
+    text = edit_report.report(runs, [])
+    assert "7.00x [6.00, 8.00]" in text
+    assert "0.40x" in text
+    assert "Extrapolated" in text
+    assert "not measured" in text  # nothing ran in bfloat16
