@@ -15,7 +15,9 @@ from .cases import Individual
 PAPER_STEPS, PAPER_START = 50, 4  # MasaCtrl's S of its steps
 STRENGTHS = (0.5, 0.8)
 VARIANTS = ("", ", free source", ", word masks", ", union")
-INNER_ROWS = 10 * 3 + 2  # of null-text: 10 inner steps, forward, again, and backward; see masa.null_text
+# Of null-text, at each step: ten inner ones, forward, again, and backward. One row alone and its gradients are slow:
+# the time of this many rows in a batch, measured.
+INNER_ROWS = 300
 
 
 @dataclass(frozen=True)
