@@ -17,7 +17,7 @@ LOUDER = 30.0  # a fresh network's features are so faint that injecting them wou
 
 
 @pytest.fixture(scope="module", autouse=True)
-def features(tiny):
+def louder_features(tiny):
     weight = tiny.unet.up_blocks[1].resnets[1].conv2.weight.data
     whole = weight.clone()
     weight *= LOUDER
