@@ -112,7 +112,7 @@ def build_parser() -> Parser:
         "one picture of an edit by every inversion and control",
         [
             'masa grid corgi.jpg "a running corgi" --source "a sitting corgi" -c v1-5-pruned-emaonly.safetensors',
-            'masa grid cat.png "a cat standing" --source "a cat sitting" --steps 20 --guidance 3 --start-layer 0',
+            'masa grid cat.png "a cat standing" --source "a cat sitting" --steps 20 --guidance 4 --start-layer 0',
         ],
     )
     grid.add_argument("image", help="the picture's path")

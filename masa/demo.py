@@ -15,7 +15,7 @@ from masa.weights.demo.world import Sample, caption, render
 from masa.weights.demo.world import sample as draw_sample
 
 # What suits the embedded model; Stable Diffusion v1.5 wants the defaults of `sample` instead.
-STEPS, GUIDANCE = 20, 3.0
+STEPS, GUIDANCE = 20, 4.0
 CONTROL = MasaCtrl(start_step=2, start_layer=0)
 SEED = 2
 SHOWN_SIZE = 256  # the model's 128 pixels are small on a screen
@@ -28,7 +28,7 @@ def run(folder: Path, seed: int | None = None, progress: bool = True) -> list[Pa
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "synthesis.png", folder / "editing.png"]
 
-    prompts = ("a photo of a cat sitting, facing right", "a photo of a cat standing, facing right")
+    prompts = ("a photo of a cat sitting", "a photo of a cat standing")
     settings = {"steps": STEPS, "guidance_scale": GUIDANCE, "seed": seed, "progress": progress}
     plain = sample(sd, *prompts, controls=[], **settings)  # type: ignore[arg-type]
     masa = sample(sd, *prompts, controls=CONTROL, **settings)  # type: ignore[arg-type]
