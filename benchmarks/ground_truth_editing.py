@@ -70,7 +70,9 @@ def chosen_methods(asked: str, settings: Settings, subject: str) -> dict[str, Me
     """Groups and names, separated by semicolons or commas -> methods. SystemExit for others."""
     known = real_methods(settings, subject)
     found: dict[str, Method] = {}
-    for name in (part.strip() for part in asked.split(";" if ";" in asked else ",")):
+    # Names hold commas: one name alone is taken whole.
+    parts = [asked] if asked in known else asked.split(";" if ";" in asked else ",")
+    for name in map(str.strip, parts):
         if name in GROUPS:
             found |= GROUPS[name](settings, subject)
         elif name in known:
@@ -111,7 +113,7 @@ def main() -> None:
         del sd
         deadline = time.time() + 60 * args.minutes
         run(tasks, Work(args.checkpoint, store, settings, subject, deadline), args.workers)
-    if "report" in args.sections:
+    if "report" in args.sections and not args.dry_run:
         write_report(args, store, settings)
 
 

@@ -9,8 +9,8 @@ graph per structure of edits, whose tensors, like the latents, are copied into t
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -25,6 +25,8 @@ from masa.models.unet import Retirement, UNet
 # Blocks of a kind share one Python function, so the compiler takes their shapes for recompilations of it, and
 # would give up after 8.
 MOST_SHAPES = 1024
+# Graphs kept; a run needs a handful. Each holds its inputs and results on the device.
+MOST_GRAPHS = 32
 
 # What a forward gives, of tensors (x, timestep, context and the edits').
 Forward = Callable[[tuple[Tensor, ...]], tuple[Tensor, Tape]]
@@ -67,7 +69,8 @@ class CompiledUNet(UNet):
             if graded or self.capture is None or any(edit.mask is not None for edit in plain.values()):
                 with torch.set_grad_enabled(graded):  # the compiler tells the two modes apart
                     return super().forward(x, time, context, plain, retire, backend, checkpoint)
-            structure, tensors = split(dict(plain))
+            numbered, keys = number_records(plain)
+            structure, tensors = split(numbered)
             inputs = (x, time, context, *tensors)
 
             def run(given: tuple[Tensor, ...]) -> tuple[Tensor, Tape]:
@@ -79,8 +82,11 @@ class CompiledUNet(UNet):
                 # Strides too: a graph's input keeps the layout that it was captured with.
                 key = (structure, retire, backend, *((t.shape, t.stride(), t.dtype) for t in inputs))
                 if key not in self.captured:
+                    while len(self.captured) >= MOST_GRAPHS:  # before the capture, which may take the memory
+                        del self.captured[next(iter(self.captured))]
                     self.captured[key] = self.capture(run, inputs)
-                return self.captured[key](inputs)
+                eps, tape = self.captured[key](inputs)
+            return eps, {(keys.get(name, name), site): found for (name, site), found in tape.items()}
 
 
 def compile_unet(unet: UNet, compiler: str | Callable[..., Any] = "inductor", cuda_graphs: bool | None = None) -> UNet:
@@ -138,6 +144,23 @@ def replayed(own: tuple[Tensor, ...], replay: Callable[[], None], results: tuple
 
 
 # ------------------------------------------------------------------------------------------------ edits' structure
+
+
+def number_records(edits: Mapping[int, Edit]) -> tuple[dict[int, Edit], dict[Hashable, Hashable]]:
+    """The edits with their records' keys numbered as they first appear, and the keys by number.
+
+    Controls make their keys anew for each run, and a graph is to serve the next run too.
+    """
+    numbers: dict[Hashable, int] = {}
+
+    def number(key: Hashable) -> int:
+        return numbers.setdefault(key, len(numbers))
+
+    numbered = {}
+    for site, edit in edits.items():
+        records = tuple(replace(record, key=number(record.key)) for record in edit.records)
+        numbered[site] = replace(edit, records=records, query_records=tuple(map(number, edit.query_records)))
+    return numbered, {index: key for key, index in numbers.items()}
 
 
 @dataclass(frozen=True)

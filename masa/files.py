@@ -23,6 +23,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     The folder is made if need be; the temporary name keeps the suffix, by which writers tell the format.
     """
     path = Path(path)
+    if path.is_dir():
+        raise MasaError(f"{path} is a folder; expected a file's name")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
     try:

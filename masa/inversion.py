@@ -67,7 +67,7 @@ def invert(
     timesteps = schedule.timesteps(steps)
     check_guidance(guidance_scale)
     check_guidance(edit_guidance_scale)
-    _check_method(method, prompt, steps, schedule, edit_guidance_scale)
+    check_method(method, prompt, steps, schedule, edit_guidance_scale)
     check_backend(backend, sd.device)
     noise = Noise(seed, generator)
     picture = load_image(image, short_side=sd.config.image_size, height=height, width=width)
@@ -146,7 +146,7 @@ def _edit_friendly(predict: Predict, latents: Tensor, schedule: Schedule, timest
     return torch.cat(found[::-1])
 
 
-def _check_method(method: str, prompt: str, steps: int, schedule: Schedule, edit_guidance_scale: float) -> None:
+def check_method(method: str, prompt: str, steps: int, schedule: Schedule, edit_guidance_scale: float) -> None:
     if method not in METHODS:
         raise MasaError(f"inversion method is {method!r}; expected one of {', '.join(map(repr, METHODS))}")
     if method in ("negative-prompt", "null-text") and not prompt:

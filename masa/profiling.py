@@ -32,9 +32,9 @@ def profiled(file: str | Path | None, overwrite: bool = False) -> Iterator[None]
         raise MasaError(f"{path} is already there; give another --profile, or --overwrite")
     on_gpu = torch.cuda.is_available()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with profile(activities=activities) as found:
-        yield
-    with replacing(path) as temporary:
+    with replacing(path) as temporary:  # around the work: a folder that cannot be written to is found before it
+        with profile(activities=activities) as found:
+            yield
         found.export_chrome_trace(str(temporary))
     order = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     print(found.key_averages().table(sort_by=order, row_limit=ROWS, max_name_column_width=50))

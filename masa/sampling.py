@@ -25,7 +25,7 @@ from masa.result import Picture, Result
 from masa.schedule import Schedule, predict_x0
 from masa.settings import describe, pack
 from masa.source_cache import Recorder, SourceCache
-from masa.trajectory import Trajectory, default_skip
+from masa.trajectory import EDIT_FRIENDLY_ETA, Trajectory, default_skip
 
 Callback = Callable[[int, int, Tensor], "Tensor | None"]
 
@@ -109,10 +109,7 @@ def _plan_step(run: Denoising, step: int, last: bool) -> list[Batch]:
     for part, branches in enumerate(_parts(run, step)):
         rows, targets = tuple(range(len(branches))), branches.without_source()
         edits = resolve(run.controls, step, branches, run.sd.unet.sites)
-        if run.cache is not None:
-            lent = {site: run.cache.lend(edit, step, site, len(rows), run.sd.device) for site, edit in edits.items()}
-            batches.append(Batch(branches, lent, None, rows))
-        elif part == 0 and (run.pinned is None or (last and run.retraces)):
+        if run.cache is not None or (part == 0 and (run.pinned is None or (last and run.retraces))):
             batches.append(Batch(branches, edits, None, rows))
         elif not edits:
             batches.append(Batch(branches.keep(targets), {}, None, tuple(range(len(targets)))))
@@ -137,13 +134,16 @@ def _predict(
     context, tapes = run.contexts[step], []
     predicted: dict[int, Tensor] = {}
     for batch in batches:
-        branches, tape = batch.branches, {}
+        branches, edits, tape = batch.branches, batch.edits, {}
+        if run.cache is not None:  # here, so that one call's tensors are on the device at a time
+            rows, device = len(branches), run.sd.device
+            edits = {site: run.cache.lend(edit, step, site, rows, device) for site, edit in edits.items()}
         if len(branches):
             eps, tape = run.sd.unet(
                 branches.expand(x).to(run.sd.dtype),
                 timestep,
                 branches.contexts(context.uncond, context.cond),
-                batch.edits,
+                edits,
                 retire=batch.retire,
                 backend=run.backend,
             )
@@ -226,9 +226,9 @@ def sample(
     run without targets too, others are refused there.
     trajectory: an inverted picture as the source; its size, steps and schedule hold, its prompt where `source`
     is empty, and the unconditional embeddings and noise that it brings. cache: a source that `masa.record` ran;
-    it is not computed again, and all that it was recorded with holds. pin_source: put the source's latents
-    back on the trajectory before each step (2310.01506), the default, else it drifts; without targets it always
-    denoises freely. steps: default 50. skip_steps: how
+    it is not computed again, and all that it was recorded with holds (an empty prompt and eta 0 ask for nothing).
+    pin_source: put the source's latents back on the trajectory before each step (2310.01506), the default, else it
+    drifts; without targets it always denoises freely. steps: default 50. skip_steps: how
     many of the noisiest are left out, starting from the trajectory's (or the given) latents there; default 0,
     for an edit-friendly trajectory 12 of 50. guidance_scale: default 7.5; 1 or less switches guidance off.
     height, width: multiples of 64, default the model's training size. Starting noise: `latents` (1, 4, h, w)
@@ -403,7 +403,7 @@ def edit(
     if not targets:
         raise MasaError("edit needs at least one target prompt")
     check_numbers(sd, guidance_scale, eta, backend)
-    _check_negative(method, negative_prompt)
+    check_inversion(method, negative_prompt, eta)
     size = picture_size(sd, image, height, width)
     first_step = choose_first_step(skip_steps, steps, default_skip(method, steps), from_noise=False)
     check_controls(sd, controls, steps, (source, *targets), size=size, first_step=first_step)
@@ -458,6 +458,8 @@ def _cached_trajectory(
 
 def _check_cache(run: Denoising, cache: SourceCache) -> None:
     """MasaError where a run needs of its source what the cache has not."""
+    if len(run.latents) == 1:
+        raise MasaError("cache serves targets, and there are none; give one, or run without cache=")
     if run.first_step != cache.first_step and not (cache.pinned and run.first_step > cache.first_step):
         raise MasaError(
             f"the run starts at step {run.first_step}, and the cache was recorded from step {cache.first_step} on; "
@@ -613,21 +615,20 @@ def _check_start(latents: Tensor | None, trajectory: Trajectory | None, eta: flo
         return eta
     if latents is not None:
         raise MasaError("latents and trajectory both give the start; leave one out")
-    if trajectory.context is not None:
-        _check_negative(trajectory.method, negative_prompt)
-    if trajectory.noise is not None and eta not in (0.0, trajectory.eta):
-        raise MasaError(
-            f"eta is {eta}, but the trajectory's noise was made for {trajectory.eta}; leave it out, or invert anew"
-        )
+    check_inversion(trajectory.method, negative_prompt, eta)
     return eta if trajectory.noise is None else trajectory.eta
 
 
-def _check_negative(method: str, negative_prompt: str) -> None:
-    """MasaError where a negative prompt meets an inversion that takes its place."""
+def check_inversion(method: str, negative_prompt: str, eta: float) -> None:
+    """MasaError where a negative prompt or eta meets an inversion that brings its own."""
     if method in ("negative-prompt", "null-text") and negative_prompt:
         raise MasaError(
             f"{method} inversion brings its own unconditional embeddings, which leaves no place for "
             f"negative_prompt={negative_prompt!r}; leave it out, or invert with method='ddim'"
+        )
+    if method == "edit-friendly" and eta not in (0.0, EDIT_FRIENDLY_ETA):
+        raise MasaError(
+            f"eta is {eta}, but the trajectory's noise was made for {EDIT_FRIENDLY_ETA}; leave it out, or invert anew"
         )
 
 

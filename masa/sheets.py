@@ -18,11 +18,12 @@ from masa.controls.prompt_to_prompt import PromptToPrompt
 from masa.controls.style import StyleTransfer
 from masa.errors import MasaError
 from masa.image import ImageLike
-from masa.inversion import METHODS, invert
+from masa.inversion import METHODS, check_method, invert
 from masa.noise import Noise
+from masa.null_text import MAX_STEPS
 from masa.pipeline import StableDiffusion
 from masa.result import Picture, wrap
-from masa.sampling import check_controls, check_numbers, choose_first_step, picture_size, sample
+from masa.sampling import check_controls, check_inversion, check_numbers, choose_first_step, picture_size, sample
 from masa.settings import describe
 from masa.trajectory import default_skip
 
@@ -64,16 +65,19 @@ def grid(
 ) -> Picture:
     """One picture of an edit by every inversion (rows) and control (columns), the reconstruction first.
 
-    methods: of `invert`; default all, without those that need a source prompt where there is none. controls: by
+    methods: of `invert`; default all that serve these settings (null-text wants guidance, at most 100 steps and,
+    as negative-prompt does, a source prompt). controls: by
     the name to write above; default those of `comparison`. Each picture is inverted once per method. All
     else as in `edit`. Raises MasaError for bad input, before any long work.
     """
     if methods is None:
-        methods = [m for m in METHODS if source or m not in ("negative-prompt", "null-text")]
+        methods = [method for method in METHODS if serves(method, source, steps, guidance_scale)]
     unknown = [method for method in methods if method not in METHODS]
     if unknown or not methods:
         raise MasaError(f"inversion methods are {list(methods)}; expected some of {', '.join(map(repr, METHODS))}")
     columns = comparison(source) if controls is None else dict(controls)
+    for method in methods:
+        check_method(method, source, steps, sd.schedule, guidance_scale)
     size = picture_size(sd, image, height, width)
     for first_step in {default_skip(method, steps) for method in methods}:
         for control in columns.values():
@@ -157,11 +161,16 @@ def sweep(
     seed = secrets.randbelow(2**32) if seed is None else seed
     fixed: dict[str, Any] = {"guidance_scale": guidance_scale, "seed": seed, "backend": backend, "progress": False}
     cells = [[_cell(control, fixed, {rows[0]: r, columns[0]: c}) for c in columns[1]] for r in rows[1]]
+    swept = {"rows": [rows[0], describe(list(rows[1]))], "columns": [columns[0], describe(list(columns[1]))]}
+    if image is not None:
+        check_method(method, source, steps, sd.schedule, guidance_scale)
     size = picture_size(sd, image, height, width)
     usual = 0 if image is None else default_skip(method, steps)
     for settings in (cell for line in cells for cell in line):
         own_steps, skipped = settings.get("steps", steps), settings.get("skip_steps")
         check_numbers(sd, settings["guidance_scale"], settings.get("eta", 0.0), backend)
+        if image is not None:
+            check_inversion(method, settings.get("negative_prompt", ""), settings.get("eta", 0.0))
         Noise(settings["seed"])
         first_step = choose_first_step(skipped, own_steps, usual, from_noise=image is None)
         prompts, real = (source, target), image is not None
@@ -194,13 +203,19 @@ def sweep(
     about = {
         **result.settings,
         "function": "sweep",
-        "rows": [rows[0], list(rows[1])],
-        "columns": [columns[0], list(columns[1])],
+        **swept,
         "controls": [describe(control)],
         "seed": seed,
     }
     labels = ["source", *(f"{columns[0]} = {value}" for value in columns[1])]
     return Picture.of(label_sheet(pictures, [f"{rows[0]} = {value}" for value in rows[1]], labels), about)
+
+
+def serves(method: str, source: str, steps: int, guidance_scale: float) -> bool:
+    """Whether an inversion method can be used at all."""
+    if method == "null-text" and (guidance_scale <= 1.0 or steps > MAX_STEPS):
+        return False
+    return bool(source) or method not in ("negative-prompt", "null-text")
 
 
 def _cell(control: MasaCtrl, fixed: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:

@@ -101,12 +101,7 @@ class SourceCache:
 
     def check(self, sd: StableDiffusion) -> None:
         """MasaError unless the model is the one that recorded it, in the same dtype."""
-        if sd.fingerprint != self.settings["fingerprint"]:
-            raise MasaError(
-                f"the cache was recorded with {self.settings['checkpoint']} in {self.settings['dtype']} (fingerprint "
-                f"{self.settings['fingerprint']}), not with {sd.checkpoint} in {str(sd.dtype).removeprefix('torch.')} "
-                f"({sd.fingerprint}); load that model, or record anew"
-            )
+        _check_model(self.settings, sd)
 
     def start(self, latents: Tensor | None) -> Tensor | None:
         """The starting latents of a run: those asked for, whose first must be the source's, or those recorded."""
@@ -153,6 +148,7 @@ class SourceCache:
         _check_store(store)
         file = TensorFile(path, FORMAT, "source cache", "expected a file written by masa.record or SourceCache.save")
         run = json.loads(file[f"{EXTRAS}settings"].numpy().tobytes())
+        _check_model(run["settings"], sd)
         trajectory = None
         if run["trajectory"] is not None:
             parts = {n: file[f"{EXTRAS}{n}"].clone() for n in TRAJECTORY if f"{EXTRAS}{n}" in file}
@@ -165,9 +161,7 @@ class SourceCache:
         picture = Image.fromarray(file[f"{EXTRAS}picture"].numpy().copy())
         latents = file[f"{EXTRAS}source latents"].clone()
         place = Path(path) if store == "disk" else None
-        cache = cls(settings, latents, picture, trajectory, tensors, store, place, nbytes)
-        cache.check(sd)
-        return cache
+        return cls(settings, latents, picture, trajectory, tensors, store, place, nbytes)
 
 
 TRAJECTORY = ("latents", "context", "noise")
@@ -371,6 +365,15 @@ def free_memory(device: torch.device) -> int:
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
         return 4 * 10**9
+
+
+def _check_model(settings: Mapping[str, Any], sd: StableDiffusion) -> None:
+    if sd.fingerprint != settings["fingerprint"]:
+        raise MasaError(
+            f"the cache was recorded with {settings['checkpoint']} in {settings['dtype']} (fingerprint "
+            f"{settings['fingerprint']}), not with {sd.checkpoint} in {str(sd.dtype).removeprefix('torch.')} "
+            f"({sd.fingerprint}); load that model, or record anew"
+        )
 
 
 def _check_store(store: str) -> None:

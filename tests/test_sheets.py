@@ -12,7 +12,7 @@ import masa
 from masa.arguments import parse_sweep
 from masa.cli import main
 from masa.result import read_settings
-from masa.sheets import CELL, label_sheet
+from masa.sheets import CELL, label_sheet, serves
 
 SOURCE, TARGET = "a photo of a sitting cat", "a photo of a running cat"
 SETTINGS = {"steps": 2, "height": 64, "width": 64, "seed": 3, "progress": False}
@@ -153,3 +153,35 @@ def test_commands_make_one_picture_each(tiny_folder, tmp_path, monkeypatch, caps
     with pytest.raises(SystemExit):
         main(["sweep", SOURCE, TARGET, "--rows", "start_step:0"])
     assert "is not NAME=VALUES" in capsys.readouterr().err
+
+
+def test_a_sweep_over_masks_is_saved(tiny, tmp_path):
+    values = (None, masa.WordMasks("cat", "cat"))
+    sheet = masa.sweep(
+        tiny, "a cat", "a cat sitting", ("mask", values), ("start_step", range(1)), steps=2, height=64, width=64,
+        seed=0, progress=False,
+    )  # fmt: skip
+    sheet.save(tmp_path / "sweep.png")
+    assert read_settings(tmp_path / "sweep.png")["columns"] == ["start_step", [0]]
+
+
+def test_a_grid_refuses_before_the_first_inversion(tiny, monkeypatch):
+    def invert(*args, **kwargs):
+        raise AssertionError("inverted")
+
+    monkeypatch.setattr("masa.sheets.invert", invert)
+    picture = torch.zeros(3, 64, 64)
+    with pytest.raises(masa.MasaError, match="guidance"):
+        masa.grid(tiny, picture, "a cat", "a dog", methods=["ddim", "null-text"], guidance_scale=1.0, progress=False)
+    with pytest.raises(masa.MasaError, match="eta"):
+        masa.sweep(
+            tiny, "a dog", "a cat", ("eta", [0.5]), ("start_step", [0]), image=picture, method="edit-friendly",
+            steps=5, progress=False,
+        )  # fmt: skip
+
+
+def test_a_grid_leaves_out_inversions_that_cannot_serve():
+    assert serves("null-text", "a cat", 50, 7.5)
+    assert not serves("null-text", "a cat", 50, 1.0)
+    assert not serves("null-text", "a cat", 101, 7.5)
+    assert not serves("negative-prompt", "", 50, 7.5)
