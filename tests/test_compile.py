@@ -21,6 +21,23 @@ CONTROLS = {
     "words": masa.MasaCtrl(start_step=1, start_layer=8, mask=masa.WordMasks("cat", "cat")),
     "prompt-to-prompt": masa.PromptToPrompt("replace"),
     "plug-and-play": masa.PlugAndPlay(),
+    "local blend": [masa.MasaCtrl(start_step=1, start_layer=4), *[masa.LocalBlend("cat", "cat", start=0.0)] * 2],
+    "recorded attention": [masa.RecordAttention(self_attention=True)] * 2,
+    "recorded queries": [masa.RecordQueries(steps=[0, 2])] * 2,
+}
+
+# Kinds of steps: before and under control, with queries and without, or as fractions of the steps say. Word masks
+# are never captured.
+CAPTURED = {
+    "none": 1,
+    "masactrl": 2,
+    "union": 2,
+    "words": 1,
+    "prompt-to-prompt": 2,
+    "plug-and-play": 3,
+    "local blend": 2,
+    "recorded attention": 1,
+    "recorded queries": 2,
 }
 
 
@@ -57,12 +74,58 @@ def captured(sd):
 @pytest.mark.parametrize("name", CONTROLS)
 def test_captured_runs_equal_plain_ones(tiny, name):
     sd, captures = captured(tiny)
+    counts = []
     for seed, target in ((0, TARGET), (1, "a jumping cat")):
         run = {"controls": CONTROLS[name], "seed": seed, **SETTINGS}
-        plain = masa.sample(tiny, SOURCE, target, **run)
-        assert relative_error(masa.sample(sd, SOURCE, target, **run).latents, plain.latents) < 1e-5
-    # Steps before and under control; word masks are never captured.
-    assert captures.count == {"none": 1, "masactrl": 2, "union": 2, "words": 1}.get(name, captures.count)
+        plain, found = masa.sample(tiny, SOURCE, target, **run), masa.sample(sd, SOURCE, target, **run)
+        assert relative_error(found.latents, plain.latents) < 1e-5
+        for recorded, bound in (("attention", 1e-5), ("queries", 1e-3)):  # queries are float16
+            ours, theirs = getattr(found, recorded), getattr(plain, recorded)
+            assert ours.keys() == theirs.keys() == (set(range(2)) if recorded in name else set())
+            for place, maps in theirs.items():
+                assert ours[place].keys() == maps.keys() != set()
+                assert all(relative_error(ours[place][key].float(), maps[key].float()) < bound for key in maps)
+        counts.append(captures.count)
+    assert counts == [CAPTURED[name]] * 2
+
+
+def records(first: str, second: str) -> dict[int, Edit]:
+    """Edits that record, under two keys, the first tokens' attention and the next ones', and queries."""
+    weights = torch.eye(77).expand(2, -1, -1)
+    return {
+        1: Edit(records=(Record(first, weights[:, :4]), Record(second, weights[:, 4:8]))),
+        3: Edit(records=(Record(second, weights[:, :4]),), query_records=(first,)),
+    }
+
+
+def test_one_capture_serves_records_of_any_keys(tiny, generator):
+    sd, captures = captured(tiny)
+    context = torch.randn(2, 77, 32, generator=generator)
+    for keys in (("a", "b"), ("c", "d"), ("b", "a")):
+        x = torch.randn(2, 4, 8, 8, generator=generator)
+        with torch.no_grad():
+            plain, found = (m.unet(x, 500, context, records(*keys))[1] for m in (tiny, sd))
+        assert found.keys() == plain.keys() == {(keys[0], 1), (keys[1], 1), (keys[1], 3), (keys[0], 3)}
+        assert all(relative_error(found[key], plain[key]) < 1e-5 for key in plain)
+    assert captures.count == 1
+    with torch.no_grad():
+        sd.unet(x, 500, context, records("a", "a"))  # one key is not two
+    assert captures.count == 2
+
+
+def test_the_oldest_captures_are_dropped(tiny, generator, monkeypatch):
+    monkeypatch.setattr("masa.compile.MOST_GRAPHS", 2)
+    sd, captures = captured(tiny)
+    x, context = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 77, 32, generator=generator)
+    counts = []
+    for site in (0, 2, 0, 4, 2, 0):  # the third serves again; the fourth costs the first its place, not the second
+        edits = {site: Edit(k_from=(0, 0), v_from=(0, 0))}
+        with torch.no_grad():
+            plain, found = (m.unet(x, 500, context, edits)[0] for m in (tiny, sd))
+        assert relative_error(found, plain) < 1e-5
+        assert len(sd.unet.captured) <= 2
+        counts.append(captures.count)
+    assert counts == [1, 2, 2, 3, 3, 4]
 
 
 def test_an_edit_of_a_real_picture_is_captured_per_structure(tiny):

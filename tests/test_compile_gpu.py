@@ -19,8 +19,17 @@ def on_gpu(tiny_folder):
 
 @pytest.mark.parametrize(
     "controls",
-    [[], masa.MasaCtrl(1, 4), masa.MasaCtrl(1, 4, union=True), masa.PromptToPrompt("replace"), masa.PlugAndPlay()],
-    ids=["none", "masactrl", "union", "prompt-to-prompt", "plug-and-play"],
+    [
+        [],
+        masa.MasaCtrl(1, 4),
+        masa.MasaCtrl(1, 4, union=True),
+        masa.PromptToPrompt("replace"),
+        masa.PlugAndPlay(),
+        masa.LocalBlend("cat", "cat"),
+        masa.RecordAttention(),
+        masa.RecordQueries(),
+    ],
+    ids=["none", "masactrl", "union", "p2p", "plug-and-play", "local blend", "recorded attention", "recorded queries"],
 )
 def test_graphs_equal_the_plain_model(on_gpu, controls):
     fast = on_gpu.compile(compiler="eager")
