@@ -11,7 +11,8 @@ at a time, the flows in turn; a ratio is of two flows of the same turn. With one
 time of the process, which other processes on the machine hardly change, else elapsed time.
 
 Writes edit_<device>.csv (runs), edit_<device>_calls.csv (calls) and edit_<device>.md; with --profile also
-profile_<device>.csv. What the same commit has left in the CSV is not run again; lines of others go.
+profile_<device>.csv. What the same commit has left in the CSV, with the same settings on the same device, is not run
+again; other lines go, and so do all lines of a tree with changes.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -44,7 +46,10 @@ NETWORKS = ("unet", "encoder", "decoder")
 
 
 def plans(device: str, dtype: str | None) -> list[Plan]:
-    """The flows of a turn: as published in float32 on a CPU, the others in the fastest dtype and in float32."""
+    """The flows of a turn: all on a GPU; on a CPU nothing compiled, the published flow in float32, masa in two dtypes.
+
+    Without a warm-up, as on a CPU, the compiler's own time would count as a call's.
+    """
     if device == "cuda":
         return [Plan(flow, dtype or "float16") for flow in FLOWS]
     best = dtype or ("bfloat16" if cpu_has_bf16() else "float32")
@@ -65,7 +70,7 @@ def run_flow(plan: Plan, arguments: argparse.Namespace, cases: list[str]) -> dic
     flow = plan.build(arguments.checkpoint, device, arguments.edit_steps)
     loading = peak_mib(device)
     picture = photograph(arguments.size)
-    context = {"flow": plan.flow, "dtype": plan.dtype, "pair": arguments.pair}
+    context = {"flow": plan.flow, "dtype": plan.dtype, "pair": arguments.pair} | settings(arguments)
 
     def chosen(spent: Seconds) -> float:
         return round(getattr(spent, clock), 3)
@@ -78,8 +83,7 @@ def run_flow(plan: Plan, arguments: argparse.Namespace, cases: list[str]) -> dic
             if measured is None:
                 case()  # warm-up
             cost = timer.cost(case)
-            line: dict[str, Any] = {"case": name, **context, "edit_steps": arguments.edit_steps}
-            line |= {"steps_measured": measured or arguments.edit_steps, "clock": clock}
+            line: dict[str, Any] = {"case": name, **context, "clock": clock}
             unet_calls = sum(count for kind, count in cost.calls.items() if kind.network == "unet")
             line |= {"unet_rows": cost.unet_rows, "unet_calls": unet_calls}
             line |= {"total_s": chosen(cost.total), "wall_s": round(cost.total.wall, 3)}
@@ -104,16 +108,39 @@ def run_flow(plan: Plan, arguments: argparse.Namespace, cases: list[str]) -> dic
 # ---------------------------------------------------------------------------------------------------- all flows
 
 
-def read_csv(path: Path, commit: str) -> list[dict[str, str]]:
-    """The lines that a commit has left in a result file, which is itself a change to the tree."""
+def settings(arguments: argparse.Namespace) -> dict[str, int]:
+    """What every line says of how it was measured, beside the device and the releases."""
+    steps = arguments.edit_steps
+    return {"size": arguments.size, "edit_steps": steps, "steps_measured": arguments.steps or steps}
+
+
+def commit() -> str:
+    """The commit, and whether anything but result files differs from it: a run writes those itself."""
+    git = ["git", "-C", str(harness.RESULTS.parent)]
+    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    outside = ["--", ":/", f":(exclude,top)benchmarks/{harness.RESULTS.name}"]
+    changed = subprocess.run([*git, "status", "--porcelain", *outside], capture_output=True, text=True)
+    if head.returncode:
+        return "uncommitted"
+    return head.stdout.strip() + ("+changes" if changed.stdout.strip() else "")
+
+
+def measured_alike(line: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether a line is of a commit without changes and agrees in all that is wanted."""
+    committed = "+" not in line["commit"] and line["commit"] != "uncommitted"
+    return committed and all(line.get(key) == str(value) for key, value in wanted.items())
+
+
+def read_csv(path: Path, wanted: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The lines of a result file that need not be measured again."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        return [line for line in csv.DictReader(file) if line["commit"].split("+")[0] == commit.split("+")[0]]
+        return [line for line in csv.DictReader(file) if measured_alike(line, wanted)]
 
 
 def missing(plan: Plan, pair: int, cases: list[str], done: list[dict[str, Any]]) -> list[str]:
-    """The cases of this turn that no line of the result file holds yet."""
+    """The cases of this turn that none of the lines holds yet; all of them are measured alike."""
     turn = (plan.flow, plan.dtype, str(pair))
     found = {line["case"] for line in done if (line["flow"], line["dtype"], str(line["pair"])) == turn}
     return [case for case in cases if case not in found]
@@ -168,11 +195,13 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     context = harness.environment(arguments.device) | edit_report.releases("diffusers", "transformers")
+    context["commit"] = commit()
+    context["bf16_products"] = "" if arguments.device == "cuda" else ("yes" if cpu_has_bf16() else "no")
     stem = f"edit_{arguments.device}"
     files = {"runs": stem, "calls": f"{stem}_calls", "profile": f"profile_{arguments.device}"}
     paths = {name: arguments.results / f"{file}.csv" for name, file in files.items()}
     lines: dict[str, list[dict[str, Any]]] = {
-        name: list(read_csv(path, context["commit"])) for name, path in paths.items()
+        name: list(read_csv(path, context | settings(arguments))) for name, path in paths.items()
     }
     for pair in range(arguments.pairs):
         for plan in plans(arguments.device, arguments.dtype):

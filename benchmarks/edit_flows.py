@@ -36,7 +36,7 @@ class Flow(Protocol):
         ...
 
     def case(self, name: str, picture: np.ndarray) -> Callable[[], object]:
-        """The run of one of CASES. Where it starts from an inverted picture, that is inverted here."""
+        """The run of one of CASES. What it starts from, an inverted picture or a recorded source, is made here."""
         ...
 
 
@@ -75,8 +75,11 @@ class MasaFlow:
     def case(self, name: str, picture: np.ndarray) -> Callable[[], object]:
         if name == "synthesis":
             return self.synthesise
-        if name == "one more target":
+        if name.startswith("one more target"):
             trajectory = masa.invert(self.sd, picture, steps=self.steps, progress=False)
+            if name == CACHED:
+                cache = masa.record(self.sd, trajectory=trajectory, guidance_scale=GUIDANCE, progress=False)
+                return lambda: masa.sample(self.sd, target=TARGETS[0], cache=cache, progress=False)
             return lambda: masa.sample(
                 self.sd, target=TARGETS[0], trajectory=trajectory, guidance_scale=GUIDANCE, progress=False
             )
@@ -97,6 +100,14 @@ class MasaFlow:
         return masa.sample(
             self.sd, SOURCE, TARGETS[0], steps=self.steps, guidance_scale=GUIDANCE, seed=0, progress=False
         )
+
+
+class CompiledMasa(MasaFlow):
+    """The same with `sd.compile()`; what the compiler takes falls into the warm-up."""
+
+    def __init__(self, folder: Path, device: str, dtype: torch.dtype, steps: int, compiler: str = "inductor") -> None:
+        super().__init__(folder, device, dtype, steps)
+        self.sd = self.sd.compile(compiler=compiler)
 
 
 class DiffusersFlow:
@@ -155,10 +166,12 @@ class DiffusersBest(DiffusersFlow):
 
 FLOWS: dict[str, Callable[[Path, str, torch.dtype, int], Flow]] = {
     "masa": MasaFlow,
+    "masa compiled": CompiledMasa,
     "published": Published,
     "diffusers sdpa": DiffusersBest,
 }
-CASES = ("edit", "one more target", "synthesis", "edit, 8 targets")
+CACHED = "one more target, source recorded"  # the peers keep nothing of a source, and run it again
+CASES = ("edit", "one more target", CACHED, "synthesis", "edit, 8 targets")
 
 
 def _encoding(pictures: Tensor) -> Kind:

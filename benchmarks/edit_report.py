@@ -25,7 +25,7 @@ def releases(*packages: str) -> dict[str, str]:
 
 def shown(line: Line) -> str:
     """A run on one line of the terminal."""
-    what = f"{line['case']:18s} {line['flow']:16s} {line['dtype']:9s}"
+    what = f"{line['case']:32s} {line['flow']:16s} {line['dtype']:9s}"
     return f"{what} {line['unet_rows']:5d} rows {float(line['total_s']):10.1f} s, peak {line['peak_mib']} MiB"
 
 
@@ -38,8 +38,9 @@ def report(runs: Sequence[Line], calls: Sequence[Line]) -> str:
     packages = ", ".join(f"{name} {first[name]}" for name in ("torch", "diffusers", "transformers"))
     text = [f"# Whole edits: {where}\n"]
     text.append(
-        f"512x512 photograph, {first['edit_steps']} steps, guidance 7.5, random weights of SD v1.5's size. "
-        f"Seconds are {clock}; {packages}; commit {', '.join(sorted({line['commit'] for line in runs}))}.\n"
+        f"{first['size']}x{first['size']} photograph, {first['edit_steps']} steps, guidance 7.5, "
+        f"random weights of SD v1.5's size. Seconds are {clock}; {packages}; "
+        f"commit {', '.join(sorted({line['commit'] for line in runs}))}.\n"
     )
     if any(str(steps) != str(first["edit_steps"]) for steps in measured):
         text.append(
@@ -51,7 +52,10 @@ def report(runs: Sequence[Line], calls: Sequence[Line]) -> str:
         text.append(f"Load average of the machine at the start of the flows: {min(loads):g} to {max(loads):g}.\n")
     for case in dict.fromkeys(line["case"] for line in runs):
         text += _case_table(case, [line for line in runs if line["case"] == case])
-    text += _aims([line for line in runs if line["case"] == "edit"], first["device"])
+        if case == "edit":
+            text += _rows([line for line in runs if line["case"] == case])
+    if first["threads"]:  # a CPU's: a GPU's lines have none
+        text += _aims([line for line in runs if line["case"] == "edit"])
     if calls:
         text += _calls_table(calls)
     return "\n".join(text) + "\n"
@@ -77,14 +81,36 @@ def _case_table(case: str, runs: Sequence[Line]) -> list[str]:
     return [*text, ""]
 
 
-def _aims(edits: Sequence[Line], device: str) -> list[str]:
+def _rows(edits: Sequence[Line]) -> list[str]:
+    """What the rows of one edit are, and what one of them costs each flow: speed apart from the number of rows."""
+    text = [
+        "With 50 steps masa runs 196: 50 of the inversion, without guidance's unconditional half, which at scale 1 "
+        "has no weight; then 4 steps of 2 rows before MasaCtrl acts and 46 of 3, the source pinned to its inversion. "
+        "The peers run 400: 100 of the inversion, of both halves of guidance; 100 of the picture of the target from "
+        "the same noise without MasaCtrl, which `masa.edit` does not make; 200 of source and target with guidance.\n"
+    ]
+    apart = []
+    for flow, dtype in dict.fromkeys((line["flow"], line["dtype"]) for line in edits):
+        own = [line for line in edits if (line["flow"], line["dtype"]) == (flow, dtype) and line["unet_s"] != ""]
+        each = sorted(float(line["unet_s"]) / int(line["unet_rows"]) for line in own)
+        if each:
+            ends = dict.fromkeys(f"{seconds:.1f}" for seconds in (each[0], each[-1]))
+            apart.append(f"{flow} {dtype} {' to '.join(ends)}")
+    if apart:
+        text.append(f"Seconds per row, by which the flows compare row for row: {'; '.join(apart)}.\n")
+    return text
+
+
+def _aims(edits: Sequence[Line]) -> list[str]:
     text = ["## Against the aims for one edit on a CPU\n", "| aim | measured |", "|---|---|"]
     held = {(line["flow"], line["dtype"]) for line in edits}
     for dtype, flow, peer_dtype, aim in SPEED_AIMS:
         ratios = pairwise(edits, (flow, peer_dtype), ("masa", dtype), "total_s")
         if not ratios and dtype == "float32" and ("masa", "bfloat16") in held:
             continue  # bfloat16's line stands for it
-        found = span(ratios) if ratios else f"not measured: {device} has no {dtype} products"
+        lacking = dtype == "bfloat16" and any(line.get("bf16_products") == "no" for line in edits)
+        unknown = "not measured: the CPU has no bfloat16 products" if lacking else "not measured"
+        found = span(ratios) if ratios else unknown
         text.append(f"| masa {dtype} at least {aim:g}x faster than {flow} {peer_dtype} | {found} |")
     for dtype in sorted({dtype for flow, dtype in held if flow == "masa"}):
         ratios = pairwise(edits, ("masa", dtype), ("published", "float32"), "peak_mib")
@@ -112,8 +138,11 @@ def profile_table(parts: Sequence[Line]) -> str:
     text = [f"# Where a UNet call spends its time: {first['device']}, {first['threads']} thread(s)\n"]
     text.append(
         "Shares by torch.profiler, of the seconds that the call takes without it. The limit is a square matrix "
-        f"product, measured in the same run. torch {first['torch']}, commit {first['commit']}.\n"
+        f"product, measured before and after the profiled call. torch {first['torch']}, commit {first['commit']}.\n"
     )
+    timed = first.get("seconds_of") or first["commit"]
+    if timed != first["commit"]:
+        text.append(f"The seconds are of another run, of commit {timed}; shares and limit are of one process.\n")
     for flow, dtype in dict.fromkeys((part["flow"], part["dtype"]) for part in parts):
         own = [part for part in parts if (part["flow"], part["dtype"]) == (flow, dtype)]
         total, work = (sum(float(part[key] or 0) for part in own) for key in ("seconds", "gflop"))

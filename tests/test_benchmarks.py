@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import csv
 import sys
 from pathlib import Path
 
@@ -13,9 +15,10 @@ import masa
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
+import bench_edit
 import edit_report
 from call_timer import CallTimer, Kind, Seconds
-from edit_flows import TARGETS, DiffusersBest, MasaFlow, Published
+from edit_flows import CACHED, TARGETS, CompiledMasa, DiffusersBest, MasaFlow, Plan, Published
 from profile_unet import COUNTED, attention_operations, group_of, profile_call
 
 STEPS = 6
@@ -72,15 +75,36 @@ def test_calls_are_counted_and_few_are_run(tiny_folder, build, calls):
 
 def test_rows_of_the_other_cases(tiny_folder):
     """896 rows where the published flow runs 100 + 8 * 300."""
+    cases = ("edit, 8 targets", "one more target", CACHED, "synthesis")
     picture = np.zeros((64, 64, 3), dtype=np.uint8)
     rows = {}
     for build in (MasaFlow, Published):
         flow = build(tiny_folder, "cpu", torch.float32, 50)
         with CallTimer(flow.probes(), 1, "cpu") as timer:
-            for case in ("edit, 8 targets", "one more target", "synthesis"):
+            for case in cases:
                 rows[build, case] = timer.cost(flow.case(case, picture)).unet_rows
-    assert [rows[MasaFlow, case] for case in ("edit, 8 targets", "one more target", "synthesis")] == [896, 146, 200]
-    assert [rows[Published, case] for case in ("edit, 8 targets", "one more target", "synthesis")] == [2500, 300, 200]
+    assert [rows[MasaFlow, case] for case in cases] == [896, 146, 100, 200]
+    assert [rows[Published, case] for case in cases] == [2500, 300, 300, 200]
+
+
+def test_target_of_a_recorded_source_is_the_same(tiny_folder, picture):
+    flow = MasaFlow(tiny_folder, "cpu", torch.float32, STEPS)
+    anew, cached = (flow.case(case, picture)().latents for case in ("one more target", CACHED))
+    assert (anew - cached).abs().max() < 1e-4 * anew.abs().max()
+
+
+def test_compiled_flow_is_compiled_timed_and_the_same(tiny_folder, picture):
+    compiled = CompiledMasa(tiny_folder, "cpu", torch.float32, STEPS, compiler="eager")
+    plain = MasaFlow(tiny_folder, "cpu", torch.float32, STEPS)
+    assert type(compiled.sd.unet) is not type(plain.sd.unet)
+    found = []
+    with CallTimer(compiled.probes(), None, "cpu") as timer:
+        cost = timer.cost(lambda: found.append(compiled.case("edit", picture)()))
+    expected = plain.case("edit", picture)().latents
+    assert cost.unet_rows == STEPS + 4 * 2 + (STEPS - 4) * 3
+    assert (found[0].latents - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert [plan.flow for plan in bench_edit.plans("cuda", None)].count("masa compiled") == 1
+    assert "masa compiled" not in [plan.flow for plan in bench_edit.plans("cpu", None)]
 
 
 def test_every_call_is_run_where_all_are_asked_for(tiny_folder, picture):
@@ -116,7 +140,15 @@ def test_operations_of_attention():
 
 
 def test_report_pairs_by_turn():
-    shared = {"case": "edit", "steps_measured": 1, "edit_steps": 50, "clock": "cpu", "threads": "1", "unet_s": 1.0}
+    shared = {
+        "case": "edit",
+        "size": 384,
+        "steps_measured": 1,
+        "edit_steps": 50,
+        "clock": "cpu",
+        "threads": "1",
+        "unet_s": 1.0,
+    }
     shared |= {
         "device": "a CPU",
         "torch": "2",
@@ -135,4 +167,43 @@ def test_report_pairs_by_turn():
     assert "7.00x [6.00, 8.00]" in text
     assert "0.40x" in text
     assert "Extrapolated" in text
-    assert "not measured" in text  # nothing ran in bfloat16
+    assert "384x384" in text
+    assert "not measured |" in text  # nothing ran in bfloat16, and no line says why
+    assert "no bfloat16 products" not in text
+    told = edit_report.report([line | {"bf16_products": "no"} for line in runs], [])
+    assert told.count("not measured: the CPU has no bfloat16 products |") == 2
+    assert "no float32 products" not in told
+    assert "no bfloat16 products" not in edit_report.report([line | {"bf16_products": "yes"} for line in runs], [])
+    assert "aims" in text
+    assert "aims" not in edit_report.report([line | {"threads": "", "device": "a GPU"} for line in runs], [])
+
+
+WANTED = {"size": 512, "edit_steps": 50, "steps_measured": 1, "threads": "1", "device": "a CPU", "commit": "abc"}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"size": 256}, {"edit_steps": 20}, {"steps_measured": 2}, {"threads": "2"}, {"device": "b"}, {"commit": "abd"}],
+)
+def test_lines_of_other_settings_are_measured_again(tmp_path, other):
+    plan, cases = Plan("masa", "float32"), ["edit", "synthesis"]
+    line = WANTED | {"case": "edit", "flow": "masa", "dtype": "float32", "pair": 0}
+    file = tmp_path / "edit.csv"
+
+    def left(written: dict, wanted: dict, pair: int = 0) -> list[str]:
+        with file.open("w", newline="") as out:
+            writer = csv.DictWriter(out, list(written))
+            writer.writeheader()
+            writer.writerow(written)
+        return bench_edit.missing(plan, pair, cases, bench_edit.read_csv(file, wanted))
+
+    assert left(line, WANTED) == ["synthesis"]
+    assert left(line, WANTED, pair=1) == cases
+    assert left(line, WANTED | other) == cases
+    assert left(line | {"commit": "abc+changes"}, WANTED) == cases
+    assert left(line | {"commit": "abc+changes"}, WANTED | {"commit": "abc+changes"}) == cases
+
+
+def test_settings_count_all_steps_where_all_are_run():
+    arguments = argparse.Namespace(size=64, edit_steps=50, steps=None)
+    assert bench_edit.settings(arguments) == {"size": 64, "edit_steps": 50, "steps_measured": 50}
