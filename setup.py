@@ -43,6 +43,7 @@ setup(
             "diffusers>=0.30",
             "accelerate>=0.30",
             "scikit-image>=0.22",
+            "matplotlib>=3.8",
             "ruff>=0.17,<0.18",
             "mypy>=2.4,<2.5",
         ],
