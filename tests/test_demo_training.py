@@ -17,11 +17,12 @@ from masa.weights.demo.autoencoder import (
     train_vae,
     whiten,
 )
-from masa.weights.demo.denoiser import Denoiser, UNetRecipe, draw, stratified_timesteps, train_unet
+from masa.weights.demo.denoiser import Denoiser, UNetRecipe, draw, noised_twins, stratified_timesteps, train_unet
 from masa.weights.demo.export import export
 from masa.weights.demo.loop import Average, Budget, Progress, SpareCores, learning_rate
 from masa.weights.demo.pool import render_pool
 from masa.weights.demo.vocabulary import write_tokenizer
+from masa.weights.demo.world import render, sample, turned
 
 TINY_VAE = VAEConfig(block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_groups=4)
 TINY_UNET = UNetConfig(block_out_channels=(16, 16, 16, 16), context_width=16, heads=2, norm_groups=4)
@@ -49,6 +50,33 @@ def test_pool_does_not_depend_on_who_renders(pool):
     again = render_pool(range(24), 64, workers=1)
     assert torch.equal(pool.pictures, again.pictures)
     assert pool.captions == again.captions
+
+
+def test_twins_differ_in_the_direction_they_face(pool):
+    twins = render_pool(range(24), 64, twins=True)
+    for seed, (picture, caption) in enumerate(zip(twins.pictures, twins.captions, strict=True)):
+        drawn = turned(sample(seed))
+        assert caption == drawn.caption
+        assert torch.equal(picture, torch.tensor(render(*drawn_parts(drawn), 64)[0]).permute(2, 0, 1))
+        assert not torch.equal(picture, pool.pictures[seed])
+
+
+def drawn_parts(drawn):
+    return drawn.appearance, drawn.pose, drawn.scene
+
+
+def test_alike_twins_share_noisy_latents_and_each_gets_its_own_back():
+    draws = torch.Generator().manual_seed(0)
+    clean = torch.randn(6, 4, 8, 8, generator=draws)
+    noise = torch.randn(3, 4, 8, 8, generator=draws)
+    alpha = torch.tensor([0.1, 0.3, 0.6]).repeat(2)
+    noisy, target = noised_twins(clean, noise, alpha, torch.tensor([True, False, True]))
+    a = alpha.view(-1, 1, 1, 1)
+    torch.testing.assert_close((noisy - (1 - a).sqrt() * target) / a.sqrt(), clean)  # every row's noise is its own
+    torch.testing.assert_close(target[:3], noise)
+    for pair, alike in enumerate((True, False, True)):
+        assert torch.equal(noisy[pair], noisy[pair + 3]) == alike
+        assert torch.equal(target[pair], target[pair + 3]) != alike
 
 
 def test_vae_learns_and_resumes_exactly(pool, tmp_path):

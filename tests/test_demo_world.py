@@ -1,5 +1,7 @@
 """The captioned world: deterministic, exact truths, captions inside the vocabulary."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -7,7 +9,7 @@ from masa.models.tokenizer import Tokenizer
 from masa.weights.demo.figures import COLOURS
 from masa.weights.demo.scenery import draw_scene
 from masa.weights.demo.vocabulary import write_tokenizer
-from masa.weights.demo.world import POSES, SUBJECTS, WORDS, caption, render, sample
+from masa.weights.demo.world import POSES, SUBJECTS, WORDS, caption, render, sample, turned
 
 
 def grown(mask, by):
@@ -85,6 +87,18 @@ def test_facing_left_mirrors_the_subject():
     right = render(drawn.appearance, "standing", scene)[1]
     left = render(drawn.appearance, "standing", replace(scene, facing=-1))[1]
     assert (right != left[:, ::-1]).mean() < 0.01
+
+
+def test_turned_sample_differs_in_direction_alone():
+    for seed in range(20):
+        one = sample(seed)
+        other = turned(one)
+        assert turned(other) == one
+        assert (other.appearance, other.pose) == (one.appearance, one.pose)
+        assert other.scene == replace(one.scene, facing=-one.scene.facing)
+        names_the_way = "facing" in one.caption
+        assert (other.caption != one.caption) == names_the_way
+        assert other.caption.endswith("left" if other.scene.facing < 0 else "right") or not names_the_way
 
 
 def test_unknown_pose_names_the_known_ones():

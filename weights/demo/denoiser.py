@@ -36,11 +36,12 @@ class UNetRecipe:
     direction are decided.
     """
 
-    batch: int = 16
+    batch: int = 16  # even: pairs of twins
     peak_rate: float = 1e-3
     max_snr: float = 5.0
     min_weight: float = 0.25
     empty_captions: float = 0.1  # share, for classifier-free guidance
+    alike: float = 0.5  # share, among pairs of twins in the noisier half, that only the caption tells apart
     decay: float = 0.9985
     warmup: int = 150
     floor: float = 0.03
@@ -83,6 +84,23 @@ def stratified_timesteps(batch: int, total: int, draws: torch.Generator) -> Tens
     return ((torch.arange(batch) + torch.rand(batch, generator=draws)) / batch * total).long().clamp(0, total - 1)
 
 
+def noised_twins(clean: Tensor, noise: Tensor, alpha: Tensor, alike: Tensor) -> tuple[Tensor, Tensor]:
+    """Noisy latents of pairs of twins and the noise in them, both (2 pairs, 4, h, w).
+
+    clean (2 pairs, 4, h, w): first of each pair, then second; noise (pairs, 4, h, w) is both twins'; alpha
+    (2 pairs,). Of pairs that are `alike` (pairs,) the second shares the first's noisy latents: its noise is what
+    then lies between them and its own clean ones, and nothing but the caption tells which of the two is meant.
+    Without them the network reads the direction off the latents and never learns the word.
+    """
+    alpha = alpha.view(-1, 1, 1, 1)
+    noise = noise.repeat(2, 1, 1, 1)
+    noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
+    shared = noisy[: len(alike)].repeat(2, 1, 1, 1)
+    both = alike.repeat(2).view(-1, 1, 1, 1)
+    implied = (shared - alpha.sqrt() * clean) / (1 - alpha).sqrt()
+    return torch.where(both, shared, noisy), torch.where(both, implied, noise)
+
+
 def train_unet(
     latents: Tensor,
     captions: list[str],
@@ -94,11 +112,15 @@ def train_unet(
     threads: int | None = None,
     report: Callable[[Denoiser, int], None] | None = None,
 ) -> Denoiser:
-    """Trains on scaled latents (n, 4, h, w), goes on from the checkpoint if there is one.
+    """Trains on scaled latents (2n, 4, h, w), goes on from the checkpoint if there is one.
+
+    The second n latents and captions are the twins of the first: the same, facing the other way. A batch holds
+    pairs of twins under one noise at one timestep, so that the direction is what their gradients differ by.
 
     Returns the averaged model in evaluation mode. `report(model, steps)` sees it at some checkpoints.
     """
     device = latents.device
+    twin, pairs = len(latents) // 2, recipe.batch // 2
     ids = model.tokenizer(captions).to(device)
     empty = model.tokenizer([""]).to(device)
     alphas = torch.tensor(Schedule().alphas_cumprod, device=device)
@@ -132,12 +154,14 @@ def train_unet(
     smooth = 1.0
     while (spent := budget.fraction(progress)) < 1:
         spare()
-        rows = torch.randint(len(latents), (recipe.batch,), generator=draws).to(device)
-        noise = torch.randn(recipe.batch, *latents.shape[1:], generator=draws).to(device)
-        t = stratified_timesteps(recipe.batch, len(alphas), draws).to(device)
-        silent = (torch.rand(recipe.batch, 1, generator=draws) < recipe.empty_captions).to(device)
-        alpha = alphas[t].view(-1, 1, 1, 1)
-        noisy = alpha.sqrt() * latents[rows].float() + (1 - alpha).sqrt() * noise
+        first = torch.randint(twin, (pairs,), generator=draws)
+        rows = torch.cat([first, first + twin]).to(device)
+        noise = torch.randn(pairs, *latents.shape[1:], generator=draws).to(device)
+        t = stratified_timesteps(pairs, len(alphas), draws)
+        alike = ((t >= len(alphas) // 2) & (torch.rand(pairs, generator=draws) < recipe.alike)).to(device)
+        silent = (torch.rand(pairs, 1, generator=draws) < recipe.empty_captions).to(device).repeat(2, 1)
+        t = t.to(device).repeat(2)
+        noisy, noise = noised_twins(latents[rows].float(), noise, alphas[t], alike)
         with autocast(device):
             context = model.text(torch.where(silent, empty, ids[rows]))
             eps, _ = model.unet(noisy.contiguous(memory_format=torch.channels_last), t, context)

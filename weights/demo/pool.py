@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .world import SUBJECTS, render, sample
+from .world import SUBJECTS, render, sample, turned
 
 # Training draws seeds from here up; everything below is held out, for tests, judging and benchmarks.
 FIRST_TRAINING_SEED = 10_000_000
@@ -39,20 +39,25 @@ def as_pictures(decoded: Tensor) -> Tensor:
     return ((decoded.float().clamp(-1, 1) + 1) * 127.5).round().byte()
 
 
-def _render_chunk(seeds: range, size: int, subjects: tuple[str, ...]) -> tuple[np.ndarray, list[str]]:
+def _render_chunk(seeds: range, size: int, subjects: tuple[str, ...], twins: bool) -> tuple[np.ndarray, list[str]]:
     pictures = np.empty((len(seeds), size, size, 3), np.uint8)
     captions = []
     for i, seed in enumerate(seeds):
-        drawn = sample(seed, subjects)
+        drawn = turned(sample(seed, subjects)) if twins else sample(seed, subjects)
         pictures[i] = render(drawn.appearance, drawn.pose, drawn.scene, size)[0]
         captions.append(drawn.caption)
     return pictures, captions
 
 
-def render_pool(seeds: range, size: int, subjects: Sequence[str] = SUBJECTS, workers: int = 0) -> Pool:
-    """Renders the samples of `seeds`; `workers` 0 renders in this process. The result does not depend on it."""
+def render_pool(
+    seeds: range, size: int, subjects: Sequence[str] = SUBJECTS, workers: int = 0, twins: bool = False
+) -> Pool:
+    """Renders the samples of `seeds`; `workers` 0 renders in this process. The result does not depend on it.
+
+    `twins` renders each of them facing the other way instead.
+    """
     chunks = [seeds[i : i + _CHUNK] for i in range(0, len(seeds), _CHUNK)]
-    work = partial(_render_chunk, size=size, subjects=tuple(subjects))
+    work = partial(_render_chunk, size=size, subjects=tuple(subjects), twins=twins)
     pictures = torch.empty(len(seeds), 3, size, size, dtype=torch.uint8)
     captions: list[str] = []
     with tqdm(total=len(seeds), desc="rendering", unit="img", disable=len(chunks) < 2) as bar:

@@ -56,7 +56,7 @@ PRESETS = {
         vae=VAEConfig(block_out_channels=(16, 48, 96, 128), layers_per_block=1, norm_groups=8),
         vae_recipe=VAERecipe(),
         vae_minutes=32,
-        unet=UNetConfig(block_out_channels=(48, 96, 128, 192), context_width=128, heads=4, norm_groups=8),
+        unet=UNetConfig(block_out_channels=(48, 96, 128, 192), context_width=128, heads=8, norm_groups=8),
         unet_recipe=UNetRecipe(batch=16, peak_rate=8e-4, decay=0.999),
         unet_minutes=180,
         text_width=128,
@@ -80,14 +80,16 @@ PRESETS = {
 }  # fmt: skip
 
 
-def cached_pool(path: Path, seeds: range, size: int, subjects: tuple[str, ...], workers: int) -> Pool:
+def cached_pool(
+    path: Path, seeds: range, size: int, subjects: tuple[str, ...], workers: int, twins: bool = False
+) -> Pool:
     """The rendered pool, from the run's folder where it lies there already."""
     key = [seeds.start, seeds.stop, size, *subjects]
     if path.exists():
         state = torch.load(path, weights_only=True)
         if state["key"] == key:
             return Pool(state["pictures"], state["captions"], seeds)
-    pool = render_pool(seeds, size, subjects, workers)
+    pool = render_pool(seeds, size, subjects, workers, twins)
     save_atomically({"key": key, "pictures": pool.pictures, "captions": pool.captions}, path)
     return pool
 
@@ -199,8 +201,11 @@ def main() -> None:
 
     first = FIRST_TRAINING_SEED + 1_000_000
     seeds = range(first, first + preset.unet_pictures)
-    pool = cached_pool(run / "unet_pool.pt", seeds, preset.size, preset.subjects, args.workers)
-    latents = cached_latents(run / "latents.pt", vae, pool, device)
+    captions, latents = [], []
+    for name, twins in (("unet", False), ("twin", True)):
+        pool = cached_pool(run / f"{name}_pool.pt", seeds, preset.size, preset.subjects, args.workers, twins)
+        captions += pool.captions
+        latents.append(cached_latents(run / f"{name}_latents.pt", vae, pool, device))
     vocabulary = write_tokenizer(run / "tokenizer")
     tokenizer = Tokenizer.from_folder(run / "tokenizer")
     text = TextConfig(
@@ -212,8 +217,8 @@ def main() -> None:
     )
     model = Denoiser.build(preset.unet, text, tokenizer, device)
     trained = train_unet(
-        latents,
-        pool.captions,
+        torch.cat(latents),
+        captions,
         model,
         preset.unet_recipe,
         Budget(minutes=preset.unet_minutes),

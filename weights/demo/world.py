@@ -1,8 +1,9 @@
 """A captioned world whose edits have an exact truth: the same individual and place in another pose."""
 
 import random
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image
@@ -11,7 +12,19 @@ from .canvas import SUPERSAMPLE, Canvas
 from .figures import COLOURS, PATTERNS, POSES, SUBJECTS, Appearance, draw_figure, sample_appearance
 from .scenery import KINDS, Scene, draw_scene, sample_scene
 
-__all__ = ["KINDS", "POSES", "SUBJECTS", "WORDS", "Appearance", "Sample", "Scene", "caption", "render", "sample"]
+__all__ = [
+    "KINDS",
+    "POSES",
+    "SUBJECTS",
+    "WORDS",
+    "Appearance",
+    "Sample",
+    "Scene",
+    "caption",
+    "render",
+    "sample",
+    "turned",
+]
 
 # people are tall and raise their hands: drawn smaller
 _SCALES = {"cat": (0.62, 0.7), "dog": (0.62, 0.7), "bird": (0.66, 0.74), "person": (0.6, 0.68)}
@@ -43,6 +56,13 @@ def sample(seed: int, subjects: Sequence[str] = SUBJECTS) -> Sample:
     appearance = sample_appearance(rng, subject, (*scene.sky, scene.ground))
     pose = rng.choice(POSES[subject])
     return Sample(appearance, pose, scene, _vary(rng, appearance, pose, scene))
+
+
+def turned(drawn: Sample) -> Sample:
+    """The same individual, pose and place, facing the other way; so says the caption, if it names the way."""
+    other = {"left": "right", "right": "left"}
+    said = re.sub("(?<=facing )(left|right)", lambda way: other[way[0]], drawn.caption)
+    return replace(drawn, scene=replace(drawn.scene, facing=-drawn.scene.facing), caption=said)
 
 
 def render(appearance: Appearance, pose: str, scene: Scene, size: int = 128) -> tuple[np.ndarray, np.ndarray]:
