@@ -160,7 +160,7 @@ def test_costs_count_the_rows_of_the_network():
     # An inversion is shared: the second method of null-text costs no second fitting.
     null_text = dict(GROUPS["null-text"].methods(SETTINGS, "cat"))
     first = dict([next(iter(null_text.items()))])
-    assert Task("real", 0, null_text).rows(SETTINGS) < 1.2 * Task("real", 0, first).rows(SETTINGS)
+    assert Task("real", 0, null_text).rows(SETTINGS) < 1.5 * Task("real", 0, first).rows(SETTINGS)
 
 
 def test_the_table_holds_every_method_and_says_its_setting():

@@ -23,7 +23,7 @@ STRESS = 2.0  # Prompt-to-Prompt's factor on the pose's word
 HALF_SIDE = 8 * 8
 # Of null-text, at each step: ten inner ones, forward, again, and backward. One row alone and its gradients are slow:
 # the time of this many rows in a batch, measured.
-INNER_ROWS = 300
+INNER_ROWS = 100
 
 # What a control must know of one edit: (individual, target pose, side of the picture in pixels) -> controls.
 PerEdit = Callable[[Individual, str, int], tuple[Control, ...]]
