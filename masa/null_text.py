@@ -10,7 +10,7 @@ from tqdm import tqdm
 from masa.pipeline import StableDiffusion
 from masa.schedule import Schedule
 
-INNER_STEPS = 10
+INNER_STEPS = 10  # published
 LEARNING_RATE = 1e-2
 MAX_STEPS = 100  # the learning rate falls to 0 there
 
@@ -33,13 +33,17 @@ def null_text(
     *,
     schedule: Schedule,
     guidance_scale: float,
+    inner_steps: int = INNER_STEPS,
     progress: bool = True,
 ) -> Tensor:
     """Algorithm 1: the unconditional embedding of each denoising step, (steps, 77, width) float32 on the CPU.
 
     pivot (steps + 1, 4, h, w): an inversion's latents, clean first. uncond, cond (1, 77, width): embeddings of
-    the empty and of the source's prompt. Latents, embedding and Adam are float32 even when the network is not;
-    the network's activations are recomputed block by block, which is exact and keeps the memory small.
+    the empty and of the source's prompt. inner_steps: Adam's at each denoising step, unless the loss falls below
+    the tolerance before; 1 or more. The published 10 may leave the first steps, where the embedding has furthest
+    to go, above the tolerance, and what is lost there is not always made up for at the end.
+    Latents, embedding and Adam are float32 even when the network is not; the network's activations are recomputed
+    block by block, which is exact and keeps the memory small.
     """
     steps = len(pivot) - 1
     found = []
@@ -52,7 +56,7 @@ def null_text(
         with torch.enable_grad():
             embedding = embedding.detach().clone().requires_grad_()
             adam = torch.optim.Adam([embedding], lr=learning_rate(step))
-            for _ in range(INNER_STEPS):
+            for _ in range(inner_steps):
                 eps = sd.unet(x.to(sd.dtype), timestep, embedding.to(sd.dtype), checkpoint=True)[0].float()
                 reached = schedule.step(eps + guidance_scale * (eps_cond - eps), x, timestep, steps)
                 # Summed, so that no gradient underflows in float16; the mean's gradient after that, in float32.

@@ -13,6 +13,7 @@ from masa import __version__
 from masa.errors import MasaError
 from masa.files import file_digest, find_near
 from masa.inversion import invert
+from masa.null_text import INNER_STEPS
 from masa.pipeline import StableDiffusion, load
 from masa.result import Result, read_settings
 from masa.sampling import sample
@@ -122,6 +123,7 @@ def restore_trajectory(sd: StableDiffusion, settings: Mapping[str, Any], source:
         guidance_scale=settings["guidance_scale"],
         method=settings["method"],
         edit_guidance_scale=7.5 if fitted is None else fitted,
+        inner_steps=settings.get("inner_steps") or INNER_STEPS,  # older pictures do not name it: the published
         seed=None if generator is not None else settings["seed"],
         generator=generator,
         height=settings["height"],

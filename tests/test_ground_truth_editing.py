@@ -1,18 +1,26 @@
 """The benchmark of edits against their truth: cases, measures, intervals, stored runs."""
 
+import csv
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks.ground_truth.cases import TABLE_SEEDS, Individual
-from benchmarks.ground_truth.intervals import clustered, equal_error, share_interval, wilson
-from benchmarks.ground_truth.measures import against_source, against_truth, appearance_error, palette_distance, psnr
-from benchmarks.ground_truth.methods import Method, Settings, real_methods, synthesis_methods
-from benchmarks.ground_truth.report import Outcome, summarise
-from benchmarks.ground_truth.runs import Store, Task, calibration_pair, estimate, missing
 from masa.weights.demo.pool import FIRST_TRAINING_SEED
 from masa.weights.demo.pose_classifier import load_pose_classifier
+
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+
+import ground_truth_editing
+from ground_truth.cases import CALIBRATION_SEEDS, MODEL_SEEDS, TABLE_SEEDS, Individual
+from ground_truth.figures import write_curves, write_grid
+from ground_truth.intervals import clustered, equal_error, share_interval, wilson
+from ground_truth.measures import against_source, against_truth, appearance_error, palette_distance, psnr
+from ground_truth.methods import GROUPS, Editor, Method, Settings, fits_pairs, real_methods, synthesise
+from ground_truth.report import Outcome, summarise
+from ground_truth.runs import Store, Task, calibration_pair, estimate, missing
 
 SETTINGS = Settings(steps=20, guidance_scale=7.5, start_step=2, start_layer=8)
 WHO = Individual.draw(TABLE_SEEDS)
@@ -123,11 +131,11 @@ def test_equal_error_lies_where_both_errors_meet():
 
 def test_a_run_goes_on_where_it_stopped_and_refuses_other_settings(tmp_path):
     store, methods = Store(tmp_path), {"a": Method(), "b": Method(inversion="null-text")}
-    assert [sorted(task.methods) for task in missing(store, "real", methods, 2)] == [["a", "b"]] * 2
+    assert [sorted(task.methods) for task in missing(store, "real", methods, {"a": 2, "b": 2})] == [["a", "b"]] * 2
     pictures = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
     store.save("real", "a", TABLE_SEEDS, pictures)
     np.testing.assert_array_equal(store.load("real", "a", TABLE_SEEDS), pictures)
-    left = missing(store, "real", methods, 2)
+    left = missing(store, "real", methods, {"a": 2, "b": 2})
     assert [sorted(task.methods) for task in left] == [["b"], ["a", "b"]]
     assert store.methods("real") == ["a"]
     assert "2 individuals" in estimate(left, SETTINGS, 40.0, 2)
@@ -137,33 +145,206 @@ def test_a_run_goes_on_where_it_stopped_and_refuses_other_settings(tmp_path):
         store.claim({"steps": 50})
 
 
+def test_slow_methods_have_fewer_individuals(tmp_path):
+    tasks = missing(Store(tmp_path), "real", {"a": Method(), "b": Method()}, {"a": 3, "b": 1})
+    assert [sorted(task.methods) for task in tasks] == [["a", "b"], ["a"], ["a"]]
+    assert missing(Store(tmp_path), "real", {"a": Method()}, {"a": 0}) == []
+
+
 def test_costs_count_the_rows_of_the_network():
     assert Method().rows(20, 3, real=True) == 120  # a pinned source that nobody reads is not computed
     assert Method().rows(20, 3, real=False) == 160
     assert Method(strength=0.5).rows(20, 3, real=True) == 60
     one, both = ({"a": Method()}, {"a": Method(), "b": Method()})
     assert Task("real", 0, both).rows(SETTINGS) > Task("real", 0, one).rows(SETTINGS)
+    # An inversion is shared: the second method of null-text costs no second fitting.
+    null_text = dict(GROUPS["null-text"].methods(SETTINGS, "cat"))
+    first = dict([next(iter(null_text.items()))])
+    assert Task("real", 0, null_text).rows(SETTINGS) < 1.5 * Task("real", 0, first).rows(SETTINGS)
 
 
-def test_methods_name_their_setting_and_synthesis_needs_no_picture():
-    real, pairs = real_methods(SETTINGS, "cat"), synthesis_methods(SETTINGS, "cat")
-    assert {"fixed seed", "SDEdit 0.8", "MasaCtrl S=2 L=8", "MasaCtrl S=2 L=10", "null-text, MasaCtrl S=2 L=8"} <= set(
-        real
-    )
-    assert set(pairs) < set(real)
-    assert not any("SDEdit" in name or "null-text" in name for name in pairs)
+def test_the_table_holds_every_method_and_says_its_setting():
+    real = real_methods(SETTINGS, "cat")
+    plain = {"fixed seed", "SDEdit 0.5", "SDEdit 0.8", "Prompt-to-Prompt", "Plug-and-Play", "StyleTransfer S=2 L=8"}
+    variants = {"MasaCtrl S=2 L=10"} | {
+        f"MasaCtrl S=2 L=8{variant}" for variant in ("", ", free source", ", word masks", ", union")
+    }
+    others = {"Blended Latent Diffusion, true mask", "Prompt-to-Prompt, LocalBlend"}
+    inverted = {
+        f"{inversion}{control}"
+        for inversion in ("negative-prompt", "null-text", "edit-friendly")
+        for control in ("", ", MasaCtrl S=2 L=8", ", Prompt-to-Prompt")
+    }
+    assert plain | variants | others | inverted | {"Prompt-to-Prompt, pose reweighted by 2"} == set(real)
+    pairs = {name for name, method in real.items() if fits_pairs(method)}
+    assert {"fixed seed", "MasaCtrl S=2 L=8", "Plug-and-Play"} < pairs
+    assert not any(word in name for name in pairs for word in ("SDEdit", "null-text", "free", "Blended"))
+
+
+def test_every_method_edits_and_no_two_alike(tiny):
+    settings = Settings(steps=2, guidance_scale=4.0, start_step=1, start_layer=8)
+    editor = Editor(tiny, WHO, settings)
+    made = {name: editor.edit(method) for name, method in real_methods(settings, "cat").items()}
+    assert {pictures.shape for pictures in made.values()} == {(4, 128, 128, 3)}
+    names = {pictures[1:].tobytes(): name for name, pictures in made.items()}
+    assert set(made) == set(names.values()), "some edits are the same"
+    again = synthesise(tiny, WHO, settings, Method())
+    assert again.shape == (4, 128, 128, 3)
+
+
+def test_an_edit_that_faces_the_other_way_is_also_judged_by_the_truth_that_does(classifier):
+    turned = WHO.turned(-WHO.scene.facing)
+    assert turned.turned(WHO.scene.facing) == WHO
+    measures = against_truth(classifier, WHO, POSE, turned.picture(POSE, 128))
+    assert measures.pose
+    assert not measures.facing
+    assert measures.appearance_as_seen == 0 < measures.appearance
+    shares = Outcome(1, POSE, measures, measures.appearance / 2).shares
+    assert shares["both right as seen"]
+    assert not shares["both right"]
+    straight = against_truth(classifier, WHO, POSE, WHO.picture(POSE, 128))
+    assert straight.facing
+    assert straight.appearance_as_seen == straight.appearance
 
 
 def test_summary_counts_both_only_where_both_are_right(classifier):
     good = against_truth(classifier, WHO, POSE, WHO.picture(POSE, 128))
     cases = [
-        Outcome(1, "a", good, True),
-        Outcome(1, "b", replace(good, pose=False), True),
-        Outcome(2, "a", good, False),
-        Outcome(2, "b", replace(good, pose=False), False),
+        Outcome(1, "a", good, 10.0),
+        Outcome(1, "b", replace(good, pose=False), 10.0),
+        Outcome(2, "a", replace(good, appearance=20.0), 10.0),
+        Outcome(2, "b", replace(good, pose=False, appearance=20.0), 10.0),
     ]
     row = summarise("real", "m", cases)
     assert (row["cases"], row["individuals"]) == (4, 2)
     assert (row["pose"], row["appearance right"], row["both right"]) == (0.5, 0.5, 0.25)
+    assert row["both right as seen"] == 0.5
     assert row["both right low"] <= 0.25 <= row["both right high"]
-    assert row["appearance"] == 0
+    assert row["appearance"] == 10
+    assert row["appearance_as_seen"] == 0
+
+
+# -------------------------------------------------------------------------------------------------- figures
+
+
+def test_curves_count_the_cases_below_each_threshold(classifier, tmp_path):
+    good = against_truth(classifier, WHO, POSE, WHO.picture(POSE, 128))
+    cases = [
+        Outcome(1, POSE, replace(good, appearance=error, appearance_as_seen=5.0, pose=error < 50), 17.3)
+        for error in (10.0, 30.0, 51.0)
+    ]
+    rows = write_curves(tmp_path / "curves", "real", {("real", "m"): cases, ("sweep", "n"): cases})
+    assert {row["method"] for row in rows} == {"m"}
+    captioned = {row["threshold"]: row["both right"] for row in rows if row["truth"] == "as captioned"}
+    assert [captioned[t] for t in (0.0, 10.0, 10.5, 17.3, 30.5, 60.0)] == [0, 0, 0.3333, 0.3333, 0.6667, 0.6667]
+    seen = {row["threshold"]: row["both right"] for row in rows if row["truth"] == "direction as seen"}
+    assert (seen[5.0], seen[5.5]) == (0, 0.6667)
+    assert [row["threshold"] for row in rows if row["equal error"]] == [17.3, 17.3]
+    with (tmp_path / "curves.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == len(rows)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["curves.csv", "curves.png"]
+    assert write_curves(tmp_path / "none", "synthesis", {("real", "m"): cases}) == []
+
+
+def test_a_grid_of_methods_with_no_individual_in_common_leaves_cells_empty(tmp_path):
+    store = Store(tmp_path / "run")
+    store.claim({"subject": "cat", "image_size": 32})
+    for k, name in enumerate(("a", "b")):
+        store.save("real", name, TABLE_SEEDS + k, np.zeros((4, 32, 32, 3), np.uint8))
+    write_grid(tmp_path / "grid.png", store, "real", ["a", "b"], {}, 8)
+    assert (tmp_path / "grid.png").exists()
+    write_grid(tmp_path / "none.png", store, "real", ["c"], {}, 8)
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_the_report_writes_all_its_files(tmp_path, monkeypatch, capsys):
+    store = Store(tmp_path / "run")
+    store.claim({"subject": "cat", "image_size": 64, "steps": 20, "guidance_scale": 4.0, "checkpoint": "demo",
+                 "fingerprint": "0"})  # fmt: skip
+    for k in range(10):
+        _, _, same, other = calibration_pair(CALIBRATION_SEEDS + k, "cat", 64)
+        store.save("model", "same individual", CALIBRATION_SEEDS + k, same[None])
+        store.save("model", "other individual", CALIBRATION_SEEDS + k, other[None])
+    who = Individual.draw(MODEL_SEEDS)
+    store.save("model", "round trip", MODEL_SEEDS, who.picture(who.source_pose, 64)[None])
+    truth = np.stack([WHO.picture(pose, 64) for pose in (WHO.source_pose, *WHO.target_poses)])
+    for section, name in (("real", "fixed seed"), ("real", "null-text"), ("real", "MasaCtrl S=9 L=9"),
+                          ("synthesis", "fixed seed"), ("sweep", "MasaCtrl S=2 L=8")):  # fmt: skip
+        store.save(section, name, 200_000 if section == "sweep" else TABLE_SEEDS, truth)
+    out = tmp_path / "out"
+    monkeypatch.setattr(sys, "argv", ["x", "report", "--run", str(store.folder), "--out", str(out), "--steps", "20"])
+    ground_truth_editing.main()
+    wanted = {f"ground_truth_{name}" for name in (
+        "editing.csv", "editing.json", "editing.md", "model.csv", "real.png", "real_further.png", "real_inversions.png",
+        "synthesis.png", "sweep.csv", "sweep.png", "thresholds_real.csv", "thresholds_real.png",
+        "thresholds_synthesis.csv", "thresholds_synthesis.png")}  # fmt: skip
+    assert {path.name for path in out.iterdir()} == wanted
+    text = capsys.readouterr().out
+    assert "both right, direction as seen" in text
+    assert "true mask" in text
+
+
+# ---------------------------------------------------------------------------------------------- arguments
+
+
+def test_groups_have_numbers_of_their_own(tmp_path):
+    args = ground_truth_editing.arguments(
+        ["real", "synthesis", "sweep", "--steps", "20", "-S", "2", "-L", "8", "--individuals", "3", "core=5",
+         "null-text=1", "--pairs", "0", "core=2", "--sweep-individuals", "1", "--sweep-starts", "4",
+         "--sweep-layers", "8"]
+    )  # fmt: skip
+    tasks = ground_truth_editing.plan(args, Store(tmp_path), SETTINGS)
+
+    def count(section, name):
+        return sum(task.section == section and name in task.methods for task in tasks)
+
+    names = ("fixed seed", "MasaCtrl S=2 L=8, union", "edit-friendly", "null-text")
+    assert [count("real", name) for name in names] == [5, 3, 3, 1]
+    assert [count("synthesis", name) for name in names] == [2, 0, 0, 0]
+    assert count("sweep", "MasaCtrl S=2 L=8") == 1
+    usual = ground_truth_editing.plan(ground_truth_editing.arguments(["real"]), Store(tmp_path), SETTINGS)
+    assert sum("null-text" in task.methods for task in usual) == GROUPS["null-text"].individuals
+    assert len(usual) == GROUPS["core"].individuals
+
+
+@pytest.mark.parametrize("asked", ["core;null-text", "core, null-text", "all", "MasaCtrl S=2 L=8, union", "fixed seed"])
+def test_methods_are_chosen_by_group_or_name(asked):
+    chosen = ground_truth_editing.choose(asked, SETTINGS, "cat")
+    assert ("fixed seed" in chosen.methods) == ("union" not in asked)
+    assert set(chosen.counts(dict.fromkeys(GROUPS, 1))) == set(chosen.methods)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--steps", "0"], "--steps is 0; expected 1 or more"),
+        (["--workers", "0"], "--workers is 0; expected 1 or more"),
+        (["--guidance", "nan"], "--guidance is nan; expected a number"),
+        (["--minutes", "-1"], "--minutes is -1.0; expected more than 0"),
+        (["--subject", "cow"], "--subject is 'cow'; expected one of cat"),
+        (["--steps", "20", "-S", "20"], "--start-step is 20; expected 0 to 19"),
+        (["-L", "16"], "a first layer is 16; expected 0 to 15"),
+        (["--sweep-layers", "-1"], "a first layer is -1"),
+        (["--sweep-starts", "50"], "--sweep-starts holds 50"),
+        (["--individuals", "core"], "--individuals: 'core' is no number and no group=number"),
+        (["--individuals", "cores=3"], "the groups are core, further"),
+        (["--pairs", "-2"], "'-2' is no number"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_arguments_are_named(given, message, capsys):
+    with pytest.raises(SystemExit):
+        ground_truth_editing.arguments(["real", *given])
+    assert message in capsys.readouterr().err
+
+
+def test_unknown_methods_missing_models_and_empty_folders_are_named(tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match="no method 'magic'; there are all, core"):
+        ground_truth_editing.choose("magic", SETTINGS, "cat")
+    run = ["--run", str(tmp_path / "run"), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["x", "report", *run])
+    with pytest.raises(SystemExit, match="holds no pictures; run the sections first"):
+        ground_truth_editing.main()
+    monkeypatch.setattr(sys, "argv", ["x", "real", *run, "-c", str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit, match="nowhere"):
+        ground_truth_editing.main()

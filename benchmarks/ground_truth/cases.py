@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -46,6 +46,10 @@ class Individual:
     @property
     def target_prompts(self) -> list[str]:
         return [self.prompt(pose) for pose in self.target_poses]
+
+    def turned(self, facing: int) -> Individual:
+        """The same one, in the same place, facing right (1) or left (-1)."""
+        return replace(self, scene=replace(self.scene, facing=facing))
 
     def picture(self, pose: str, size: int) -> np.ndarray:
         """The render, uint8 (size, size, 3): the truth of an edit to that pose."""

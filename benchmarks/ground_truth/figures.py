@@ -1,4 +1,4 @@
-"""The picture grid and the S x L heat maps; needs matplotlib (the extra `plots`)."""
+"""Picture grids, threshold curves and the S x L heat maps; needs matplotlib (the extra `plots`)."""
 
 from __future__ import annotations
 
@@ -8,14 +8,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
+from masa.files import replacing
+
 from .cases import Individual
-from .report import Outcome, Row, summarise, write_csv
+from .report import Outcome, Row, both_right, summarise, write_csv
 from .runs import Store
 
 CELL = re.compile(r"MasaCtrl S=(\d+) L=(\d+)(.*)")
+CURVE_STEP, CURVE_END = 0.5, 60.0  # appearance errors, of 255
+STYLES = ("-", "--", ":")
 PANELS = (("pose", "pose right"), ("appearance", "appearance error, of 255"), ("both right", "both right"))
+
+
+def save(figure: Figure, path: Path, dpi: int) -> None:
+    """Under a temporary name first, so that no picture is ever half written."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=dpi)
 
 
 def write_grid(
@@ -28,20 +39,28 @@ def write_grid(
 ) -> None:
     """A row per case and a column per method, beside source and truth; a frame says what was right.
 
-    Cases are the first individuals that every method has done, each with another of its targets.
+    Cases are the first of the individuals that most methods have done, each with another of its targets. A cell is
+    empty where a method has not done that individual. Writes nothing where nothing is done.
     """
     subject, size = str(store.about["subject"]), int(store.about["image_size"])
-    shared = sorted(set.intersection(*(set(store.seeds(section, method)) for method in methods)))[:cases]
+    done = {method: set(store.seeds(section, method)) for method in methods}
+    anywhere = sorted(set().union(*done.values()))
+    shared = sorted(sorted(anywhere, key=lambda seed: -sum(seed in seeds for seeds in done.values()))[:cases])
+    if not shared:
+        return
     given = ["source", "truth"] if section == "real" else []
     figure = Figure(figsize=(1.15 * (len(given) + len(methods)), 1.3 * len(shared) + 0.6), layout="constrained")
     axes = figure.subplots(len(shared), len(given) + len(methods), squeeze=False)
     for i, seed in enumerate(shared):
         who = Individual.draw(seed, subject)
         k = i % len(who.target_poses)
-        pictures = [who.picture(pose, size) for pose in (who.source_pose, who.target_poses[k])] if given else []
-        pictures += [store.load(section, method, seed)[1 + k] for method in methods]
+        pictures: list[np.ndarray | None] = [
+            who.picture(pose, size) for pose in (who.source_pose, who.target_poses[k]) if given
+        ]
+        pictures += [store.load(section, m, seed)[1 + k] if seed in done[m] else None for m in methods]
         for axis, picture, name in zip(axes[i], pictures, [*given, *methods], strict=True):
-            axis.imshow(picture)
+            if picture is not None:
+                axis.imshow(picture)
             axis.set_xticks([])
             axis.set_yticks([])
             if i == 0:
@@ -55,7 +74,47 @@ def write_grid(
         axes[i][0].set_ylabel(f"{who.source_pose}\nto {who.target_poses[k]}", fontsize=7)
     if section == "synthesis":
         figure.suptitle("targets; each method's source is the same", fontsize=7)
-    figure.savefig(path, dpi=130)
+    save(figure, path, 130)
+
+
+def write_curves(stem: Path, section: str, outcomes: Mapping[tuple[str, str], Sequence[Outcome]]) -> list[Row]:
+    """The share of "both right" by the appearance error that still counts as right, as `stem`.png and .csv.
+
+    One line per method of the section, one panel per truth: facing as captioned, and as the edit is seen to face.
+    The equal error rate's threshold, which the tables use, is a point of the lines and marked. Writes nothing
+    where the section is empty.
+    """
+    measured = {method: cases for (at, method), cases in outcomes.items() if at == section and cases}
+    if not measured:
+        return []
+    limit = next(iter(measured.values()))[0].threshold
+    at = np.unique([*np.arange(0.0, CURVE_END + CURVE_STEP / 2, CURVE_STEP), limit])
+    figure = Figure(figsize=(13.0, 0.5 + max(5.0, 0.19 * len(measured))), layout="constrained")
+    rows: list[Row] = []
+    for axis, as_seen in zip(figure.subplots(1, 2, sharey=True), (False, True), strict=True):
+        truth = "direction as seen" if as_seen else "as captioned"
+        for k, (method, cases) in enumerate(measured.items()):
+            shares = [float(np.mean([both_right(c.measures, t, as_seen) for c in cases])) for t in at]
+            axis.plot(
+                at, shares, label=f"{method} ({len(cases)})", color=colormaps["tab10"](k % 10),
+                linestyle=STYLES[k // 10 % len(STYLES)], linewidth=1.2,
+            )  # fmt: skip
+            rows += [
+                {"section": section, "method": method, "cases": len(cases), "truth": truth,
+                 "threshold": round(float(t), 4), "equal error": int(t == limit), "both right": round(share, 4)}
+                for t, share in zip(at, shares, strict=True)
+            ]  # fmt: skip
+        axis.axvline(limit, color="black", linewidth=0.8)
+        axis.annotate(f" equal errors: {limit:.1f}", (limit, 1.0), fontsize=8, va="bottom")
+        axis.set(xlabel="appearance error that still counts as right, of 255", xlim=(0, CURVE_END), ylim=(0, 1.05))
+        axis.set_title(f"truth {truth}", fontsize=10, pad=14)
+        axis.grid(alpha=0.3)
+    axis.figure.axes[0].set_ylabel("share of edits right in pose and appearance")
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", fontsize=7, title="method (cases)", title_fontsize=7)
+    save(figure, stem.with_suffix(".png"), 110)
+    write_csv(stem.with_suffix(".csv"), rows)
+    return rows
 
 
 def write_sweep(stem: Path, outcomes: Mapping[tuple[str, str], Sequence[Outcome]], title: str) -> list[Row]:
@@ -93,5 +152,5 @@ def write_sweep(stem: Path, outcomes: Mapping[tuple[str, str], Sequence[Outcome]
                     text = f"{value:.2f}" if share else f"{value:.1f}"
                     axis.text(x, y, text, ha="center", va="center", color="black" if light else "white")
     figure.suptitle(title)
-    figure.savefig(stem.with_suffix(".png"), dpi=110)
+    save(figure, stem.with_suffix(".png"), 110)
     return rows

@@ -24,22 +24,26 @@ USUAL_SEEDS = range(500_000, 500_060)
 class Measures:
     """One edit. Errors are mean absolute differences of 255; psnr (dB) and ssim are inside the true subject.
 
+    facing: whether the subject is seen to face where the prompt says. appearance_as_seen: the appearance error
+    against the truth that faces where the edit is seen to face, so that a subject of the right looks that faces
+    the other way is not taken for another. All else is against the truth as captioned.
     Of a synthesised pair there is no truth: psnr and ssim are NaN, and its errors are against its own source.
     """
 
     pose: bool
     facing: bool
     appearance: float
+    appearance_as_seen: float
     background: float
     psnr: float = math.nan
     ssim: float = math.nan
 
 
-def judge(classifier: PoseClassifier, picture: np.ndarray, who: Individual, pose: str) -> tuple[bool, bool]:
-    """Whether a picture (h, w, 3) shows that pose, and the individual's direction."""
+def judge(classifier: PoseClassifier, picture: np.ndarray, subject: str) -> tuple[str, int]:
+    """The pose that a picture (h, w, 3) shows, and where its subject faces: 1 right, -1 left."""
     x = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1
-    verdict = classifier.judge(x, who.appearance.subject)[0]
-    return verdict.pose == pose, verdict.facing == who.scene.facing
+    verdict = classifier.judge(x, subject)[0]
+    return verdict.pose, verdict.facing
 
 
 def appearance_error(picture: np.ndarray, truth: np.ndarray, mask: np.ndarray) -> float:
@@ -81,11 +85,13 @@ def against_truth(classifier: PoseClassifier, who: Individual, pose: str, pictur
     outside = ~binary_dilation(inside | who.mask(who.source_pose, size), iterations=3)
     a, b = picture.astype(np.float32), truth.astype(np.float32)
     _, similarity = structural_similarity(a, b, channel_axis=2, data_range=255, full=True)
-    shown, facing = judge(classifier, picture, who, pose)
+    shown, facing = judge(classifier, picture, who.appearance.subject)
+    seen = who.turned(facing)
     return Measures(
-        pose=shown,
-        facing=facing,
+        pose=shown == pose,
+        facing=facing == who.scene.facing,
         appearance=appearance_error(picture, truth, inside),
+        appearance_as_seen=appearance_error(picture, seen.picture(pose, size), seen.mask(pose, size)),
         background=float(np.abs(a - b)[outside].mean()),
         psnr=psnr(picture, truth, inside),
         ssim=float(similarity[inside].mean()),
@@ -100,11 +106,14 @@ def against_source(
     subject, facing = who.appearance.subject, who.scene.facing
     before, after = (usual_regions(subject, p, facing, size) for p in (who.source_pose, pose))
     outside = before[1] & after[1]
-    shown, right_way = judge(classifier, picture, who, pose)
+    _, source_seen = judge(classifier, source, subject)
+    shown, seen = judge(classifier, picture, subject)
+    body, edited = (usual_regions(subject, *p, size)[0] for p in ((who.source_pose, source_seen), (pose, seen)))
     return Measures(
-        pose=shown,
-        facing=right_way,
+        pose=shown == pose,
+        facing=seen == facing,
         appearance=palette_distance(source[before[0]], picture[after[0]]),
+        appearance_as_seen=palette_distance(source[body], picture[edited]),
         background=float(np.abs(source.astype(np.float32) - picture)[outside].mean()),
     )
 

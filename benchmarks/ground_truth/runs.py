@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from masa.files import replacing
 from masa.weights.demo.world import render
 
 from .cases import CALIBRATION_SEEDS, MODEL_SEEDS, SWEEP_SEEDS, TABLE_SEEDS, Individual
-from .methods import Editor, Method, Settings, round_trip, synthesise, text_to_image
+from .methods import Editor, Method, Settings, inversion_rows, round_trip, synthesise, text_to_image
 
 FIRST_SEEDS = {"real": TABLE_SEEDS, "synthesis": TABLE_SEEDS, "sweep": SWEEP_SEEDS, "model": MODEL_SEEDS}
 CODEC_ROWS = 5.0  # the autoencoder's time for one picture, in rows of the UNet
@@ -80,16 +80,16 @@ class Task:
     methods: dict[str, Method | None]
 
     def rows(self, settings: Settings) -> float:
-        """The cost, in rows of the UNet; inversions by one row a step."""
+        """The cost, in rows of the UNet; an inversion that several methods share counts once."""
         if self.section == "model":
             costs = {"text to image": 2.0, "reconstruction": 2.0}
             return sum(settings.steps * costs.get(name, 0.0) + CODEC_ROWS for name in self.methods)
         methods = [method for method in self.methods.values() if method is not None]
         real = self.section != "synthesis"
         targets = 3  # a cat's other poses; the estimate is no worse than that
-        inversions = {(m.inversion, m.described) for m in methods if m.strength is None} if real else set()
+        inversions = {m.trajectory for m in methods if m.trajectory is not None} if real else set()
         edits = sum(m.rows(settings.steps, targets, real) + CODEC_ROWS * (1 + targets) for m in methods)
-        return edits + settings.steps * len(inversions)
+        return edits + sum(inversion_rows(inversion, settings.steps) for inversion, _ in inversions)
 
 
 def model_tasks(n: int, reconstructions: int) -> Iterator[tuple[int, str]]:
@@ -103,13 +103,18 @@ def model_tasks(n: int, reconstructions: int) -> Iterator[tuple[int, str]]:
             yield MODEL_SEEDS + i, "reconstruction"
 
 
-def missing(store: Store, section: str, methods: dict[str, Method], individuals: int) -> list[Task]:
-    """What is still to do, individual by individual."""
+def missing(store: Store, section: str, methods: dict[str, Method], individuals: Mapping[str, int]) -> list[Task]:
+    """What is still to do, individual by individual. individuals: how many by method; those with most share theirs."""
     tasks = []
-    for seed in range(FIRST_SEEDS[section], FIRST_SEEDS[section] + individuals):
-        todo = {name: method for name, method in methods.items() if not store.path(section, name, seed).exists()}
+    first = FIRST_SEEDS[section]
+    for seed in range(first, first + max((individuals[name] for name in methods), default=0)):
+        todo: dict[str, Method | None] = {
+            name: method
+            for name, method in methods.items()
+            if seed < first + individuals[name] and not store.path(section, name, seed).exists()
+        }
         if todo:
-            tasks.append(Task(section, seed, dict(todo)))
+            tasks.append(Task(section, seed, todo))
     return tasks
 
 
@@ -213,9 +218,9 @@ def speed(sd: masa.StableDiffusion) -> float:
     times = []
     with torch.no_grad():
         for _ in range(4):
-            start = time.perf_counter()
+            start = time.process_time()  # on a busy machine too, what one core does
             sd.unet(x, 500, context)
-            times.append(time.perf_counter() - start)
+            times.append(time.process_time() - start)
     return 8 / min(times)
 
 
