@@ -17,8 +17,6 @@ STRENGTHS = (0.5, 0.8)
 VARIANTS = ("", ", free source", ", word masks", ", union")
 # Of null-text, at each step: ten inner ones, forward, again, and backward. One row alone and its gradients are slow:
 # the time of this many rows in a batch, measured.
-# Prompt-to-Prompt leaves the finest self-attention free: half the latents' side, 32x32 of SD's, 8x8 here.
-HALF_SIDE = 8 * 8
 INNER_ROWS = 300
 
 
@@ -73,7 +71,7 @@ def core_methods(settings: Settings, subject: str) -> dict[str, Method]:
     return {
         "fixed seed": Method(),
         **{f"SDEdit {strength}": Method(strength=strength) for strength in STRENGTHS},
-        "Prompt-to-Prompt": Method((masa.PromptToPrompt(self_replace_tokens=HALF_SIDE),)),
+        "Prompt-to-Prompt": Method((masa.PromptToPrompt(),)),
         "Plug-and-Play": Method((masa.PlugAndPlay(),), described=False),
         **dict([masactrl(subject, settings.start_step, settings.start_layer)]),
     }
