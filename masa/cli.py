@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from masa.arguments import build_parser
-from masa.control_arguments import build_controls, check_picture
+from masa.control_arguments import build_controls, build_start, check_picture, given
 from masa.errors import MasaError
 from masa.files import replacing
+from masa.idle_options import refuse_idle
 from masa.result import file_names
 from masa.sheets import comparison
 
@@ -25,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.formatwarning = lambda message, *_: f"masa: {message}\n"
     args = build_parser().parse_args(argv)
     try:
+        refuse_idle(args)
         run(args)
     except (Exception, KeyboardInterrupt) as error:
         if interrupted(error):
@@ -122,10 +124,10 @@ def run_edit(args: argparse.Namespace) -> None:
         steps=args.steps,
         skip_steps=args.skip_steps,
         guidance_scale=args.guidance,
-        invert_guidance_scale=args.invert_guidance,
         method=args.method,
         negative_prompt=args.negative_prompt,
         eta=args.eta,
+        **given(invert_guidance_scale=args.invert_guidance),
         **size_and_seed(args),
     )
     report(result.save(folder))
@@ -144,9 +146,8 @@ def run_invert(args: argparse.Namespace) -> None:
         args.image,
         args.prompt,
         steps=args.steps,
-        guidance_scale=args.invert_guidance,
         method=args.method,
-        edit_guidance_scale=args.edit_guidance,
+        **given(guidance_scale=args.invert_guidance, edit_guidance_scale=args.edit_guidance),
         **size_and_seed(args),
     )
     trajectory.save(out)
@@ -182,7 +183,7 @@ def run_grid(args: argparse.Namespace) -> None:
         args.target,
         args.source,
         methods=args.methods,
-        controls=comparison(args.source, masa.MasaCtrl(args.start_step, args.start_layer)),
+        controls=comparison(args.source, build_start(args)),
         steps=args.steps,
         guidance_scale=args.guidance,
         **size_and_seed(args),
@@ -204,10 +205,8 @@ def run_sweep(args: argparse.Namespace) -> None:
         args.rows,
         args.columns,
         image=args.image,
-        method=args.method,
-        control=masa.MasaCtrl(args.start_step, args.start_layer),
-        steps=args.steps,
-        guidance_scale=args.guidance,
+        control=build_start(args),
+        **given(method=args.method, steps=args.steps, guidance_scale=args.guidance),
         **size_and_seed(args),
     )
     sheet.save(folder / "sweep.png")
