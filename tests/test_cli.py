@@ -206,6 +206,46 @@ def test_nothing_is_overwritten_unasked(home, tiny_folder, capsys):
     assert Path("out/source.png").read_bytes() != b"mine"
 
 
+OUTPUTS = [
+    ["demo"],
+    ["sample", "a cat"],
+    ["edit", "photo.jpg", "a cat"],
+    ["sdedit", "photo.jpg", "a cat"],
+    ["grid", "photo.jpg", "a cat"],
+    ["sweep", "a cat", "a dog"],
+]
+
+
+@pytest.mark.parametrize("argv", OUTPUTS, ids=lambda argv: argv[0])
+def test_a_folder_that_cannot_be_written_is_found_first(home, capsys, monkeypatch, argv):
+    monkeypatch.setattr("masa.load", lambda *args, **settings: pytest.fail("loaded first"))
+    name = {"demo": "editing.png", "grid": "grid.png", "sweep": "sweep.png"}.get(argv[0], "source.png")
+    (home / "out" / name).mkdir(parents=True)
+    (home / "masa-out").touch()
+    assert "masa-out is a file; expected a folder" in mistake(capsys, *argv)
+    assert "photo.jpg is a file; expected a folder" in mistake(capsys, *argv, "-o", "photo.jpg/new")
+    assert f"out/{name} is a folder; expected a file's name" in mistake(capsys, *argv, "-o", "out", "--overwrite")
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert "cannot be written to; give another folder" in mistake(capsys, *argv, "-o", "new")
+    assert not (home / "new").exists()
+
+
+def test_a_file_that_cannot_be_written_is_found_first(home, tiny_folder, capsys, monkeypatch):
+    assert main(["sample", "a cat", "-c", str(tiny_folder), "-o", "out", *PLAIN]) == 0
+    capsys.readouterr()
+    monkeypatch.setattr("masa.load", lambda *args, **settings: pytest.fail("loaded first"))
+    monkeypatch.setattr("masa.rerun", lambda *args, **settings: pytest.fail("ran first"))
+    (home / "t.safetensors").mkdir()
+    invert = ["invert", "photo.jpg", "--overwrite", "-o"]
+    assert "t.safetensors is a folder" in mistake(capsys, *invert, "t.safetensors")
+    assert "photo.jpg is a file; expected a folder" in mistake(capsys, *invert, "photo.jpg/t.safetensors")
+    assert "photo.jpg is a file" in mistake(capsys, "plot", "out", "masks", "-o", "photo.jpg/m.png")
+    assert "photo.jpg is a file" in mistake(capsys, "rerun", "out/source.png", "-o", "photo.jpg")
+    assert "photo.jpg is a file" in mistake(capsys, "sample", "a cat", "--profile", "photo.jpg/trace.json")
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert "cannot be written to; give another folder" in mistake(capsys, *invert, "new.safetensors")
+
+
 def test_interrupting_leaves_no_file(home, tiny_folder, monkeypatch, capsys):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
