@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import re
+import shlex
+from pathlib import Path
 
 import pytest
 
+from masa.arguments import build_parser
 from masa.cli import main
+from masa.idle_options import refuse_idle
+
+ROOT = Path(__file__).parent.parent
 
 TWO = ["sample", "a cat", "a dog"]
 EDIT = ["edit", "photo.jpg", "a dog"]
@@ -76,3 +82,31 @@ def test_an_option_that_nothing_reads_is_refused(argv, message, capsys, monkeypa
     assert error.count("\n") == 1
     assert re.search(message, error), error
     assert not any(tmp_path.iterdir())
+
+
+def test_every_example_is_of_use():
+    """What help and README show is read by something."""
+    commands = build_parser()._subparsers._group_actions[0].choices
+    text = "\n".join([(ROOT / "README.md").read_text(), *(command.epilog for command in commands.values())])
+    examples = re.findall(r"^ *masa (\w+ .*?)(?: +#.*)?$", text, re.MULTILINE)
+    assert len(examples) > 20
+    for example in examples:
+        refuse_idle(build_parser().parse_args(shlex.split(example)))
+
+
+def test_an_option_that_is_read_is_let_through():
+    image = ["--image", "photo.jpg"]
+    for argv in (
+        [*TWO, "--words", "cat", "dog", "--threshold", "0", "--union", "--source-weight", "1", "--start-step", "0"],
+        [*TWO, "--control", "style", "--control-steps", "1", "--start-layer", "0"],
+        [*P2P, "--p2p-edit", "none", "--reweight", "dog=2", "--cross-steps", "0.3"],
+        [*TWO, "--trajectory", "t.safetensors", "--free-source", "--guidance", "1", "--negative-prompt", "bad"],
+        [*EDIT, "--source", "a cat", "--invert-guidance", "3"],
+        ["invert", "photo.jpg", "--prompt", "a cat", "--method", "null-text", "--edit-guidance", "3"],
+        ["invert", "photo.jpg", "--method", "noise", "--seed", "0"],
+        [*SWEEP, *image, "--method", "null-text", "--rows", "guidance_scale=3,7", "--guidance", "7"],
+        [*SWEEP, *image, "--method", "noise", "--rows", "seed=1,2", "--columns", "eta=0,1", "--seed", "3"],
+        [*SWEEP, "--rows", "start_layer=8,9", "--columns", "eta=0,1", "--start-step", "0"],
+        ["sample", "a cat", "--no-control"],
+    ):
+        refuse_idle(build_parser().parse_args(argv))
