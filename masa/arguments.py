@@ -61,7 +61,7 @@ def build_parser() -> Parser:
         [
             'masa edit corgi.jpg "a photo of a running corgi" -c v1-5-pruned-emaonly.safetensors',
             'masa edit cat.png "a cat jumping" --source "a cat sitting" --words cat cat -c sd15/ -o jump',
-            'masa edit cat.png "a fluffy cat" --source "a cat" --control prompt-to-prompt --reweight fluffy=4 -c sd15/',
+            'masa edit cat.png "a fluffy cat" --source "a cat" --control prompt-to-prompt --p2p-edit refine -c sd15/',
         ],
     )
     edit.add_argument("image", help="the picture's path")
@@ -84,7 +84,7 @@ def build_parser() -> Parser:
     invert.add_argument("image", help="the picture's path")
     invert.add_argument("--prompt", default="", help="the picture's own prompt (default: empty)")
     group = add_inversion(invert)
-    group.add_argument("--edit-guidance", type=float, default=7.5, help="guidance that null-text fits (default: 7.5)")
+    group.add_argument("--edit-guidance", type=float, help="guidance that null-text fits (default: 7.5)")
     group.add_argument("--seed", type=int, help="of edit-friendly and plain noise (default: drawn)")
     add_steps_and_size(invert)
     add_model(invert)
@@ -136,13 +136,13 @@ def build_parser() -> Parser:
     sweep.add_argument("source", help="the source's prompt")
     sweep.add_argument("target", help="the target's prompt")
     sweep.add_argument("--image", help="edit this picture, inverted once (default: synthesise the source)")
-    sweep.add_argument("--method", default="ddim", choices=METHODS, help="the picture's inversion (default: ddim)")
+    sweep.add_argument("--method", choices=METHODS, help="the inversion of --image (default: ddim)")
     form = "of MasaCtrl or of sampling: NAME=VALUE,VALUE,.."
     default = "start_step=0,4,8,16"
     sweep.add_argument("--rows", type=parse_sweep, default=default, help=f"{form} (default: {default})")
     default = "start_layer=0,4,8,10,14"
     sweep.add_argument("--columns", type=parse_sweep, default=default, help=f"another (default: {default})")
-    add_guidance_and_seed(add_steps_and_size(sweep))
+    add_guidance_and_seed(add_steps_and_size(sweep, steps=None), guidance=None)
     add_start(sweep.add_argument_group("control (MasaCtrl)"))
     add_model(sweep)
     add_output(sweep)
@@ -234,15 +234,17 @@ def add_sampling(parser: Parser, steps: int | None = 50) -> None:
     group.add_argument("--free-source", action="store_true", help="let a real source drift instead of pinning it")
 
 
-def add_guidance_and_seed(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--guidance", type=float, default=7.5, help="classifier-free guidance (default: 7.5; 1 is off)")
+def add_guidance_and_seed(group: argparse._ArgumentGroup, guidance: float | None = 7.5) -> None:
+    group.add_argument(
+        "--guidance", type=float, default=guidance, help="classifier-free guidance (default: 7.5; 1 is off)"
+    )
     group.add_argument("--seed", type=int, help="of the noise (default: drawn, and written into the PNGs)")
 
 
 def add_inversion(parser: Parser) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("inversion")
     group.add_argument("--method", default="ddim", choices=METHODS, help="(default: ddim)")
-    group.add_argument("--invert-guidance", type=float, default=1.0, help="guidance of the inversion (default: 1)")
+    group.add_argument("--invert-guidance", type=float, help="guidance of the inversion (default: 1)")
     return group
 
 
@@ -258,11 +260,13 @@ def add_output(parser: Parser, text: str = "the folder to write into (default: t
 
 
 def parse_sweep(text: str) -> tuple[str, list[Any]]:
-    """ "start_layer=0,6,10" -> ("start_layer", [0, 6, 10])."""
+    """ "start_layer=0,6,10" -> ("start_layer", [0, 6, 10]), "layers=8-9,10" -> ("layers", [[8, 9], [10]])."""
     name, equals, values = text.partition("=")
-    if not equals or name not in PARAMETERS:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUES with a name of {', '.join(PARAMETERS)}")
-    return name, [parse_value(value.strip()) for value in values.split(",")]
+    names = [name for name in PARAMETERS if name != "mask"]  # which has no form on the command line
+    if not equals or name not in names:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUES with a name of {', '.join(names)}")
+    parse = parse_numbers if name == "layers" else parse_value
+    return name, [parse(value.strip()) for value in values.split(",")]
 
 
 def parse_value(text: str) -> int | float | bool | str:

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from masa.arguments import build_parser
-from masa.control_arguments import build_controls, check_picture
+from masa.control_arguments import build_controls, build_start, check_picture, given
 from masa.errors import MasaError
-from masa.files import replacing
+from masa.files import check_folder, check_free, replacing
+from masa.idle_options import refuse_idle
 from masa.result import file_names
 from masa.sheets import comparison
 
@@ -25,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.formatwarning = lambda message, *_: f"masa: {message}\n"
     args = build_parser().parse_args(argv)
     try:
+        refuse_idle(args)
         run(args)
     except (Exception, KeyboardInterrupt) as error:
         if interrupted(error):
@@ -122,10 +124,10 @@ def run_edit(args: argparse.Namespace) -> None:
         steps=args.steps,
         skip_steps=args.skip_steps,
         guidance_scale=args.guidance,
-        invert_guidance_scale=args.invert_guidance,
         method=args.method,
         negative_prompt=args.negative_prompt,
         eta=args.eta,
+        **given(invert_guidance_scale=args.invert_guidance),
         **size_and_seed(args),
     )
     report(result.save(folder))
@@ -137,16 +139,15 @@ def run_invert(args: argparse.Namespace) -> None:
     out = Path(args.out or Path(args.image).with_suffix(".safetensors").name)
     if out.suffix != ".safetensors":
         raise MasaError(f"-o {out} must end in .safetensors, the format of a trajectory")
-    check_free(out, args.overwrite)
+    check_free(out, args.overwrite, "-o")
     check_picture(args.image)
     trajectory = masa.invert(
         load_model(args),
         args.image,
         args.prompt,
         steps=args.steps,
-        guidance_scale=args.invert_guidance,
         method=args.method,
-        edit_guidance_scale=args.edit_guidance,
+        **given(guidance_scale=args.invert_guidance, edit_guidance_scale=args.edit_guidance),
         **size_and_seed(args),
     )
     trajectory.save(out)
@@ -182,7 +183,7 @@ def run_grid(args: argparse.Namespace) -> None:
         args.target,
         args.source,
         methods=args.methods,
-        controls=comparison(args.source, masa.MasaCtrl(args.start_step, args.start_layer)),
+        controls=comparison(args.source, build_start(args)),
         steps=args.steps,
         guidance_scale=args.guidance,
         **size_and_seed(args),
@@ -204,10 +205,8 @@ def run_sweep(args: argparse.Namespace) -> None:
         args.rows,
         args.columns,
         image=args.image,
-        method=args.method,
-        control=masa.MasaCtrl(args.start_step, args.start_layer),
-        steps=args.steps,
-        guidance_scale=args.guidance,
+        control=build_start(args),
+        **given(method=args.method, steps=args.steps, guidance_scale=args.guidance),
         **size_and_seed(args),
     )
     sheet.save(folder / "sweep.png")
@@ -230,18 +229,16 @@ def run_rerun(args: argparse.Namespace) -> None:
 
     settings = read_settings(args.picture)
     folder = choose_folder(args.out, file_names(len(settings.get("target", []))), args.overwrite)
-    given = (args.checkpoint, args.device, args.dtype, args.vae, args.tokenizer)
-    sd = None
-    if any(value is not None for value in given):  # another device, or a checkpoint that has moved
-        sd = masa.load(
-            args.checkpoint or settings["checkpoint"],
-            device=args.device or settings["device"],
-            dtype=args.dtype or settings["dtype"],
-            vae=args.vae or settings["vae"],
-            tokenizer=args.tokenizer or settings["tokenizer"],
-            progress=not args.quiet,
-        )
-    report(masa.rerun(args.picture, sd, progress=not args.quiet).save(folder))
+    result = masa.rerun(
+        args.picture,
+        checkpoint=args.checkpoint,
+        device=args.device,
+        dtype=args.dtype,
+        vae=args.vae,
+        tokenizer=args.tokenizer,
+        progress=not args.quiet,
+    )
+    report(result.save(folder))
 
 
 def run_plot(args: argparse.Namespace) -> None:
@@ -262,7 +259,7 @@ def run_plot(args: argparse.Namespace) -> None:
         if name not in options:
             raise MasaError(f"--{name} has no meaning for {args.kind}, which takes --{' and --'.join(options)}")
     out = Path(args.out or Path(args.folder) / f"{args.kind}.png")
-    check_free(out, args.overwrite)
+    check_free(out, args.overwrite, "-o")
     figure = plot(masa.Result.load(args.folder), control=args.control, **given)
     with replacing(out) as temporary:
         figure.savefig(temporary)
@@ -317,26 +314,19 @@ def size_and_seed(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def check_free(path: Path, overwrite: bool) -> None:
-    """MasaError where a file would be replaced unasked."""
-    if path.exists() and not overwrite:
-        raise MasaError(f"{path} is already there; give another -o, or --overwrite")
-
-
 def choose_folder(out: str | None, names: Sequence[str], overwrite: bool) -> Path:
     """Where to write: `out`, refusing to overwrite unasked, or the next free masa-out/NNNN."""
     if out is None:
         used = [int(p.name) for p in OUT.glob("[0-9]*") if p.name.isdecimal()]
-        return OUT / f"{max(used, default=0) + 1:04d}"
-    folder = Path(out)
-    above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not above.is_dir():
-        raise MasaError(f"-o {folder}: {above} is a file; expected a folder to write into")
-    if not os.access(above, os.W_OK):
-        raise MasaError(f"-o {folder}: {above} cannot be written to; give another folder")
-    taken = [name for name in names if (folder / name).exists()]
+        folder = OUT / f"{max(used, default=0) + 1:04d}"
+    else:
+        folder = Path(out)
+    check_folder(folder, "-o")
+    taken = [name for name in names if os.path.lexists(folder / name)]
     if taken and not overwrite:
         raise MasaError(f"{folder} already holds {', '.join(taken)}; give another -o, or --overwrite")
+    for name in taken:
+        check_free(folder / name, overwrite, "-o")
     return folder
 
 

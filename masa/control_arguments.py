@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import Literal
+from typing import Any
 
 from masa.controls.base import Control
 from masa.controls.blended import BlendedLatents
@@ -19,23 +19,10 @@ from masa.image import open_picture
 
 CONTROLS = ("masactrl", "prompt-to-prompt", "plug-and-play", "style")
 
-# Options that one control alone reads; they are nothing, or None, where they are not given.
-OWNERS = {
-    "words": "masactrl",
-    "masks": "masactrl",
-    "union": "masactrl",
-    "p2p_edit": "prompt-to-prompt",
-    "reweight": "prompt-to-prompt",
-    "cross_steps": "prompt-to-prompt",
-    "self_steps": "prompt-to-prompt",
-    "feature_steps": "plug-and-play",
-    "attention_steps": "plug-and-play",
-}
-
 
 def add_start(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--start-step", type=int, default=4, help="first step controlled (default: 4)")
-    group.add_argument("--start-layer", type=int, default=10, help="first layer controlled, 0..15 (default: 10)")
+    group.add_argument("--start-step", type=int, help="first step controlled (default: 4)")
+    group.add_argument("--start-layer", type=int, help="first layer controlled, 0..15 (default: 10)")
 
 
 def add_control(parser: argparse.ArgumentParser) -> None:
@@ -46,18 +33,19 @@ def add_control(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--words", nargs=2, metavar=("SOURCE", "TARGET"), help="mask by these words' attention; a number is a token"
     )
-    group.add_argument("--threshold", type=float, default=0.1, help="of the words' maps (default: 0.1)")
+    group.add_argument("--threshold", type=float, help="of the maps of --words (default: 0.1)")
     group.add_argument("--masks", nargs=2, metavar=("SOURCE", "TARGET"), help="mask by these pictures, white = subject")
     group.add_argument("--union", action="store_true", help="targets see their own keys and values too")
-    group.add_argument("--source-weight", type=float, default=1.0, help="of the source in a union (default: 1)")
+    group.add_argument("--source-weight", type=float, help="of the source in a --union (default: 1)")
 
     group = parser.add_argument_group("which controls, and those beside MasaCtrl")
     form = f"some of {', '.join(CONTROLS)} (default: masactrl)"
-    group.add_argument("--control", type=parse_controls, default=["masactrl"], metavar="LIST", help=form)
+    either = group.add_mutually_exclusive_group()
+    either.add_argument("--control", type=parse_controls, metavar="LIST", help=form)
     text = "none of them: the fixed-seed baseline"
-    group.add_argument("--no-control", dest="control", action="store_const", const=[], help=text)
+    either.add_argument("--no-control", dest="control", action="store_const", const=[], help=text)
     edits = ("replace", "refine", "none")
-    group.add_argument("--p2p-edit", choices=edits, help="swap words, add words, or only reweight (default: refine)")
+    group.add_argument("--p2p-edit", choices=edits, help="swap words, add words, or only reweight (default: replace)")
     group.add_argument("--reweight", type=parse_factors, metavar="WORD=FACTOR,..", help="attention to target words")
     group.add_argument("--cross-steps", type=float, help="share of prompt-to-prompt's cross-attention (default: 0.8)")
     group.add_argument("--self-steps", type=float, help="share of prompt-to-prompt's self-attention (default: 0.4)")
@@ -83,29 +71,27 @@ def add_record(parser: argparse.ArgumentParser) -> None:
 def build_controls(args: argparse.Namespace) -> list[Control]:
     """The controls that the options describe: MasaCtrl unless others are named, blending, recorders.
 
-    MasaError for an option of a control that is not among them.
+    What is not given is as in Python.
     """
-    names = args.control if args.target else []
-    for option, owner in OWNERS.items():
-        if getattr(args, option) not in (None, False) and owner not in names:
-            flag = option.replace("_", "-")
-            raise MasaError(f"--{flag} is {owner}'s, which is not in use; add it to --control, and give a target")
-    start = {"start_step": args.start_step, "start_layer": args.start_layer}
-    chosen = {"steps": args.control_steps, "layers": args.control_layers}
+    names = (["masactrl"] if args.control is None else args.control) if args.target else []
+    where = given(
+        start_step=args.start_step, start_layer=args.start_layer, steps=args.control_steps, layers=args.control_layers
+    )
     controls: list[Control] = []
     if "masactrl" in names:
-        mask = build_mask(args)
-        controls.append(MasaCtrl(**start, **chosen, mask=mask, union=args.union, source_weight=args.source_weight))
+        weight = given(source_weight=args.source_weight)
+        controls.append(MasaCtrl(**where, mask=build_mask(args), union=args.union, **weight))
     if "prompt-to-prompt" in names:
-        edit: Literal["replace", "refine"] | None = None if args.p2p_edit == "none" else args.p2p_edit or "refine"
-        fractions = {"cross_replace_steps": args.cross_steps, "self_replace_steps": args.self_steps}
-        given = {name: fraction for name, fraction in fractions.items() if fraction is not None}
-        controls.append(PromptToPrompt(edit, args.reweight or {}, **given))
+        edit: dict[str, Any] = (
+            {} if args.p2p_edit is None else {"edit": None if args.p2p_edit == "none" else args.p2p_edit}
+        )
+        shares = given(cross_replace_steps=args.cross_steps, self_replace_steps=args.self_steps)
+        controls.append(PromptToPrompt(**edit, **given(reweight=args.reweight), **shares))
     if "plug-and-play" in names:
-        fractions = {"feature_steps": args.feature_steps, "attention_steps": args.attention_steps}
-        controls.append(PlugAndPlay(**{name: f for name, f in fractions.items() if f is not None}))
+        shares = given(feature_steps=args.feature_steps, attention_steps=args.attention_steps)
+        controls.append(PlugAndPlay(**shares))
     if "style" in names:
-        controls.append(StyleTransfer(**start, **chosen))
+        controls.append(StyleTransfer(**where))
     if args.local_blend is not None:
         controls.append(LocalBlend(as_words(args.local_blend[0]), as_words(args.local_blend[1])))
     if args.blend is not None:
@@ -114,12 +100,22 @@ def build_controls(args: argparse.Namespace) -> list[Control]:
     return [*controls, *build_recorders(args)]
 
 
+def build_start(args: argparse.Namespace) -> MasaCtrl:
+    """MasaCtrl of a grid or sweep."""
+    return MasaCtrl(**given(start_step=args.start_step, start_layer=args.start_layer))
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """The arguments that the command line was given; the others keep their defaults."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
 def build_mask(args: argparse.Namespace) -> GivenMasks | WordMasks | None:
     """MasaCtrl's mask."""
     if args.words and args.masks:
         raise MasaError("--words and --masks both say where the subject is; give one")
     if args.words:
-        return WordMasks(as_words(args.words[0]), as_words(args.words[1]), args.threshold)
+        return WordMasks(as_words(args.words[0]), as_words(args.words[1]), **given(threshold=args.threshold))
     if args.masks:
         for path in args.masks:
             check_picture(path)
@@ -160,15 +156,21 @@ def parse_numbers(text: str) -> list[int]:
     for part in text.split(","):
         first, _, last = part.strip().partition("-")
         try:
-            numbers += range(int(first), int(last or first) + 1)
+            found = range(int(first), int(last or first) + 1)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 3,5,10-12") from None
+        if not found:
+            raise argparse.ArgumentTypeError(f"{part.strip()} runs backwards and holds no number; give {last}-{first}")
+        numbers += found
     return numbers
 
 
 def parse_words(text: str) -> list[str]:
     """ "cat, wooden chair" -> ["cat", "wooden chair"]."""
-    return [word.strip() for word in text.split(",")]
+    words = [word.strip() for word in text.split(",")]
+    if not all(words):
+        raise argparse.ArgumentTypeError(f"{text!r} has an empty place; give words between the commas")
+    return words
 
 
 def parse_controls(text: str) -> list[str]:
@@ -176,12 +178,18 @@ def parse_controls(text: str) -> list[str]:
     names = parse_words(text)
     if not set(names) <= set(CONTROLS):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of {', '.join(CONTROLS)}")
+    if len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"{text!r} names a control twice; name each once")
     return names
 
 
 def parse_factors(text: str) -> dict[str, float]:
     """ "fluffy=4,cat=0.5" -> {"fluffy": 4.0, "cat": 0.5}."""
+    pairs = [part.partition("=")[::2] for part in parse_words(text)]
     try:
-        return {word: float(factor) for word, _, factor in (part.partition("=") for part in parse_words(text))}
+        factors = {word.strip(): float(factor) for word, factor in pairs}
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of WORD=FACTOR such as fluffy=4") from None
+    if len(factors) < len(pairs) or "" in factors:
+        raise argparse.ArgumentTypeError(f"{text!r} has a word twice, or none; give each word one factor")
+    return factors

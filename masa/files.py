@@ -37,6 +37,24 @@ def replacing(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def check_folder(folder: Path, option: str) -> None:
+    """MasaError unless files can be written into a folder, or into one made there; option: what asks for it."""
+    above = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not above.is_dir():
+        raise MasaError(f"{option} {folder}: {above} is a file; expected a folder to write into")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise MasaError(f"{option} {folder}: {above} cannot be written to; give another folder")
+
+
+def check_free(path: Path, overwrite: bool, option: str) -> None:
+    """MasaError where a file would be replaced unasked, or cannot be written."""
+    if path.is_dir():
+        raise MasaError(f"{option} {path}: {path} is a folder; expected a file's name")
+    if path.exists() and not overwrite:
+        raise MasaError(f"{path} is already there; give another {option}, or --overwrite")
+    check_folder(path.parent, option)
+
+
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write one safetensors file; tensors may be views of each other."""
     with replacing(path) as temporary:

@@ -13,6 +13,8 @@ from masa.schedule import Schedule
 INNER_STEPS = 10  # published
 LEARNING_RATE = 1e-2
 MAX_STEPS = 100  # the learning rate falls to 0 there
+# Positions of the latents up to which all activations are kept: they are few there, and slower to compute again.
+KEPT = 32 * 32
 
 
 def learning_rate(step: int) -> float:
@@ -42,10 +44,11 @@ def null_text(
     the empty and of the source's prompt. inner_steps: Adam's at each denoising step, unless the loss falls below
     the tolerance before; 1 or more. The published 10 may leave the first steps, where the embedding has furthest
     to go, above the tolerance, and what is lost there is not always made up for at the end.
-    Latents, embedding and Adam are float32 even when the network is not; the network's activations are recomputed
-    block by block, which is exact and keeps the memory small.
+    Latents, embedding and Adam are float32 even when the network is not; beyond 32x32 latents the network's
+    activations are recomputed block by block, which is exact and keeps the memory small.
     """
     steps = len(pivot) - 1
+    checkpoint = pivot[0, 0].numel() > KEPT
     found = []
     x, embedding = pivot[-1:], uncond.float()
     bar = tqdm(schedule.timesteps(steps), desc="null-text", disable=not progress)
@@ -57,7 +60,7 @@ def null_text(
             embedding = embedding.detach().clone().requires_grad_()
             adam = torch.optim.Adam([embedding], lr=learning_rate(step))
             for _ in range(inner_steps):
-                eps = sd.unet(x.to(sd.dtype), timestep, embedding.to(sd.dtype), checkpoint=True)[0].float()
+                eps = sd.unet(x.to(sd.dtype), timestep, embedding.to(sd.dtype), checkpoint=checkpoint)[0].float()
                 reached = schedule.step(eps + guidance_scale * (eps_cond - eps), x, timestep, steps)
                 # Summed, so that no gradient underflows in float16; the mean's gradient after that, in float32.
                 total = F.mse_loss(reached, wanted, reduction="sum")

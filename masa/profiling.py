@@ -10,7 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from masa.errors import MasaError
-from masa.files import replacing
+from masa.files import check_free, replacing
 
 ROWS = 15
 
@@ -28,13 +28,12 @@ def profiled(file: str | Path | None, overwrite: bool = False) -> Iterator[None]
     path = Path(file)
     if path.suffix != ".json":
         raise MasaError(f"--profile {path} must end in .json, the format of a chrome trace")
-    if path.exists() and not overwrite:
-        raise MasaError(f"{path} is already there; give another --profile, or --overwrite")
+    check_free(path, overwrite, "--profile")
     on_gpu = torch.cuda.is_available()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with replacing(path) as temporary:  # around the work: a folder that cannot be written to is found before it
-        with profile(activities=activities) as found:
-            yield
+    with profile(activities=activities) as found:
+        yield
+    with replacing(path) as temporary:
         found.export_chrome_trace(str(temporary))
     order = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     print(found.key_averages().table(sort_by=order, row_limit=ROWS, max_name_column_width=50))

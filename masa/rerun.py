@@ -22,13 +22,28 @@ from masa.settings import restore, unpack
 from masa.trajectory import Trajectory
 
 
-def rerun(picture: str | Path, sd: StableDiffusion | None = None, *, progress: bool = True) -> Result:
+def rerun(
+    picture: str | Path,
+    sd: StableDiffusion | None = None,
+    *,
+    checkpoint: str | Path | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    vae: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    progress: bool = True,
+) -> Result:
     """Run again what made a PNG saved by masa: the same pictures, on the same device and library version.
 
-    sd: the model, by default loaded from the checkpoint, device and dtype that the settings name. A real picture
-    that was edited is read again from its path, also where that is relative to the PNG's folder. MasaError where
-    something the settings name is gone or changed.
+    sd: the model, by default loaded as the settings say; checkpoint, device, dtype, vae and tokenizer, as `load`
+    takes them, replace what these name. Weights that are not named here must be those that made the picture. A
+    real picture that was edited is read again from its path. Paths in the settings may be relative to the PNG's
+    folder. MasaError where something that they name is gone or changed.
     """
+    others = {"checkpoint": checkpoint, "device": device, "dtype": dtype, "vae": vae, "tokenizer": tokenizer}
+    given = [name for name, value in others.items() if value is not None]
+    if sd is not None and given:
+        raise MasaError(f"sd and {' and '.join(given)} both say which model to run; leave one out")
     settings = read_settings(picture)
     if settings["function"] != "sample":
         raise MasaError(
@@ -41,12 +56,10 @@ def rerun(picture: str | Path, sd: StableDiffusion | None = None, *, progress: b
     made_from = settings["trajectory"]
     source = None if made_from is None else find_source(made_from, picture)
     if sd is None:
-        sd = load_again(settings, picture)
-        if sd.fingerprint != settings["fingerprint"]:
-            raise MasaError(
-                f"{settings['checkpoint']} holds other weights than those that made {picture}; put the old file back, "
-                "or pass the model as sd= (-c on the command line)"
-            )
+        changed = {name: str(others[name]) for name in given}
+        sd = load_again(settings | changed, picture, progress)
+        if checkpoint is None and vae is None:
+            check_weights(sd, settings, picture)
     trajectory = None if made_from is None or source is None else restore_trajectory(sd, made_from, source, progress)
 
     return sample(
@@ -82,7 +95,18 @@ def restore_generator(state: Mapping[str, str] | None) -> torch.Generator | None
     return generator
 
 
-def load_again(settings: Mapping[str, Any], picture: str | Path) -> StableDiffusion:
+def check_weights(sd: StableDiffusion, settings: Mapping[str, Any], picture: str | Path) -> None:
+    """MasaError unless a model, in whatever dtype, has the weights that made a picture."""
+    if str(sd.dtype) != f"torch.{settings['dtype']}":  # fingerprints are of weights as loaded
+        sd = load_again({**settings, "device": "cpu"}, picture, progress=False)
+    if sd.fingerprint != settings["fingerprint"]:
+        raise MasaError(
+            f"{settings['checkpoint']} holds other weights than those that made {picture}; put the old file back, or "
+            "pass the model as sd= (-c on the command line)"
+        )
+
+
+def load_again(settings: Mapping[str, Any], picture: str | Path, progress: bool) -> StableDiffusion:
     """The model that the settings name; paths may be relative to where the picture lies."""
 
     def find(path: str | None) -> str | Path | None:
@@ -90,7 +114,14 @@ def load_again(settings: Mapping[str, Any], picture: str | Path) -> StableDiffus
 
     checkpoint = None if settings["checkpoint"] == "demo" else find(settings["checkpoint"])
     vae, tokenizer = find(settings["vae"]), find(settings["tokenizer"])
-    return load(checkpoint, device=settings["device"], dtype=settings["dtype"], vae=vae, tokenizer=tokenizer)
+    return load(
+        checkpoint,
+        device=settings["device"],
+        dtype=settings["dtype"],
+        vae=vae,
+        tokenizer=tokenizer,
+        progress=progress,
+    )
 
 
 def find_source(settings: Mapping[str, Any], picture: str | Path) -> Path:

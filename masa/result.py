@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from masa.errors import MasaError
@@ -117,9 +118,11 @@ class Result:
         """Write source.png, target_0.png, .., grid.png and result.safetensors. Returns their paths.
 
         All carry the settings; the last holds everything else for `Result.load`, maps of more than 2**20 numbers
-        as float16. Either all files are there at the end, or none.
+        as float16. Either all files are there at the end, or none. The pictures of an older result's further
+        targets are removed then; files that it did not write stay.
         """
         paths = [Path(folder) / name for name in file_names(len(self.targets))]
+        surplus = _surplus(Path(folder), len(self.targets))
         with ExitStack() as stack:  # all are written before the first takes its name
             temporaries = [stack.enter_context(replacing(path)) for path in paths]
             for temporary, picture in zip(temporaries[:-1], [*self.images, self.grid()], strict=True):
@@ -127,6 +130,8 @@ class Result:
             kept = self._kept()
             about = {"format": FORMAT, "settings": json.dumps(self.settings), "order": json.dumps(list(kept))}
             save_tensors(temporaries[-1], {"latents": self.latents} | kept, about)
+        for path in surplus:
+            path.unlink(missing_ok=True)
         return paths
 
     @classmethod
@@ -171,6 +176,28 @@ class Result:
                     key = "/".join(map(str, (kind, control, *parts)))
                     tensors[key] = tensor.to(torch.float16) if half else tensor
         return tensors
+
+
+def _surplus(folder: Path, targets: int) -> list[Path]:
+    """Target pictures beyond the first `targets` that a saved result says it wrote, and that nobody replaced."""
+    try:
+        with safe_open(folder / TENSORS, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (OSError, SafetensorError):  # no older result, or none that says what it wrote
+        return []
+    if metadata.get("format") != FORMAT:
+        return []
+    settings = json.loads(metadata["settings"])
+    names = file_names(len(settings["target"]))[1 + targets : -2]
+    return [folder / name for n, name in enumerate(names, 1 + targets) if _is_of(folder / name, settings, n)]
+
+
+def _is_of(path: Path, settings: Mapping[str, Any], branch: int) -> bool:
+    """Whether a file is the picture of a run's branch."""
+    try:
+        return read_settings(path) == {**settings, "branch": branch}
+    except (MasaError, OSError):
+        return False
 
 
 def _layer_and_step(name: str) -> tuple[int, int]:

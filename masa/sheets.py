@@ -29,7 +29,8 @@ from masa.trajectory import default_skip
 
 # What a sweep may vary beside MasaCtrl's own parameters.
 SAMPLING = ("guidance_scale", "negative_prompt", "seed", "eta", "steps", "skip_steps", "pin_source")
-PARAMETERS = (*(field.name for field in fields(MasaCtrl)), *SAMPLING)
+# MasaCtrl's list of steps is not among them: here as in `sample`, steps are the run's.
+PARAMETERS = tuple(dict.fromkeys((*(field.name for field in fields(MasaCtrl) if field.name != "steps"), *SAMPLING)))
 FIXED_BY_TRAJECTORY = ("steps",)
 
 CELL = 192  # pixels: pictures are shown with at least this short side
@@ -73,8 +74,9 @@ def grid(
     if methods is None:
         methods = [method for method in METHODS if serves(method, source, steps, guidance_scale)]
     unknown = [method for method in methods if method not in METHODS]
-    if unknown or not methods:
-        raise MasaError(f"inversion methods are {list(methods)}; expected some of {', '.join(map(repr, METHODS))}")
+    if unknown or not methods or len(set(methods)) < len(methods):
+        known = ", ".join(map(repr, METHODS))
+        raise MasaError(f"inversion methods are {list(methods)}; expected some of {known}, each once")
     columns = comparison(source) if controls is None else dict(controls)
     for method in methods:
         check_method(method, source, steps, sd.schedule, guidance_scale)
@@ -175,6 +177,7 @@ def sweep(
         first_step = choose_first_step(skipped, own_steps, usual, from_noise=image is None)
         prompts, real = (source, target), image is not None
         check_controls(sd, settings["controls"], own_steps, prompts, size=size, first_step=first_step, real=real)
+    _check_matters(dict([rows, columns]), control, guidance_scale, method if image is not None else None)
     if image is None:
         start: dict[str, Any] = {"steps": steps, "height": height, "width": width}
     else:
@@ -216,6 +219,31 @@ def serves(method: str, source: str, steps: int, guidance_scale: float) -> bool:
     if method == "null-text" and (guidance_scale <= 1.0 or steps > MAX_STEPS):
         return False
     return bool(source) or method not in ("negative-prompt", "null-text")
+
+
+def _check_matters(
+    swept: Mapping[str, Sequence[Any]], control: MasaCtrl, guidance_scale: float, method: str | None
+) -> None:
+    """MasaError for a parameter that no cell reads; method: the picture's inversion, None for synthesis."""
+    lists = swept.get("layers", [control.layers])
+    unions = swept.get("union", [control.union])
+    guided = max(swept.get("guidance_scale", [guidance_scale])) > 1.0
+    drawn = method != "edit-friendly" and max(swept.get("eta", [0.0])) > 0.0
+    reasons = {
+        "start_step": (control.steps is not None, "the control lists its steps; leave steps out"),
+        "start_layer": (all(listed is not None for listed in lists), "the layers are listed; leave layers out"),
+        "source_weight": (not any(unions), "it is of the source in a union; set union=True, or sweep it too"),
+        "negative_prompt": (not guided, "guidance is off in every cell; raise guidance_scale above 1"),
+        "pin_source": (method is None, "only a real source is pinned; give image"),
+        "seed": (
+            method is not None and not drawn,
+            "the picture is inverted once and no step adds noise; sweep eta too",
+        ),
+    }
+    for name in swept:
+        idle, reason = reasons.get(name, (False, ""))
+        if idle:
+            raise MasaError(f"a sweep over {name} would change nothing: {reason}")
 
 
 def _cell(control: MasaCtrl, fixed: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from masa.control_arguments import build_controls, parse_numbers
 from masa.result import file_names
 
 ROOT = Path(__file__).parent.parent
-FAST = ["--steps", "3", "--start-step", "1", "--height", "64", "--width", "64", "-q"]
+PLAIN = ["--steps", "3", "--height", "64", "--width", "64", "-q"]
+FAST = [*PLAIN, "--start-step", "1"]
 
 
 @pytest.fixture
@@ -101,7 +102,14 @@ def test_options_describe_controls():
     p2p = masa.PromptToPrompt(None, {"fluffy": 4.0}, self_replace_steps=0.0)
     assert described(*both, "--self-steps", "0") == [masa.MasaCtrl(union=True), p2p]
     p2p = masa.PromptToPrompt("refine", cross_replace_steps=0.5)
-    assert described("--control", "prompt-to-prompt", "--cross-steps", "0.5") == [p2p]
+    assert described("--control", "prompt-to-prompt", "--p2p-edit", "refine", "--cross-steps", "0.5") == [p2p]
+    several = ["--control", "masactrl,style,prompt-to-prompt,plug-and-play", "--words", "cat", "cat", "--union"]
+    assert described(*several) == [
+        masa.MasaCtrl(mask=masa.WordMasks("cat", "cat"), union=True),
+        masa.PromptToPrompt(),
+        masa.PlugAndPlay(),
+        masa.StyleTransfer(),
+    ]
     shares = ["--feature-steps", "0.3", "--attention-steps", "0.2"]
     assert described("--control", "plug-and-play", *shares) == [masa.PlugAndPlay(0.3, 0.2)]
     assert described("--no-control", "--local-blend", "cat", "2") == [masa.LocalBlend("cat", 2)]
@@ -164,12 +172,12 @@ def test_inspect_tells_what_a_file_is(capsys):
         (["sample", "a cat", "a dog", "--words", "cat", "dog", "--masks", "photo.jpg", "photo.jpg"], "give one"),
         (["sample", "a cat", "a dog", "--start-step", "50", "--steps", "3"], "selects no step"),
         (["sample", "a cat", "a dog", "--no-control", "--union"], "--union is masactrl's, which is not in use"),
-        (["sample", "a cat", "--reweight", "cat=2"], "--reweight is prompt-to-prompt's, which is not in use"),
+        (["sample", "a cat", "a dog", "--reweight", "dog=2"], "dog=2 is prompt-to-prompt's, which is not in use"),
         (["sample", "a cat", "a dog", "--control", "magic"], "'magic' is not a list of masactrl, prompt-to-prompt"),
         (["sample", "a cat", "a dog", "--reweight", "dog"], "'dog' is not a list of WORD=FACTOR"),
         (["sample", "a cat", "--record-layers", "7"], "add --record-words, --record-self or --record-queries"),
         (["sample", "a cat", "--record-steps", "1", "--record-self"], "add --record-queries or --record-x0"),
-        (["sample", "a cat", "--local-blend", "cat", "cat", *FAST], "LocalBlend acts on targets"),
+        (["sample", "a cat", "--local-blend", "cat", "cat", *PLAIN], "LocalBlend acts on targets"),
         (["plot", "none", "masks"], "none holds no result.safetensors"),
         (["plot", "none", "masks", "--layers", "3"], "--layers has no meaning for masks, which takes --steps"),
         (["sample", "a cat", "--height", "100"], "height is 100; expected a multiple of 64"),
@@ -191,11 +199,51 @@ def test_a_mistake_is_one_line(home, capsys, argv, message):
 def test_nothing_is_overwritten_unasked(home, tiny_folder, capsys):
     Path("out").mkdir()
     Path("out/source.png").write_bytes(b"mine")
-    argv = ["sample", "a cat", "-c", str(tiny_folder), "-o", "out", *FAST]
+    argv = ["sample", "a cat", "-c", str(tiny_folder), "-o", "out", *PLAIN]
     assert "already holds source.png" in mistake(capsys, *argv)
     assert Path("out/source.png").read_bytes() == b"mine"
     assert main([*argv, "--overwrite"]) == 0
     assert Path("out/source.png").read_bytes() != b"mine"
+
+
+OUTPUTS = [
+    ["demo"],
+    ["sample", "a cat"],
+    ["edit", "photo.jpg", "a cat"],
+    ["sdedit", "photo.jpg", "a cat"],
+    ["grid", "photo.jpg", "a cat"],
+    ["sweep", "a cat", "a dog"],
+]
+
+
+@pytest.mark.parametrize("argv", OUTPUTS, ids=lambda argv: argv[0])
+def test_a_folder_that_cannot_be_written_is_found_first(home, capsys, monkeypatch, argv):
+    monkeypatch.setattr("masa.load", lambda *args, **settings: pytest.fail("loaded first"))
+    name = {"demo": "editing.png", "grid": "grid.png", "sweep": "sweep.png"}.get(argv[0], "source.png")
+    (home / "out" / name).mkdir(parents=True)
+    (home / "masa-out").touch()
+    assert "masa-out is a file; expected a folder" in mistake(capsys, *argv)
+    assert "photo.jpg is a file; expected a folder" in mistake(capsys, *argv, "-o", "photo.jpg/new")
+    assert f"out/{name} is a folder; expected a file's name" in mistake(capsys, *argv, "-o", "out", "--overwrite")
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert "cannot be written to; give another folder" in mistake(capsys, *argv, "-o", "new")
+    assert not (home / "new").exists()
+
+
+def test_a_file_that_cannot_be_written_is_found_first(home, tiny_folder, capsys, monkeypatch):
+    assert main(["sample", "a cat", "-c", str(tiny_folder), "-o", "out", *PLAIN]) == 0
+    capsys.readouterr()
+    monkeypatch.setattr("masa.load", lambda *args, **settings: pytest.fail("loaded first"))
+    monkeypatch.setattr("masa.rerun", lambda *args, **settings: pytest.fail("ran first"))
+    (home / "t.safetensors").mkdir()
+    invert = ["invert", "photo.jpg", "--overwrite", "-o"]
+    assert "t.safetensors is a folder" in mistake(capsys, *invert, "t.safetensors")
+    assert "photo.jpg is a file; expected a folder" in mistake(capsys, *invert, "photo.jpg/t.safetensors")
+    assert "photo.jpg is a file" in mistake(capsys, "plot", "out", "masks", "-o", "photo.jpg/m.png")
+    assert "photo.jpg is a file" in mistake(capsys, "rerun", "out/source.png", "-o", "photo.jpg")
+    assert "photo.jpg is a file" in mistake(capsys, "sample", "a cat", "--profile", "photo.jpg/trace.json")
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert "cannot be written to; give another folder" in mistake(capsys, *invert, "new.safetensors")
 
 
 def test_interrupting_leaves_no_file(home, tiny_folder, monkeypatch, capsys):
@@ -203,7 +251,7 @@ def test_interrupting_leaves_no_file(home, tiny_folder, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(masa.pipeline.StableDiffusion, "decode_latents", interrupt)
-    assert main(["sample", "a cat", "-c", str(tiny_folder), "-o", "out", *FAST]) == 130
+    assert main(["sample", "a cat", "-c", str(tiny_folder), "-o", "out", *PLAIN]) == 130
     assert "interrupted" in capsys.readouterr().err
     assert not Path("out").exists()
 
@@ -215,7 +263,7 @@ def test_next_free_folder(home):
 
 
 def test_number_lists():
-    assert parse_numbers("3,5,10-12") == [3, 5, 10, 11, 12]
+    assert parse_numbers("3,5,10-12,7-7") == [3, 5, 10, 11, 12, 7]
 
 
 def test_every_command_has_help_with_an_example(capsys):

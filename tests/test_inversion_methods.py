@@ -6,6 +6,7 @@ import pytest
 import torch
 from published import Control, MutualAttention
 from published_inversions import InversionOracle
+from torch.utils.checkpoint import checkpoint
 
 import masa
 from masa.schedule import Schedule
@@ -230,6 +231,24 @@ def test_parameters_change_the_trajectory(tiny, picture, short, method, change):
     parts = [short[method], masa.invert(tiny, picture, **(SHORT | {"method": method} | change))]
     one, other = (torch.cat([t.flatten() for t in (p.latents, p.context, p.noise) if t is not None]) for p in parts)
     assert not torch.equal(one, other)
+
+
+def test_computing_activations_again_changes_nothing(tiny, picture, short, monkeypatch):
+    """As large latents do, which would not all fit into memory."""
+    calls = []
+
+    def recompute(module, *inputs, **settings):
+        calls.append(module)
+        return checkpoint(module, *inputs, **settings)
+
+    monkeypatch.setattr("masa.models.unet.recompute", recompute)
+    monkeypatch.setattr("masa.null_text.KEPT", 8 * 8)
+    masa.invert(tiny, picture, method="null-text", **SHORT)
+    assert not calls
+    monkeypatch.setattr("masa.null_text.KEPT", 8 * 8 - 1)
+    again = masa.invert(tiny, picture, method="null-text", **SHORT)
+    assert calls
+    assert torch.allclose(again.context, short["null-text"].context, atol=1e-5)
 
 
 def test_skipping_steps_changes_the_edit(tiny, trajectories):

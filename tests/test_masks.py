@@ -131,7 +131,7 @@ def test_bad_threshold_is_named(run_info):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"start_step": -1}, "starts at step -1"),
+        ({"start_step": -1}, "start_step is -1"),
         ({"source_weight": 0.0, "union": True}, "source_weight is 0.0"),
         ({"source_weight": 2.0}, "set union=True"),
     ],

@@ -106,7 +106,7 @@ def test_a_control_used_twice_gives_the_same(tiny, noise):
 
 @pytest.mark.parametrize("settings", [{"feature_steps": 1.5}, {"attention_steps": -0.1}])
 def test_bad_fractions_are_named(settings):
-    with pytest.raises(masa.MasaError, match=r"expected a fraction from 0 to 1"):
+    with pytest.raises(masa.MasaError, match=r"expected a number from 0 to 1"):
         masa.PlugAndPlay(**settings)
 
 

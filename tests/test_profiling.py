@@ -29,13 +29,17 @@ def test_refused_before_anything_runs(tmp_path):
     for name, reason in (("trace.txt", "must end in .json"), ("old.json", "already there")):
         with pytest.raises(MasaError, match=reason), profiled(tmp_path / name):
             pytest.fail("ran")
+    (tmp_path / "folder.json").mkdir()
+    for path, reason in (("old.json/trace.json", "is a file; expected a folder"), ("folder.json", "is a folder")):
+        with pytest.raises(MasaError, match=f"--profile .*{reason}"), profiled(tmp_path / path, overwrite=True):
+            pytest.fail("ran")
     with profiled(tmp_path / "old.json", overwrite=True):
         torch.ones(1)
     assert "traceEvents" in (tmp_path / "old.json").read_text()
 
 
 def test_a_failed_command_leaves_no_trace(tmp_path):
-    with pytest.raises(KeyError), profiled(tmp_path / "trace.json"):
+    with pytest.raises(KeyError), profiled(tmp_path / "new" / "trace.json"):
         raise KeyError
     assert not list(tmp_path.iterdir())
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import masa
+from masa.cli import main
 from masa.result import Picture, read_settings, wrap
 from masa.settings import describe, restore
 
@@ -148,6 +152,36 @@ def test_other_weights_are_noticed(tiny, tiny_folder, tmp_path):
         masa.rerun(tmp_path / "other.png", progress=False)
 
 
+def test_another_device_or_dtype_keeps_the_checks(tiny_folder, tiny, tmp_path, monkeypatch, capsys):
+    """Weights are compared in the dtype that made the picture, and paths are still found near it."""
+    work, elsewhere = tmp_path / "work", tmp_path / "elsewhere"
+    shutil.copytree(tiny_folder, work / "model")
+    elsewhere.mkdir()
+    monkeypatch.chdir(work)
+    sd = masa.load("model", device="cpu", dtype="fp32", progress=False)
+    first = masa.sample(sd, "a cat", seed=1, **(SETTINGS | {"steps": 1}))
+    first.source.save("source.png")
+    Picture.of(first.source, {**first.settings, "fingerprint": "0" * 16}).save("other.png")
+    monkeypatch.chdir(elsewhere)
+    source, other = work / "source.png", work / "other.png"
+    assert torch.equal(masa.rerun(source, device="cpu", progress=False).latents, first.latents)
+    again = masa.rerun(source, dtype="bf16", progress=False)
+    assert again.settings["dtype"] == "bfloat16"
+    for given in ({"device": "cpu"}, {"dtype": "bf16"}):
+        with pytest.raises(masa.MasaError, match="holds other weights"):
+            masa.rerun(other, progress=False, **given)
+    # A checkpoint that is named is taken as it is.
+    assert torch.equal(masa.rerun(other, checkpoint=work / "model", progress=False).latents, first.latents)
+    with pytest.raises(masa.MasaError, match="sd and device both say"):
+        masa.rerun(source, tiny, device="cpu")
+    capsys.readouterr()
+    loads = []
+    monkeypatch.setattr(sys.modules["masa.rerun"], "load", lambda *args, **settings: loads.append(settings) or sd)
+    assert main(["rerun", str(source), "--device", "cpu", "-q", "-o", "out"]) == 0
+    assert [settings["progress"] for settings in loads] == [False]
+    assert capsys.readouterr().err == ""
+
+
 def test_a_callback_is_told(tiny, tmp_path):
     out = masa.sample(tiny, "a cat", seed=1, callback=lambda step, timestep, x: None, **SETTINGS)
     out.source.save(tmp_path / "source.png")
@@ -219,6 +253,52 @@ def test_pictures_are_saved_together_or_not_at_all(out, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         out.save(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def folder_names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_an_older_results_further_targets_are_removed(out, tmp_path):
+    one = replace(out, images=out.images[:2], settings={**out.settings, "target": ["a cat"]})
+    one = replace(one, images=[Picture.of(p, one.settings | {"branch": i}) for i, p in enumerate(one.images)])
+    out.save(tmp_path)
+    one.save(tmp_path)
+    assert folder_names(tmp_path) == ["grid.png", "result.safetensors", "source.png", "target_0.png"]
+    assert masa.Result.load(tmp_path).settings == one.settings
+    out.save(tmp_path)
+    assert len(masa.Result.load(tmp_path).targets) == 2
+
+
+@pytest.mark.parametrize("record", ["none", "damaged", "another file's", "replaced picture"])
+def test_what_no_older_result_wrote_stays(out, tmp_path, record):
+    alone = replace(out, images=out.images[:1], settings={**out.settings, "target": []})
+    out.save(tmp_path)
+    if record == "none":
+        (tmp_path / "result.safetensors").unlink()
+    elif record == "damaged":
+        (tmp_path / "result.safetensors").write_bytes(b"123")
+    elif record == "another file's":
+        save_file({"latents": torch.zeros(1)}, tmp_path / "result.safetensors", {"format": "other"})
+    else:
+        for name in ("target_0.png", "target_1.png"):
+            Image.new("RGB", (8, 8)).save(tmp_path / name)
+    (tmp_path / "target_2.png").write_bytes(b"mine")
+    alone.save(tmp_path)
+    assert {"target_0.png", "target_1.png", "target_2.png"} <= set(folder_names(tmp_path))
+
+
+def test_a_failed_save_loses_nothing_of_an_older_result(out, tmp_path, monkeypatch):
+    def fail(*args):
+        raise OSError("disk full")
+
+    out.save(tmp_path)
+    alone = replace(out, images=out.images[:1], settings={**out.settings, "target": []})
+    monkeypatch.setattr("masa.result.save_tensors", fail)
+    with pytest.raises(OSError, match="disk full"):
+        alone.save(tmp_path)
+    assert masa.Result.load(tmp_path).settings == out.settings
+    assert len(folder_names(tmp_path)) == 5
 
 
 def test_other_formats_save_without_settings(out, tmp_path):
@@ -293,8 +373,6 @@ def test_trajectories_come_back_whole(tiny, tmp_path, generator):
 
 
 def test_other_files_are_no_trajectories(tmp_path):
-    from safetensors.torch import save_file
-
     save_file({"latents": torch.zeros(1)}, tmp_path / "other.safetensors")
     (tmp_path / "broken.safetensors").write_bytes(b"123")
     with pytest.raises(masa.MasaError, match="is no trajectory"):

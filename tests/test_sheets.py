@@ -12,7 +12,7 @@ import masa
 from masa.arguments import parse_sweep
 from masa.cli import main
 from masa.result import read_settings
-from masa.sheets import CELL, label_sheet, serves
+from masa.sheets import CELL, PARAMETERS, label_sheet, serves
 
 SOURCE, TARGET = "a photo of a sitting cat", "a photo of a running cat"
 SETTINGS = {"steps": 2, "height": 64, "width": 64, "seed": 3, "progress": False}
@@ -95,16 +95,41 @@ def test_a_sweep_over_a_picture_inverts_once(tiny, picture, monkeypatch):
         (("skip_steps", [0, 3]), ("start_step", [0]), True, "skip_steps is 3"),
         (("start_step", [0]), ("steps", [2, 0]), False, "steps is 0"),
         (("start_step", [0]), ("start_layer", [0, 16]), True, "transformer blocks from 0 to 15"),
+        (("start_step", [0]), ("layers", [10]), False, "layers is 10; expected several"),
+        (("start_step", [0]), ("mask", ["cat"]), False, "mask is 'cat'"),
+        (("layers", [[8], [9]]), ("start_layer", [0]), False, "over start_layer would change nothing: .* leave layers"),
+        (("source_weight", [1.0]), ("start_step", [0]), False, "over source_weight would change nothing: .*union=True"),
+        (("negative_prompt", ["", "bad"]), ("guidance_scale", [0.0, 1.0]), False, "over negative_prompt would change"),
+        (("pin_source", [True, False]), ("start_step", [0]), False, "over pin_source would change nothing"),
+        (("seed", [1, 2]), ("start_step", [0]), True, "over seed would change nothing: .*sweep eta"),
     ],
 )
 def test_bad_sweeps_are_named_before_any_run(tiny, picture, monkeypatch, rows, columns, image, message):
     for name in ("sample", "invert"):
         monkeypatch.setattr(f"masa.sheets.{name}", lambda *args, **kwargs: pytest.fail("ran first"))
     with pytest.raises(masa.MasaError, match=message):
-        masa.sweep(tiny, SOURCE, TARGET, rows, columns, image=picture if image else None, **SETTINGS)
+        masa.sweep(
+            tiny, SOURCE, TARGET, rows, columns, image=picture if image else None, control=masa.MasaCtrl(0), **SETTINGS
+        )
+
+
+@pytest.mark.parametrize(("name", "listed"), [("start_step", {"steps": [0]}), ("start_layer", {"layers": [9]})])
+def test_a_sweep_over_a_start_that_a_list_replaces_is_refused(tiny, name, listed):
+    with pytest.raises(masa.MasaError, match=f"a sweep over {name} would change nothing"):
+        masa.sweep(tiny, SOURCE, TARGET, (name, [0, 1]), ("eta", [0.0]), control=masa.MasaCtrl(0, **listed), **SETTINGS)
+
+
+def test_a_sweep_varies_each_parameter_under_one_name(tiny):
+    assert len(set(PARAMETERS)) == len(PARAMETERS)
+    rows, columns = ("layers", [[9], range(10, 12)]), ("steps", [1, 2])
+    sheet = masa.sweep(tiny, SOURCE, TARGET, rows, columns, control=masa.MasaCtrl(0), **SETTINGS)
+    assert sheet.settings["rows"] == ["layers", [[9], [10, 11]]]
+    assert len({cell(sheet, r, c, 2, 3) for r in (0, 1) for c in (1, 2)}) == 4
 
 
 def test_unknown_methods_are_named(tiny, picture):
+    with pytest.raises(masa.MasaError, match="each once"):
+        masa.grid(tiny, picture, TARGET, methods=["ddim", "ddim"], **SETTINGS)
     with pytest.raises(masa.MasaError, match="expected some of 'ddim'"):
         masa.grid(tiny, picture, TARGET, methods=["magic"], **SETTINGS)
 
@@ -120,6 +145,7 @@ def test_values_on_the_command_line():
     assert parse_sweep("start_step=0,4") == ("start_step", [0, 4])
     assert parse_sweep("guidance_scale=1.5,7") == ("guidance_scale", [1.5, 7])
     assert parse_sweep("union=True,False") == ("union", [True, False])
+    assert parse_sweep("layers=8-9,10") == ("layers", [[8, 9], [10]])
     assert parse_sweep("negative_prompt=blurry,") == ("negative_prompt", ["blurry", ""])
 
 
@@ -138,6 +164,7 @@ def test_commands_make_one_picture_each(tiny_folder, tmp_path, monkeypatch, caps
     edit = ["edit", "photo.png", TARGET, *fast]
     assert main([*edit, "-o", "b", "--no-control", "--blend", "mask.png", "--skip-steps", "1"]) == 0
     argv = ["invert", "photo.png", "--prompt", SOURCE, "-o", "t.safetensors", *fast]
+    del argv[argv.index("--seed") : argv.index("--seed") + 2]
     assert main([*argv, "--method", "null-text", "--edit-guidance", "3"]) == 0
     printed = capsys.readouterr().out.split()
     assert printed[:2] == ["g/grid.png", "s/sweep.png"]

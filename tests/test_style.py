@@ -66,7 +66,7 @@ def test_a_control_used_twice_gives_the_same(tiny, noise):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"start_step": -1}, "starts at step -1"),
+        ({"start_step": -1}, "start_step is -1"),
         ({"start_step": STEPS}, "selects no step"),
         ({"layers": [16]}, "transformer blocks from 0 to 15"),
     ],

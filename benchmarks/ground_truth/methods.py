@@ -19,8 +19,6 @@ PAPER_STEPS, PAPER_START = 50, 4  # MasaCtrl's S of its steps
 STRENGTHS = (0.5, 0.8)
 VARIANTS = ("", ", free source", ", word masks", ", union")
 STRESS = 2.0  # Prompt-to-Prompt's factor on the pose's word
-# Prompt-to-Prompt leaves the finest self-attention free: half the latents' side, 32x32 of SD's, 8x8 here.
-HALF_SIDE = 8 * 8
 # Of null-text, at each step: ten inner ones, forward, again, and backward. One row alone and its gradients are slow:
 # the time of this many rows in a batch, measured.
 INNER_ROWS = 100
@@ -95,7 +93,6 @@ def prompt_to_prompt(
     return masa.PromptToPrompt(
         "replace" if swap else "refine",
         reweight=reweight or {},
-        self_replace_tokens=HALF_SIDE,
         local_blend=local_blend,
     )
 

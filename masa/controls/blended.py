@@ -12,6 +12,7 @@ from torch import Tensor
 from masa.attention import Tape
 from masa.branches import Branches
 from masa.controls.base import ActiveControl, Run
+from masa.controls.checks import is_number
 from masa.errors import MasaError
 from masa.image import ImageLike, load_mask
 
@@ -29,8 +30,8 @@ class BlendedLatents:
     skip: float = 0.25
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.skip < 1.0:
-            raise MasaError(f"BlendedLatents skip is {self.skip}; expected a number from 0 to below 1")
+        if not is_number(self.skip) or not 0.0 <= self.skip < 1.0:
+            raise MasaError(f"BlendedLatents skip is {self.skip!r}; expected a number from 0 to below 1")
 
     def begin(self, run: Run) -> ActiveControl:
         if run.source_latents is None or run.draw_noise is None:

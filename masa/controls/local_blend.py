@@ -12,6 +12,7 @@ from torch import Tensor
 from masa.attention import Edit, Record, Tape
 from masa.branches import SOURCE, Branches
 from masa.controls.base import ActiveControl, Run, find_words
+from masa.controls.checks import check_fraction
 from masa.controls.masks import MAP_DOWNSAMPLE, Words
 from masa.errors import MasaError
 
@@ -39,8 +40,7 @@ class LocalBlend:
 
     def __post_init__(self) -> None:
         for name in ("threshold", "start", "subtract_threshold"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise MasaError(f"LocalBlend {name} is {getattr(self, name)}; expected a number from 0 to 1")
+            check_fraction(f"LocalBlend {name}", getattr(self, name))
         if (self.subtract_source is None) != (self.subtract_target is None):
             raise MasaError("LocalBlend subtracts words of both prompts; give subtract_source and subtract_target")
 
@@ -64,6 +64,11 @@ class LocalBlend:
                         f"{run.prompts[branch]!r}; name a word of every target"
                     )
         sites = tuple(s.index for s in run.sites if s.kind == "cross" and s.downsample == MAP_DOWNSAMPLE)
+        if not sites:
+            raise MasaError(
+                f"LocalBlend reads cross-attention at 1/{MAP_DOWNSAMPLE} of the latents' size, which this UNet has "
+                "not; leave it out"
+            )
         return ActiveBlend(self, int(self.start * run.steps), weights.to(run.device), sites, run)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from masa.attention import Edit, Site, Tape
 from masa.branches import SOURCE, Branches
 from masa.controls.base import ActiveControl, Run, choose_layers, choose_steps
+from masa.controls.checks import check_flag, check_list, check_whole, is_number
 from masa.controls.masks import ActiveMasks, GivenMasks, WordMasks
 from masa.errors import MasaError
 
@@ -34,12 +35,15 @@ class MasaCtrl:
     source_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.start_step < 0 or self.start_layer < 0:
-            raise MasaError(
-                f"MasaCtrl starts at step {self.start_step}, layer {self.start_layer}; expected 0 or more of both"
-            )
-        if self.source_weight <= 0:
-            raise MasaError(f"MasaCtrl source_weight is {self.source_weight}; expected more than 0")
+        check_whole("MasaCtrl start_step", self.start_step)
+        check_whole("MasaCtrl start_layer", self.start_layer)
+        check_list("MasaCtrl steps", self.steps)
+        check_list("MasaCtrl layers", self.layers)
+        if self.mask is not None and not isinstance(self.mask, GivenMasks | WordMasks):
+            raise MasaError(f"MasaCtrl mask is {self.mask!r}; expected masa.WordMasks, masa.GivenMasks or None")
+        check_flag("MasaCtrl union", self.union)
+        if not is_number(self.source_weight) or self.source_weight <= 0:
+            raise MasaError(f"MasaCtrl source_weight is {self.source_weight!r}; expected more than 0")
         if self.source_weight != 1.0 and not self.union:
             raise MasaError("MasaCtrl source_weight weighs the source in a union; set union=True")
 

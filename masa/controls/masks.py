@@ -16,6 +16,7 @@ from torch import Tensor
 from masa.attention import Edit, Grid, MaskPlan, MaskSource, Record, Tape, take
 from masa.branches import SOURCE, Branches
 from masa.controls.base import Run
+from masa.controls.checks import check_fraction
 from masa.errors import MasaError
 from masa.image import ImageLike, load_mask
 
@@ -124,9 +125,10 @@ class WordMasks:
     target: Words
     threshold: float = 0.1
 
+    def __post_init__(self) -> None:
+        check_fraction("WordMasks threshold", self.threshold)
+
     def begin(self, run: Run, layers: frozenset[int]) -> ActiveMasks:
-        if not 0.0 <= self.threshold <= 1.0:
-            raise MasaError(f"WordMasks threshold is {self.threshold}; expected a number from 0 to 1")
         positions = tuple(
             run.token_positions(prompt, self.source if branch == SOURCE else self.target)
             for branch, prompt in enumerate(run.prompts)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from masa.attention import Edit
 from masa.branches import Branches
 from masa.controls.base import ActiveControl, Run
+from masa.controls.checks import check_fraction
 from masa.errors import MasaError
 
 FEATURE_BLOCK = "up_blocks.1.resnets.1"  # "layer 4" of the paper's decoder
@@ -30,8 +31,7 @@ class PlugAndPlay:
 
     def __post_init__(self) -> None:
         for name in ("feature_steps", "attention_steps"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise MasaError(f"PlugAndPlay {name} is {getattr(self, name)}; expected a fraction from 0 to 1")
+            check_fraction(f"PlugAndPlay {name}", getattr(self, name))
 
     def begin(self, run: Run) -> ActiveControl:
         feature_steps, attention_steps = int(run.steps * self.feature_steps), int(run.steps * self.attention_steps)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from numbers import Integral
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from masa.attention import Edit, Mix, Tape, take
 from masa.branches import SOURCE, Branches
 from masa.controls.base import ActiveControl, Run, find_words
+from masa.controls.checks import is_number
 from masa.controls.local_blend import LocalBlend
 from masa.controls.token_alignment import TokenizedPrompt, refinement_map, replacement_map
 from masa.errors import MasaError
@@ -34,7 +36,8 @@ class PromptToPrompt:
     the key "default" for all other tokens, (0, 1) where it is missing. Step k of n is controlled where
     int(start * (n + 1)) <= k < int(end * (n + 1)).
     self_replace_steps: a fraction or pair; steps int(n * start) .. int(n * end) - 1 take the source's
-    self-attention probabilities where the grid has at most self_replace_tokens tokens (16*16 in the first release).
+    self-attention probabilities where the grid has at most self_replace_tokens tokens. None: a quarter of the
+    latents' own, which leaves only the finest grid free (32*32 at 512x512; 16*16 in the first release).
     local_blend: keeps the edit where its words look.
 
     Only the conditional half is edited. Fractions in [0, 1]. Errors come before the first step.
@@ -45,21 +48,26 @@ class PromptToPrompt:
     reweight: Mapping[str | int, float] = field(default_factory=dict)
     cross_replace_steps: Bounds | Mapping[str | int, Bounds] = 0.8
     self_replace_steps: Bounds = 0.4
-    self_replace_tokens: int = 32 * 32
+    self_replace_tokens: int | None = None
     local_blend: LocalBlend | None = None
 
     def __post_init__(self) -> None:
         if self.edit not in ("replace", "refine", None):
             raise MasaError(f"PromptToPrompt edit is {self.edit!r}; expected 'replace', 'refine' or None")
+        if not isinstance(self.reweight, Mapping):
+            raise MasaError(f"PromptToPrompt reweight is {self.reweight!r}; expected a dict such as {{'fluffy': 4.0}}")
         for word, factor in self.reweight.items():
-            if not isinstance(factor, int | float) or not math.isfinite(factor):
+            if not is_number(factor):
                 raise MasaError(f"PromptToPrompt reweight of {word!r} is {factor!r}; expected a finite number")
         for word, bounds in self.cross_bounds.items():
             _bounds(bounds, f"cross_replace_steps of {word!r}")
         _bounds(self.self_replace_steps, "self_replace_steps")
-        if self.self_replace_tokens < 1:
+        if self.local_blend is not None and not isinstance(self.local_blend, LocalBlend):
+            raise MasaError(f"PromptToPrompt local_blend is {self.local_blend!r}; expected masa.LocalBlend or None")
+        tokens = self.self_replace_tokens
+        if tokens is not None and (not isinstance(tokens, Integral) or tokens < 1):
             raise MasaError(
-                f"PromptToPrompt self_replace_tokens is {self.self_replace_tokens}; expected 1 or more, such as 32 * 32"
+                f"PromptToPrompt self_replace_tokens is {tokens!r}; expected 1 or more, such as 32 * 32, or None"
             )
 
     @property
@@ -85,10 +93,9 @@ class PromptToPrompt:
         return active
 
     def _self_sites(self, run: Run) -> tuple[int, ...]:
+        most = math.prod(run.grid) // 4 if self.self_replace_tokens is None else self.self_replace_tokens
         return tuple(
-            site.index
-            for site in run.sites
-            if site.kind == "self" and math.prod(run.grid_at(site.downsample)) <= self.self_replace_tokens
+            site.index for site in run.sites if site.kind == "self" and math.prod(run.grid_at(site.downsample)) <= most
         )
 
     def _maps(self, run: Run) -> tuple[Tensor, Tensor] | None:
@@ -182,8 +189,8 @@ class _Active(ActiveControl):
 
 def _bounds(bounds: Bounds, name: str) -> tuple[float, float]:
     """(start, end) of a fraction or pair. MasaError unless 0 <= start <= end <= 1."""
-    pair = (0.0, bounds) if isinstance(bounds, int | float) else tuple(bounds)
-    numbers = len(pair) == 2 and all(isinstance(fraction, int | float) for fraction in pair)
+    pair: tuple[Any, ...] = tuple(bounds) if isinstance(bounds, Sequence) else (0.0, bounds)
+    numbers = len(pair) == 2 and all(is_number(fraction) for fraction in pair)
     if not numbers or not 0.0 <= pair[0] <= pair[1] <= 1.0:
         raise MasaError(
             f"PromptToPrompt {name} is {bounds!r}; expected a fraction from 0 to 1, or a pair (start, end) of them"

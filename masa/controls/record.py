@@ -12,6 +12,7 @@ from torch import Tensor
 from masa.attention import Edit, Grid, Record, Tape
 from masa.branches import Branches
 from masa.controls.base import ActiveControl, Run, choose_layers, choose_steps
+from masa.controls.checks import check_flag, check_list
 from masa.controls.masks import MAP_DOWNSAMPLE
 from masa.errors import MasaError
 
@@ -38,14 +39,21 @@ class RecordAttention:
     self_attention: bool = False
 
     def __post_init__(self) -> None:
+        check_list("RecordAttention layers", self.layers)
         if isinstance(self.words, str):
             raise MasaError(f"RecordAttention words is {self.words!r}; expected several, such as [{self.words!r}]")
+        check_flag("RecordAttention self_attention", self.self_attention)
 
     def begin(self, run: Run) -> ActiveControl:
         if self.layers is None:
             layers = frozenset(s.layer for s in run.sites if s.kind == "cross" and s.downsample == MAP_DOWNSAMPLE)
         else:
             layers = choose_layers(self.layers, 0, run, "RecordAttention")
+        if not layers:
+            raise MasaError(
+                f"RecordAttention reads cross-attention at 1/{MAP_DOWNSAMPLE} of the latents' size, which this UNet "
+                "has not; name other layers"
+            )
         grids = {run.grid_at(site.downsample) for site in run.sites if site.layer in layers and site.kind == "cross"}
         if len(grids) > 1:
             sizes = ", ".join(f"{h}x{w}" for h, w in sorted(grids))
@@ -130,6 +138,10 @@ class RecordQueries:
 
     needs_targets: ClassVar[bool] = False
 
+    def __post_init__(self) -> None:
+        check_list("RecordQueries layers", self.layers)
+        check_list("RecordQueries steps", self.steps)
+
     def begin(self, run: Run) -> ActiveControl:
         steps = _chosen_steps(self.steps, run, "RecordQueries")
         sites = {site.layer: site for site in run.sites if site.kind == "self"}
@@ -181,6 +193,9 @@ class RecordPredictions:
     steps: Sequence[int] | None = None
 
     needs_targets: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_list("RecordPredictions steps", self.steps)
 
     def begin(self, run: Run) -> ActiveControl:
         return _ActivePredictions(_chosen_steps(self.steps, run, "RecordPredictions"))

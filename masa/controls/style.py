@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from masa.attention import Edit
 from masa.branches import Branches
 from masa.controls.base import ActiveControl, Run, choose_layers, choose_steps
-from masa.errors import MasaError
+from masa.controls.checks import check_list, check_whole
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class StyleTransfer:
     layers: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        if self.start_step < 0 or self.start_layer < 0:
-            raise MasaError(
-                f"StyleTransfer starts at step {self.start_step}, layer {self.start_layer}; expected 0 or more of both"
-            )
+        check_whole("StyleTransfer start_step", self.start_step)
+        check_whole("StyleTransfer start_layer", self.start_layer)
+        check_list("StyleTransfer steps", self.steps)
+        check_list("StyleTransfer layers", self.layers)
 
     def begin(self, run: Run) -> ActiveControl:
         steps = choose_steps(self.steps, self.start_step, run, "StyleTransfer")

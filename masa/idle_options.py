@@ -1,0 +1,133 @@
+"""Options of the command line that would do nothing where they stand: refused by name, before any work."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from masa.errors import MasaError
+
+# Options that only some controls read; they are None, or False, where they are not given.
+OWNERS: Mapping[str, tuple[str, ...]] = {
+    "start_step": ("masactrl", "style"),
+    "start_layer": ("masactrl", "style"),
+    "control_steps": ("masactrl", "style"),
+    "control_layers": ("masactrl", "style"),
+    "words": ("masactrl",),
+    "threshold": ("masactrl",),
+    "masks": ("masactrl",),
+    "union": ("masactrl",),
+    "source_weight": ("masactrl",),
+    "p2p_edit": ("prompt-to-prompt",),
+    "reweight": ("prompt-to-prompt",),
+    "cross_steps": ("prompt-to-prompt",),
+    "self_steps": ("prompt-to-prompt",),
+    "feature_steps": ("plug-and-play",),
+    "attention_steps": ("plug-and-play",),
+}
+
+# A sweep's own options, and the parameter that each fixes.
+FIXED = {
+    "start_step": "start_step",
+    "start_layer": "start_layer",
+    "guidance": "guidance_scale",
+    "seed": "seed",
+    "steps": "steps",
+}
+
+
+# Inversions that read such an option whatever a sweep varies.
+FITTED = {"guidance": ("null-text",), "seed": ("edit-friendly", "noise")}
+
+
+def refuse_idle(args: argparse.Namespace) -> None:
+    """MasaError for an option of this command that nothing would read, with its value and the remedy."""
+    checks: Mapping[str, tuple[Callable[[argparse.Namespace], None], ...]] = {
+        "sample": (check_controls, check_source, check_guided),
+        "edit": (check_controls, check_inversion, check_guided),
+        "invert": (check_inversion, check_fitting),
+        "sdedit": (check_guided,),
+        "sweep": (check_sweep,),
+    }
+    for check in checks.get(args.command, ()):
+        check(args)
+
+
+def check_controls(args: argparse.Namespace) -> None:
+    """Options of controls that are not in use, or that others of the same control leave without a say."""
+    names = ["masactrl"] if args.control is None else args.control
+    for option in ("control", *OWNERS):
+        if is_given(args, option) and not args.target:
+            raise MasaError(
+                f"{shown(args, option)} is about targets, and there are none; give a target, or leave it out"
+            )
+    for option, owners in OWNERS.items():
+        if is_given(args, option) and not set(owners) & set(names):
+            whose = " or ".join(f"{owner}'s" for owner in owners)
+            raise MasaError(f"{shown(args, option)} is {whose}, which is not in use; add it to --control")
+    refuse(args, "start_step", args.control_steps is not None, "--control-steps lists the steps; leave one out")
+    refuse(args, "start_layer", args.control_layers is not None, "--control-layers lists the layers; leave one out")
+    refuse(args, "threshold", not args.words, "it is of the maps of --words; give these too")
+    refuse(args, "source_weight", not args.union, "it is of the source in a union; add --union")
+    only_weights = args.p2p_edit == "none" and not args.reweight
+    refuse(args, "cross_steps", only_weights, "--p2p-edit none changes only what --reweight names; add it")
+
+
+def check_source(args: argparse.Namespace) -> None:
+    reason = "only a real source is pinned; give its --trajectory"
+    refuse(args, "free_source", args.trajectory is None, reason)
+
+
+def check_guided(args: argparse.Namespace) -> None:
+    # A source that was inverted under guidance is replayed under guidance.
+    inverted = getattr(args, "trajectory", None) is not None or getattr(args, "invert_guidance", None) is not None
+    off = args.guidance <= 1.0 and not inverted
+    refuse(args, "negative_prompt", off, f"--guidance {args.guidance:g} switches guidance off; raise it above 1")
+
+
+def check_inversion(args: argparse.Namespace) -> None:
+    """Guidance of an inversion whose two halves have one prompt, or that predicts nothing."""
+    prompt, flag = (args.prompt, "--prompt") if args.command == "invert" else (args.source, "--source")
+    unread = args.method in ("noise", "negative-prompt")
+    refuse(args, "invert_guidance", unread, f"--method {args.method} does not read it; use another method")
+    refuse(args, "invert_guidance", not prompt, f"it guides towards the picture's own prompt; give {flag}")
+
+
+def check_fitting(args: argparse.Namespace) -> None:
+    of_noise = args.method in ("edit-friendly", "noise")
+    refuse(args, "edit_guidance", args.method != "null-text", "only --method null-text fits to it")
+    refuse(args, "seed", not of_noise, f"--method {args.method} draws no noise; edit-friendly and noise do")
+
+
+def check_sweep(args: argparse.Namespace) -> None:
+    refuse(args, "method", args.image is None, "it inverts a picture; give --image")
+    for flag, (name, _) in (("--rows", args.rows), ("--columns", args.columns)):
+        for option, parameter in FIXED.items():
+            idle = parameter == name and args.method not in FITTED.get(option, ())
+            refuse(args, option, idle, f"{flag} varies {name}; leave one out")
+        refuse(args, "start_layer", name == "layers", f"{flag} lists the layers; leave one out")
+
+
+def refuse(args: argparse.Namespace, option: str, idle: bool, reason: str) -> None:
+    if idle and is_given(args, option):
+        raise MasaError(f"{shown(args, option)} would do nothing: {reason}")
+
+
+def is_given(args: argparse.Namespace, option: str) -> bool:
+    value = getattr(args, option)
+    return value is not None and value is not False and value not in ("", [])
+
+
+def shown(args: argparse.Namespace, option: str) -> str:
+    """An option as it was given: "--start-step 4"."""
+    flag, value = f"--{option.replace('_', '-')}", getattr(args, option)
+    return flag if value is True else f"{flag} {as_text(value)}"
+
+
+def as_text(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ",".join(f"{key}={item:g}" for key, item in value.items())
+    if isinstance(value, list):
+        return " ".join(value) if all(isinstance(item, str) for item in value) else ",".join(map(str, value))
+    return str(value)
