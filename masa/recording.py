@@ -12,9 +12,11 @@ from masa.controls.masactrl import MasaCtrl
 from masa.controls.style import StyleTransfer
 from masa.errors import MasaError
 from masa.pipeline import StableDiffusion
+from masa.recorder import Recorder, Recording
 from masa.sampling import sample
 from masa.schedule import Schedule
-from masa.source_cache import Recorder, Recording, SourceCache, Store
+from masa.source_cache import SourceCache
+from masa.storage import Store
 from masa.trajectory import Trajectory
 
 

@@ -12,7 +12,7 @@ import torch
 import masa
 from masa.attention import Call, Edit, Lent, Record, Site, attend
 from masa.kernels.mutual_attention import MaskPlan
-from masa.source_cache import choose_store
+from masa.storage import choose_store
 
 SOURCE, TARGETS = "a photo of a sitting cat", ["a photo of a running cat", "a red cat in the snow", "a cat on a mat"]
 STEPS = 5
@@ -302,7 +302,7 @@ def test_a_temporary_file_goes_with_its_cache(tiny, small):
 
 def test_an_interrupted_recording_leaves_nothing(tiny, small, tmp_path, monkeypatch):
     _, settings, _, _ = small
-    monkeypatch.setattr(masa.source_cache, "_finish", lambda *args: 1 / 0)
+    monkeypatch.setattr(masa.recorder, "finish_file", lambda *args: 1 / 0)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     for place in ({"path": tmp_path / "cache.safetensors"}, {"store": "disk"}):
         with pytest.raises(ZeroDivisionError):
@@ -312,7 +312,7 @@ def test_an_interrupted_recording_leaves_nothing(tiny, small, tmp_path, monkeypa
 
 def test_the_store_goes_by_size(monkeypatch):
     free = {"cuda": 1000, "cpu": 3000}
-    monkeypatch.setattr(masa.source_cache, "free_memory", lambda device: free[device.type])
+    monkeypatch.setattr(masa.storage, "free_memory", lambda device: free[device.type])
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     assert [choose_store("auto", n, cuda) for n in (500, 501, 1500, 1501)] == ["device", "host", "host", "disk"]
     assert [choose_store("auto", n, cpu) for n in (1500, 1501)] == ["device", "disk"]
