@@ -197,5 +197,6 @@ def check_cache(run: Denoising, cache: SourceCache) -> None:
         if control.watches_source:
             raise MasaError(f"{control.name} keeps what only a computed source has; run without cache=")
     for step in range(run.first_step, run.steps):
-        for control in run.controls:
-            cache.check_edits(control, step, _parts(run, step)[0], run.sd.unet.sites)
+        for branches in _parts(run, step):
+            for control in run.controls:
+                cache.check_edits(control, step, branches, run.sd.unet.sites)

@@ -45,7 +45,8 @@ class Recording:
         self.store: Store = self.asked
         self.device = torch.device("cpu")
         self.folder: str | None = None  # a temporary one
-        self.closing = ExitStack()
+        self.closing = ExitStack()  # around the run, until the cache is made
+        self.writing = ExitStack()  # within it, until the file is whole
         self.writer: TensorWriter | None = None
         self.tensors: dict[str, Tensor] = {}
         self.latents: list[Tensor] = []
@@ -61,14 +62,15 @@ class Recording:
             self.folder = tempfile.mkdtemp(prefix="masa-source-")
             self.closing.push(self._drop)
             self.path = Path(self.folder) / f"source{SUFFIX}"
-        temporary = self.closing.enter_context(replacing(self.path))
+        self.closing.enter_context(self.writing)
+        temporary = self.writing.enter_context(replacing(self.path))
         free = shutil.disk_usage(temporary.parent).free
         if free < nbytes:
             raise MasaError(
                 f"the source cache takes {nbytes / 1e9:.1f} GB, and {self.path.parent} has {free / 1e9:.1f} GB free; "
                 "give another path, or record fewer layers and steps"
             )
-        self.writer = self.closing.enter_context(TensorWriter(temporary, entries))
+        self.writer = self.writing.enter_context(TensorWriter(temporary, entries))
 
     def put(self, name: str, tensor: Tensor) -> None:
         self.nbytes += tensor.nbytes
@@ -82,7 +84,7 @@ class Recording:
         tensors: Mapping[str, Tensor] = self.tensors
         if self.writer is not None and self.path is not None:
             finish_file(self.writer, settings, latents, picture, trajectory)
-            self.closing.close()
+            self.writing.close()
             file = TensorFile(self.path, FORMAT, "source cache", "record it again")
             tensors = file.only([name for name in file if not name.startswith(EXTRAS)])
         path = self.path if self.store == "disk" else None

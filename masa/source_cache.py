@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -129,7 +130,8 @@ class SourceCache:
         """The edit with what it reads of the source, on the device."""
         found = {}
         for part in _reads(edit, rows):
-            tensor = self.tensors[name_of(step, site, part)].to(device, non_blocking=True)
+            # Only pinned memory may be read behind the host's back: it is not freed, nor written, before it was.
+            tensor = self.tensors[name_of(step, site, part)].to(device, non_blocking=self.store == "host")
             found[part] = tensor if part == "maps" else tensor.transpose(1, 2)
         return replace(edit, lent=Lent(**found)) if found else edit
 
@@ -147,7 +149,17 @@ class SourceCache:
         store: as in `record`; "disk" reads from the file as long as the cache is used.
         """
         check_store(store)
-        file = TensorFile(path, FORMAT, "source cache", "expected a file written by masa.record or SourceCache.save")
+        remedy = "expected a file written by masa.record or SourceCache.save"
+        with ExitStack() as stack:
+            file = TensorFile(path, FORMAT, "source cache", remedy)
+            stack.callback(file.close)
+            cache = cls._from_file(file, Path(path), sd, store)
+            if cache.store == "disk":
+                stack.pop_all()  # it is read as long as the cache is used
+        return cache
+
+    @classmethod
+    def _from_file(cls, file: TensorFile, path: Path, sd: StableDiffusion, store: Store) -> SourceCache:
         run = json.loads(file[f"{EXTRAS}settings"].numpy().tobytes())
         _check_model(run["settings"], sd)
         trajectory = None
@@ -161,8 +173,7 @@ class SourceCache:
         tensors = file.only(names) if store == "disk" else {name: keep(file[name], store, sd.device) for name in names}
         picture = Image.fromarray(file[f"{EXTRAS}picture"].numpy().copy())
         latents = file[f"{EXTRAS}source latents"].clone()
-        place = Path(path) if store == "disk" else None
-        return cls(settings, latents, picture, trajectory, tensors, store, place, nbytes)
+        return cls(settings, latents, picture, trajectory, tensors, store, path if store == "disk" else None, nbytes)
 
 
 TRAJECTORY = ("latents", "context", "noise")

@@ -43,8 +43,7 @@ def check_store(store: str) -> None:
 
 
 def keep(tensor: Tensor, store: str, device: torch.device) -> Tensor:
-    """A tensor of its own, dense, where the store is."""
+    """A tensor of its own, dense, where the store is; there when this returns, for the host to read too."""
     if store == "device":
-        return tensor.to(device).clone(memory_format=torch.contiguous_format)
-    kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=device.type == "cuda")
-    return kept.copy_(tensor)
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=device).copy_(tensor)
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=device.type == "cuda").copy_(tensor)
