@@ -48,6 +48,14 @@ def check_numbers(
     check_backend(backend, sd.device)
 
 
+def check_memory(targets_at_once: int | None, tiled: bool | None) -> None:
+    """MasaError unless they say how a run is to be cut into pieces."""
+    if targets_at_once is not None and (not isinstance(targets_at_once, int) or targets_at_once < 1):
+        raise MasaError(f"targets_at_once is {targets_at_once!r}; expected a number from 1, or None for all")
+    if tiled not in (None, True, False):
+        raise MasaError(f"tiled is {tiled!r}; expected True, False, or None for pictures over 768 pixels")
+
+
 def picture_size(
     sd: StableDiffusion, image: ImageLike | None, height: int | None, width: int | None
 ) -> tuple[int, int]:

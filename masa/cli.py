@@ -101,6 +101,8 @@ def run_sample(args: argparse.Namespace) -> None:
         guidance_scale=args.guidance,
         negative_prompt=args.negative_prompt,
         eta=args.eta,
+        targets_at_once=args.targets_at_once,
+        tiled=args.tiled,
         **size_and_seed(args),
     )
     report(result.save(folder))
@@ -126,6 +128,8 @@ def run_edit(args: argparse.Namespace) -> None:
         method=args.method,
         negative_prompt=args.negative_prompt,
         eta=args.eta,
+        targets_at_once=args.targets_at_once,
+        tiled=args.tiled,
         **size_and_seed(args),
     )
     report(result.save(folder))
@@ -147,6 +151,7 @@ def run_invert(args: argparse.Namespace) -> None:
         guidance_scale=args.invert_guidance,
         method=args.method,
         edit_guidance_scale=args.edit_guidance,
+        tiled=args.tiled,
         **size_and_seed(args),
     )
     trajectory.save(out)
@@ -166,6 +171,7 @@ def run_sdedit(args: argparse.Namespace) -> None:
         steps=args.steps,
         guidance_scale=args.guidance,
         negative_prompt=args.negative_prompt,
+        tiled=args.tiled,
         **size_and_seed(args),
     )
     report(result.save(folder))
@@ -296,14 +302,16 @@ def load_model(args: argparse.Namespace):  # type: ignore[no-untyped-def]
     check_size(getattr(args, "height", None), getattr(args, "width", None))
     masa.Schedule().timesteps(50 if getattr(args, "steps", None) is None else args.steps)
     check_backend(getattr(args, "backend", "auto"), choose_device(args.device))
-    return masa.load(
+    sd = masa.load(
         args.checkpoint,
         device=args.device,
         dtype=args.dtype,
         tokenizer=args.tokenizer,
         vae=args.vae,
+        offload=args.offload,
         progress=not args.quiet,
     )
+    return sd.compile() if args.compile else sd
 
 
 def size_and_seed(args: argparse.Namespace) -> dict[str, Any]:

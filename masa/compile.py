@@ -9,7 +9,8 @@ graph per structure of edits, whose tensors, like the latents, are copied into t
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, cast
 
@@ -67,7 +68,8 @@ class CompiledUNet(UNet):
         time = torch.full((1,), timestep, device=x.device) if isinstance(timestep, int) else timestep
         graded = torch.is_grad_enabled() and any(t.requires_grad for t in (x, context))
         plain = edits or {}
-        with torch._dynamo.config.patch(recompile_limit=MOST_SHAPES, accumulated_recompile_limit=MOST_SHAPES):
+        limits = torch._dynamo.config.patch(recompile_limit=MOST_SHAPES, accumulated_recompile_limit=MOST_SHAPES)
+        with limits, _compiler_at_work():
             if graded or self.capture is None or any(edit.mask is not None for edit in plain.values()):
                 with torch.set_grad_enabled(graded):  # the compiler tells the two modes apart
                     return super().forward(x, time, context, plain, retire, backend, checkpoint)
@@ -95,6 +97,16 @@ class CompiledUNet(UNet):
 
     def _places(self) -> tuple[int, ...]:
         return tuple(weight.data_ptr() for weight in self.weights)
+
+
+@contextmanager
+def _compiler_at_work() -> Iterator[None]:
+    """MasaError where torch.compile fails, such as without a C++ compiler."""
+    try:
+        yield
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        reason = " ".join(str(error).split())[:200]
+        raise MasaError(f"the compiler failed ({reason}); run without sd.compile() or --compile") from error
 
 
 def compile_unet(unet: UNet, compiler: str | Callable[..., Any] = "inductor", cuda_graphs: bool | None = None) -> UNet:

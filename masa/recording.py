@@ -37,6 +37,7 @@ def record(
     latents: Tensor | None = None,
     eta: float = 0.0,
     schedule: Schedule | None = None,
+    tiled: bool | None = None,
     backend: Backend = "auto",
     store: Store = "auto",
     path: str | Path | None = None,
@@ -95,6 +96,7 @@ def record(
             latents=latents,
             eta=eta,
             schedule=schedule,
+            tiled=tiled,
             backend=backend,
             progress=progress,
         )

@@ -24,7 +24,8 @@ from masa.trajectory import Trajectory
 def rerun(picture: str | Path, sd: StableDiffusion | None = None, *, progress: bool = True) -> Result:
     """Run again what made a PNG saved by masa: the same pictures, on the same device and library version.
 
-    sd: the model, by default loaded from the checkpoint, device and dtype that the settings name. A real picture
+    sd: the model, by default loaded from the checkpoint, device and dtype that the settings name, offloaded and
+    compiled where they say so. A real picture
     that was edited is read again from its path, also where that is relative to the PNG's folder. MasaError where
     something the settings name is gone or changed.
     """
@@ -67,6 +68,7 @@ def rerun(picture: str | Path, sd: StableDiffusion | None = None, *, progress: b
         eta=settings["eta"],
         schedule=Schedule.restore(settings["schedule"]),
         targets_at_once=settings.get("targets_at_once"),
+        tiled=settings.get("tiled"),
         backend=settings["backend"],
         progress=progress,
     )
@@ -89,7 +91,26 @@ def load_again(settings: Mapping[str, Any], picture: str | Path) -> StableDiffus
 
     checkpoint = None if settings["checkpoint"] == "demo" else find(settings["checkpoint"])
     vae, tokenizer = find(settings["vae"]), find(settings["tokenizer"])
-    return load(checkpoint, device=settings["device"], dtype=settings["dtype"], vae=vae, tokenizer=tokenizer)
+    on_cpu = torch.device(settings["device"]).type == "cpu"  # where there is nothing to offload from
+    sd = load(
+        checkpoint,
+        device=settings["device"],
+        dtype=settings["dtype"],
+        vae=vae,
+        tokenizer=tokenizer,
+        offload=settings.get("offload", False) and not on_cpu,
+    )
+    compiler = settings.get("compiled")
+    return sd if compiler is None else compile_again(sd, compiler)
+
+
+def compile_again(sd: StableDiffusion, compiler: str) -> StableDiffusion:
+    """The model compiled; a compiler that torch knows no name of is left out, with a warning: results hardly differ."""
+    try:
+        return sd.compile(compiler=compiler)
+    except MasaError as error:
+        warnings.warn(f"the run was compiled, and this one is not: {error}", stacklevel=2)
+        return sd
 
 
 def find_source(settings: Mapping[str, Any], picture: str | Path) -> Path:
@@ -127,6 +148,7 @@ def restore_trajectory(sd: StableDiffusion, settings: Mapping[str, Any], source:
         height=settings["height"],
         width=settings["width"],
         schedule=Schedule.restore(settings["schedule"]),
+        tiled=settings.get("tiled"),
         backend=settings["backend"],
         progress=progress,
     )

@@ -18,6 +18,7 @@ from masa.checks import (
     as_prompts,
     check_controls,
     check_inversion,
+    check_memory,
     check_numbers,
     check_start,
     choose_first_step,
@@ -63,6 +64,7 @@ def sample(
     eta: float = 0.0,
     schedule: Schedule | None = None,
     targets_at_once: int | None = None,
+    tiled: bool | None = None,
     backend: Backend = "auto",
     progress: bool = True,
     callback: Callback | None = None,
@@ -83,14 +85,14 @@ def sample(
     shared or (1 + N, 4, h, w), else drawn from `generator`, else from `seed` on the CPU, the same on every
     device. eta: DDIM's, 0 is deterministic. schedule: default the model's. targets_at_once: how many targets one
     call of the UNet takes, where memory is short; further calls in a step compute the source again where their
-    targets read it, unless it is cached. backend: of controlled attention,
+    targets read it, unless it is cached. tiled: decode in overlapping tiles, which takes less memory and changes the
+    pictures a little; default where a side is over 768 pixels. backend: of controlled attention,
     "auto", "triton", "sdpa" or "reference". callback(step, timestep, latents) may return other latents.
 
     Raises MasaError for bad input, before any long work. MasaCtrl (2304.08465), algorithm 1.
     """
     targets, chosen = as_prompts(target), as_controls(controls)
-    if targets_at_once is not None and (not isinstance(targets_at_once, int) or targets_at_once < 1):
-        raise MasaError(f"targets_at_once is {targets_at_once!r}; expected a number from 1, or None for all")
+    check_memory(targets_at_once, tiled)
     if not targets and chosen == (MasaCtrl(),):
         chosen = ()  # the default, which has nothing to act on
     described = [describe(control) for control in chosen]
@@ -109,6 +111,7 @@ def sample(
         latents = cache.start(latents)
         eta = cache.agree("eta", eta or None)
         schedule = cache.agree("schedule", schedule)
+        tiled = cache.agree("tiled", tiled)
     pin_source = True if pin_source is None else pin_source
     guidance_scale = 7.5 if guidance_scale is None else guidance_scale
     check_numbers(sd, guidance_scale, eta, backend, latents)
@@ -177,6 +180,8 @@ def sample(
         "fingerprint": sd.fingerprint,
         "device": str(sd.device),
         "dtype": str(sd.dtype).removeprefix("torch."),
+        "offload": sd.offload,
+        "compiled": sd.compiled,
         "source": source,
         "target": list(targets),
         "controls": described,
@@ -194,24 +199,28 @@ def sample(
         "eta": eta,
         "schedule": schedule.describe(),
         "targets_at_once": targets_at_once,
+        "tiled": tiled,
         "backend": backend,
         "callback": callback is not None,
     }
     if cache is None:
-        pictures = sd.decode_latents(x, progress=progress)
+        pictures = sd.decode_latents(x, progress=progress, tiled=tiled)
     else:
-        pictures = [cache.picture, *sd.decode_latents(x[1:], progress=progress)]
+        pictures = [cache.picture, *sd.decode_latents(x[1:], progress=progress, tiled=tiled)]
     masks = {i: {s: m.cpu() for s, m in c.masks().items()} for i, c in enumerate(active) if c.masks()}
     attention = {i: {n: m.cpu() for n, m in c.attention().items()} for i, c in enumerate(active) if c.attention()}
     queries = {i: c.queries() for i, c in enumerate(active) if c.queries()}
-    predictions = {i: _decode_all(sd, c.predictions(), progress) for i, c in enumerate(active) if c.predictions()}
+    predicted = {i: c.predictions() for i, c in enumerate(active) if c.predictions()}
+    predictions = {i: _decode_all(sd, latents, progress, tiled) for i, latents in predicted.items()}
     images = [Picture.of(picture, settings | {"branch": i}) for i, picture in enumerate(pictures)]
     return Result(images, x.cpu(), settings, masks, attention, queries, predictions)
 
 
-def _decode_all(sd: StableDiffusion, latents: Mapping[int, Tensor], progress: bool) -> dict[int, Tensor]:
+def _decode_all(
+    sd: StableDiffusion, latents: Mapping[int, Tensor], progress: bool, tiled: bool | None
+) -> dict[int, Tensor]:
     """Latents (1 + N, 4, h, w) by step -> pictures (1 + N, height, width, 3), uint8, by step."""
-    together = sd.decode_latents(torch.cat(list(latents.values())), progress=progress)
+    together = sd.decode_latents(torch.cat(list(latents.values())), progress=progress, tiled=tiled)
     pictures = torch.stack([torch.from_numpy(np.array(picture)) for picture in together])
     return dict(zip(latents, pictures.chunk(len(latents)), strict=True))
 
@@ -237,6 +246,7 @@ def edit(
     generator: torch.Generator | None = None,
     schedule: Schedule | None = None,
     targets_at_once: int | None = None,
+    tiled: bool | None = None,
     backend: Backend = "auto",
     progress: bool = True,
     callback: Callback | None = None,
@@ -250,6 +260,7 @@ def edit(
     targets = as_prompts(target)
     if not targets:
         raise MasaError("edit needs at least one target prompt")
+    check_memory(targets_at_once, tiled)
     check_numbers(sd, guidance_scale, eta, backend)
     check_inversion(method, negative_prompt, eta)
     size = picture_size(sd, image, height, width)
@@ -268,6 +279,7 @@ def edit(
         seed=seed,
         generator=generator,
         schedule=schedule,
+        tiled=tiled,
         backend=backend,
         progress=progress,
     )
@@ -285,6 +297,7 @@ def edit(
         seed=seed,
         generator=generator,
         targets_at_once=targets_at_once,
+        tiled=tiled,
         backend=backend,
         progress=progress,
         callback=callback,

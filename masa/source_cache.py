@@ -80,8 +80,8 @@ class SourceCache:
 
     def agree(self, name: str, asked: Any) -> Any:
         """The recorded value of a setting. MasaError where another one is asked for; None asks for none."""
-        recorded = self.settings[name]
-        if name == "schedule":
+        recorded = self.settings.get(name)  # a file of an earlier version has fewer
+        if name == "schedule" and recorded is not None:
             recorded = Schedule.restore(recorded)
         if asked is not None and asked != recorded:
             raise MasaError(
