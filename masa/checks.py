@@ -48,10 +48,14 @@ def check_numbers(
     check_backend(backend, sd.device)
 
 
-def check_memory(targets_at_once: int | None, tiled: bool | None) -> None:
-    """MasaError unless they say how a run is to be cut into pieces."""
+def check_targets_at_once(targets_at_once: int | None) -> None:
+    """MasaError unless it is a number of targets, or None."""
     if targets_at_once is not None and (not isinstance(targets_at_once, int) or targets_at_once < 1):
         raise MasaError(f"targets_at_once is {targets_at_once!r}; expected a number from 1, or None for all")
+
+
+def check_tiled(tiled: bool | None) -> None:
+    """MasaError unless it is a truth value, or None."""
     if tiled not in (None, True, False):
         raise MasaError(f"tiled is {tiled!r}; expected True, False, or None for pictures over 768 pixels")
 

@@ -72,7 +72,7 @@ def denoise(run: Denoising) -> Iterator[Tensor]:
             x = torch.cat([run.pinned[run.steps - step][None], x[1:]])
         eps, present, tape, branches = _predict(run, x, step, timestep, _plan_step(run, step, last))
         noise = _step_noise(run, step).to(x.device) if run.eta > 0 else None
-        before = x[list(present)]
+        before = take(x, present)  # indexing by a list would copy it to the device and wait
         x0 = predict_x0(eps, before, run.schedule.alpha(timestep))
         moved = run.schedule.step(eps, before, timestep, run.steps, run.eta, noise)
         if len(moved) < len(x):

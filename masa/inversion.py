@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from masa.attention import Backend, check_backend
 from masa.branches import Branches, check_guidance
+from masa.checks import check_tiled
 from masa.errors import MasaError
 from masa.files import file_digest
 from masa.image import ImageLike, load_image
@@ -71,8 +72,7 @@ def invert(
     check_guidance(edit_guidance_scale)
     check_method(method, prompt, steps, schedule, edit_guidance_scale)
     check_backend(backend, sd.device)
-    if tiled not in (None, True, False):
-        raise MasaError(f"tiled is {tiled!r}; expected True, False, or None for pictures over 768 pixels")
+    check_tiled(tiled)
     noise = Noise(seed, generator)
     picture = load_image(image, short_side=sd.config.image_size, height=height, width=width)
     uncond, cond = sd.encode_prompt([""]), sd.encode_prompt([prompt])

@@ -139,12 +139,12 @@ class StableDiffusion:
 
     @contextmanager
     def _at_work(self, network: nn.Module) -> Iterator[None]:
-        """The network on the UNet's device; offloaded, it goes back to the CPU afterwards."""
+        """The network on the UNet's device; offloaded, it goes back to the CPU afterwards, also if it did not fit."""
         if not self.offload:
             yield
             return
-        network.to(self.device)
         try:
+            network.to(self.device)
             yield
         finally:
             network.to("cpu")

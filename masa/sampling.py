@@ -18,9 +18,10 @@ from masa.checks import (
     as_prompts,
     check_controls,
     check_inversion,
-    check_memory,
     check_numbers,
     check_start,
+    check_targets_at_once,
+    check_tiled,
     choose_first_step,
     describe_run,
     picture_size,
@@ -92,7 +93,8 @@ def sample(
     Raises MasaError for bad input, before any long work. MasaCtrl (2304.08465), algorithm 1.
     """
     targets, chosen = as_prompts(target), as_controls(controls)
-    check_memory(targets_at_once, tiled)
+    check_targets_at_once(targets_at_once)
+    check_tiled(tiled)
     if not targets and chosen == (MasaCtrl(),):
         chosen = ()  # the default, which has nothing to act on
     described = [describe(control) for control in chosen]
@@ -260,7 +262,8 @@ def edit(
     targets = as_prompts(target)
     if not targets:
         raise MasaError("edit needs at least one target prompt")
-    check_memory(targets_at_once, tiled)
+    check_targets_at_once(targets_at_once)
+    check_tiled(tiled)
     check_numbers(sd, guidance_scale, eta, backend)
     check_inversion(method, negative_prompt, eta)
     size = picture_size(sd, image, height, width)
