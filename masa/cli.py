@@ -98,11 +98,11 @@ def run_sample(args: argparse.Namespace) -> None:
         pin_source=not args.free_source,
         steps=args.steps,
         skip_steps=args.skip_steps,
+        targets_at_once=args.targets_at_once,
+        tiled=args.tiled,
         guidance_scale=args.guidance,
         negative_prompt=args.negative_prompt,
         eta=args.eta,
-        targets_at_once=args.targets_at_once,
-        tiled=args.tiled,
         **size_and_seed(args),
     )
     report(result.save(folder))
@@ -123,13 +123,13 @@ def run_edit(args: argparse.Namespace) -> None:
         pin_source=not args.free_source,
         steps=args.steps,
         skip_steps=args.skip_steps,
+        targets_at_once=args.targets_at_once,
+        tiled=args.tiled,
         guidance_scale=args.guidance,
         invert_guidance_scale=args.invert_guidance,
         method=args.method,
         negative_prompt=args.negative_prompt,
         eta=args.eta,
-        targets_at_once=args.targets_at_once,
-        tiled=args.tiled,
         **size_and_seed(args),
     )
     report(result.save(folder))
@@ -148,10 +148,10 @@ def run_invert(args: argparse.Namespace) -> None:
         args.image,
         args.prompt,
         steps=args.steps,
+        tiled=args.tiled,
         guidance_scale=args.invert_guidance,
         method=args.method,
         edit_guidance_scale=args.edit_guidance,
-        tiled=args.tiled,
         **size_and_seed(args),
     )
     trajectory.save(out)

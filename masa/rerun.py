@@ -24,8 +24,7 @@ from masa.trajectory import Trajectory
 def rerun(picture: str | Path, sd: StableDiffusion | None = None, *, progress: bool = True) -> Result:
     """Run again what made a PNG saved by masa: the same pictures, on the same device and library version.
 
-    sd: the model, by default loaded from the checkpoint, device and dtype that the settings name, offloaded and
-    compiled where they say so. A real picture
+    sd: the model, by default loaded from the checkpoint, device and dtype that the settings name. A real picture
     that was edited is read again from its path, also where that is relative to the PNG's folder. MasaError where
     something the settings name is gone or changed.
     """
@@ -84,21 +83,22 @@ def restore_generator(state: Mapping[str, str] | None) -> torch.Generator | None
 
 
 def load_again(settings: Mapping[str, Any], picture: str | Path) -> StableDiffusion:
-    """The model that the settings name; paths may be relative to where the picture lies."""
+    """The model as the settings have it, offloaded, compiled; paths may be relative to where the picture lies."""
 
     def find(path: str | None) -> str | Path | None:
         return path if path is None else find_near(path, picture) or path
 
     checkpoint = None if settings["checkpoint"] == "demo" else find(settings["checkpoint"])
     vae, tokenizer = find(settings["vae"]), find(settings["tokenizer"])
-    on_cpu = torch.device(settings["device"]).type == "cpu"  # where there is nothing to offload from
+    # A CPU, where a run may be moved to, has nothing to offload from.
+    offload = settings.get("offload", False) and torch.device(settings["device"]).type != "cpu"
     sd = load(
         checkpoint,
         device=settings["device"],
         dtype=settings["dtype"],
         vae=vae,
         tokenizer=tokenizer,
-        offload=settings.get("offload", False) and not on_cpu,
+        offload=offload,
     )
     compiler = settings.get("compiled")
     return sd if compiler is None else compile_again(sd, compiler)
