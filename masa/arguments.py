@@ -86,7 +86,7 @@ def build_parser() -> Parser:
     group = add_inversion(invert)
     group.add_argument("--edit-guidance", type=float, help="guidance that null-text fits (default: 7.5)")
     group.add_argument("--seed", type=int, help="of edit-friendly and plain noise (default: drawn)")
-    add_steps_and_size(invert)
+    add_tiled(add_steps_and_size(invert))
     add_model(invert)
     add_output(invert, "the .safetensors file to write (default: named after the picture)")
     add_profile(invert)
@@ -103,6 +103,7 @@ def build_parser() -> Parser:
     group = add_steps_and_size(sdedit)
     add_guidance_and_seed(group)
     group.add_argument("--negative-prompt", default="", help="what to be guided away from")
+    add_tiled(group)
     add_model(sdedit)
     add_output(sdedit)
 
@@ -184,7 +185,7 @@ def build_parser() -> Parser:
         ["masa rerun masa-out/0001/target_0.png"],
     )
     rerun.add_argument("picture", help="a PNG that masa saved")
-    add_model(rerun)
+    add_model(rerun, speed=False)
     add_output(rerun)
     return parser
 
@@ -206,13 +207,18 @@ def add(
     return command
 
 
-def add_model(parser: Parser) -> None:
+def add_model(parser: Parser, speed: bool = True) -> None:
+    """speed: with the options that change how fast and how large a run is, which a rerun takes from its settings."""
     group = parser.add_argument_group("model")
     group.add_argument("-c", "--checkpoint", help=".safetensors file, diffusers folder or hub id (default: demo model)")
     group.add_argument("--device", help="cpu, cuda, cuda:1, .. (default: cuda where there is one)")
     group.add_argument("--dtype", help="fp32, fp16 or bf16 (default: the fastest that the device has)")
     group.add_argument("--vae", help="another autoencoder's file or folder")
     group.add_argument("--tokenizer", help="a tokenizer's folder (default: the checkpoint's, else CLIP's)")
+    if not speed:
+        return
+    group.add_argument("--offload", action="store_true", help="text encoder and VAE wait off the GPU: less memory")
+    group.add_argument("--compile", action="store_true", help="compile the UNet: minutes first, then faster")
 
 
 def add_steps_and_size(parser: Parser, steps: int | None = 50) -> argparse._ArgumentGroup:
@@ -232,6 +238,8 @@ def add_sampling(parser: Parser, steps: int | None = 50) -> None:
     group.add_argument("--skip-steps", type=int, help="leave out the noisiest steps (default: as the inversion wants)")
     group.add_argument("--eta", type=float, default=0.0, help="DDIM's randomness, 0 to 1 (default: 0)")
     group.add_argument("--free-source", action="store_true", help="let a real source drift instead of pinning it")
+    group.add_argument("--targets-at-once", type=int, metavar="N", help="where memory is short (default: all)")
+    add_tiled(group)
 
 
 def add_guidance_and_seed(group: argparse._ArgumentGroup, guidance: float | None = 7.5) -> None:
@@ -239,6 +247,11 @@ def add_guidance_and_seed(group: argparse._ArgumentGroup, guidance: float | None
         "--guidance", type=float, default=guidance, help="classifier-free guidance (default: 7.5; 1 is off)"
     )
     group.add_argument("--seed", type=int, help="of the noise (default: drawn, and written into the PNGs)")
+
+
+def add_tiled(group: argparse._ArgumentGroup) -> None:
+    text = "the VAE in overlapping tiles, for less memory (default: above 768 pixels)"
+    group.add_argument("--tiled", action=argparse.BooleanOptionalAction, help=text)
 
 
 def add_inversion(parser: Parser) -> argparse._ArgumentGroup:

@@ -100,6 +100,8 @@ def run_sample(args: argparse.Namespace) -> None:
         pin_source=not args.free_source,
         steps=args.steps,
         skip_steps=args.skip_steps,
+        targets_at_once=args.targets_at_once,
+        tiled=args.tiled,
         guidance_scale=args.guidance,
         negative_prompt=args.negative_prompt,
         eta=args.eta,
@@ -123,6 +125,8 @@ def run_edit(args: argparse.Namespace) -> None:
         pin_source=not args.free_source,
         steps=args.steps,
         skip_steps=args.skip_steps,
+        targets_at_once=args.targets_at_once,
+        tiled=args.tiled,
         guidance_scale=args.guidance,
         method=args.method,
         negative_prompt=args.negative_prompt,
@@ -146,6 +150,7 @@ def run_invert(args: argparse.Namespace) -> None:
         args.image,
         args.prompt,
         steps=args.steps,
+        tiled=args.tiled,
         method=args.method,
         **given(guidance_scale=args.invert_guidance, edit_guidance_scale=args.edit_guidance),
         **size_and_seed(args),
@@ -167,6 +172,7 @@ def run_sdedit(args: argparse.Namespace) -> None:
         steps=args.steps,
         guidance_scale=args.guidance,
         negative_prompt=args.negative_prompt,
+        tiled=args.tiled,
         **size_and_seed(args),
     )
     report(result.save(folder))
@@ -293,14 +299,16 @@ def load_model(args: argparse.Namespace):  # type: ignore[no-untyped-def]
     check_size(getattr(args, "height", None), getattr(args, "width", None))
     masa.Schedule().timesteps(50 if getattr(args, "steps", None) is None else args.steps)
     check_backend(getattr(args, "backend", "auto"), choose_device(args.device))
-    return masa.load(
+    sd = masa.load(
         args.checkpoint,
         device=args.device,
         dtype=args.dtype,
         tokenizer=args.tokenizer,
         vae=args.vae,
+        offload=args.offload,
         progress=not args.quiet,
     )
+    return sd.compile() if args.compile else sd
 
 
 def size_and_seed(args: argparse.Namespace) -> dict[str, Any]:

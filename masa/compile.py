@@ -9,7 +9,8 @@ graph per structure of edits, whose tensors, like the latents, are copied into t
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, cast
 
@@ -45,6 +46,8 @@ class CompiledUNet(UNet):
             self.add_module(name, copy.deepcopy(child, shared))
         self.capture = capture
         self.captured: dict[object, Forward] = {}
+        self.weights = tuple(self.parameters())
+        self.places = self._places()  # of the weights that the graphs read
         for module in self.modules():
             if isinstance(module, ResnetBlock | FeedForward):
                 compiled = torch.compile(module.forward, backend=compiler, dynamic=False, fullgraph=True)
@@ -65,7 +68,8 @@ class CompiledUNet(UNet):
         time = torch.full((1,), timestep, device=x.device) if isinstance(timestep, int) else timestep
         graded = torch.is_grad_enabled() and any(t.requires_grad for t in (x, context))
         plain = edits or {}
-        with torch._dynamo.config.patch(recompile_limit=MOST_SHAPES, accumulated_recompile_limit=MOST_SHAPES):
+        limits = torch._dynamo.config.patch(recompile_limit=MOST_SHAPES, accumulated_recompile_limit=MOST_SHAPES)
+        with limits, _compiler_at_work():
             if graded or self.capture is None or any(edit.mask is not None for edit in plain.values()):
                 with torch.set_grad_enabled(graded):  # the compiler tells the two modes apart
                     return super().forward(x, time, context, plain, retire, backend, checkpoint)
@@ -79,6 +83,9 @@ class CompiledUNet(UNet):
                 return super(CompiledUNet, self).forward(x, time, context, found, retire, backend)
 
             with torch.no_grad():
+                if self.places != self._places():  # moved, or converted: graphs would read what was freed
+                    self.captured.clear()
+                    self.places = self._places()
                 # Strides too: a graph's input keeps the layout that it was captured with.
                 key = (structure, retire, backend, *((t.shape, t.stride(), t.dtype) for t in inputs))
                 if key not in self.captured:
@@ -87,6 +94,19 @@ class CompiledUNet(UNet):
                     self.captured[key] = self.capture(run, inputs)
                 eps, tape = self.captured[key](inputs)
             return eps, {(keys.get(name, name), site): found for (name, site), found in tape.items()}
+
+    def _places(self) -> tuple[int, ...]:
+        return tuple(weight.data_ptr() for weight in self.weights)
+
+
+@contextmanager
+def _compiler_at_work() -> Iterator[None]:
+    """MasaError where torch.compile fails, such as without a C++ compiler."""
+    try:
+        yield
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        reason = " ".join(str(error).split())[:200]
+        raise MasaError(f"the compiler failed ({reason}); run without sd.compile() or --compile") from error
 
 
 def compile_unet(unet: UNet, compiler: str | Callable[..., Any] = "inductor", cuda_graphs: bool | None = None) -> UNet:
@@ -110,20 +130,23 @@ def compile_unet(unet: UNet, compiler: str | Callable[..., Any] = "inductor", cu
 def cuda_capture(device: torch.device) -> Capture:
     """Captures of forwards as CUDA graphs, which share one pool of memory: one forward's results are copied out
     before the next is replayed."""
-    pool = torch.cuda.graph_pool_handle()
+    with torch.cuda.device(device):
+        pool = torch.cuda.graph_pool_handle()
+        # Of this device, where torch.cuda.graph would take one that all devices share; and one, since the memory
+        # that is freed on a stream serves that stream alone.
+        side = torch.cuda.Stream()
 
     def capture(run: Forward, inputs: tuple[Tensor, ...]) -> Forward:
         own = tuple(torch.empty_like(tensor).copy_(tensor) for tensor in inputs)
         with torch.cuda.device(device):
-            # First on a side stream: compilers and libraries choose their kernels, which a capture cannot see.
-            side = torch.cuda.Stream()
+            # First not captured: compilers and libraries choose their kernels, which a capture cannot see.
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 for _ in range(2):
                     run(own)
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            with torch.cuda.graph(graph, pool=pool, stream=side):
                 results = run(own)
         return replayed(own, graph.replay, results)
 

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from masa.attention import Backend, check_backend
 from masa.branches import Branches, check_guidance
+from masa.checks import check_tiled
 from masa.errors import MasaError
 from masa.files import file_digest
 from masa.image import ImageLike, load_image
@@ -43,6 +44,7 @@ def invert(
     seed: int | None = None,
     generator: torch.Generator | None = None,
     schedule: Schedule | None = None,
+    tiled: bool | None = None,
     backend: Backend = "auto",
     progress: bool = True,
 ) -> Trajectory:
@@ -51,7 +53,8 @@ def invert(
     image: a path, PIL picture, uint8 array (h, w, 3) or float tensor (3, h, w) in [-1, 1]; size by default its
     own, scaled to the model's training size on the short side. prompt: the picture's own. guidance_scale: of
     the inversion; 1 inverts best, above 1 it is guided away from the empty prompt (no effect where both halves
-    have one prompt: the empty one, or "negative-prompt"). schedule: default the model's.
+    have one prompt: the empty one, or "negative-prompt"). schedule: default the model's. tiled: encode in overlapping
+    tiles, which takes less memory and changes the latents a little; default where a side is over 768 pixels.
 
     method:
     "ddim": deterministic (2010.02502; MasaCtrl section 4).
@@ -73,6 +76,7 @@ def invert(
     if not isinstance(inner_steps, int) or inner_steps < 1:
         raise MasaError(f"inner_steps is {inner_steps}; expected a whole number, 1 or more")
     check_backend(backend, sd.device)
+    check_tiled(tiled)
     noise = Noise(seed, generator)
     picture = load_image(image, short_side=sd.config.image_size, height=height, width=width)
     uncond, cond = sd.encode_prompt([""]), sd.encode_prompt([prompt])
@@ -86,7 +90,7 @@ def invert(
         eps, _ = sd.unet(rows.expand(x).to(sd.dtype), timestep, context, backend=backend)
         return rows.guide(eps.float(), guidance_scale)
 
-    z0 = sd.encode_image(picture, height=picture.shape[2], width=picture.shape[3])
+    z0 = sd.encode_image(picture, height=picture.shape[2], width=picture.shape[3], tiled=tiled)
     bar = tqdm(timesteps[::-1], desc="invert", disable=not progress or method == "noise")
     embeddings: Tensor | None = None
     added: Tensor | None = None
@@ -120,6 +124,7 @@ def invert(
         "seed": noise.seed,
         "generator_state": noise.generator_state,
         "schedule": schedule.describe(),
+        "tiled": tiled,
         "backend": backend,
         "checkpoint": sd.origin.checkpoint,
     }

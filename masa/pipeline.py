@@ -62,6 +62,7 @@ class StableDiffusion:
     config: ModelConfig
     origin: Origin
     offload: bool = False  # text encoder and VAE are on the UNet's device only while they run
+    compiled: str | None = None  # the compiler of the UNet, by name
 
     def __repr__(self) -> str:
         parameters = sum(p.numel() for m in (self.unet, self.vae, self.text_encoder) for p in m.parameters())
@@ -101,7 +102,8 @@ class StableDiffusion:
         """
         from masa.compile import compile_unet  # the compiler takes seconds to import
 
-        return replace(self, unet=compile_unet(self.unet, compiler, cuda_graphs))
+        name = compiler if isinstance(compiler, str) else getattr(compiler, "__name__", type(compiler).__name__)
+        return replace(self, unet=compile_unet(self.unet, compiler, cuda_graphs), compiled=name)
 
     @torch.no_grad()
     def encode_image(
@@ -137,12 +139,12 @@ class StableDiffusion:
 
     @contextmanager
     def _at_work(self, network: nn.Module) -> Iterator[None]:
-        """The network on the UNet's device; offloaded, it goes back to the CPU afterwards."""
+        """The network on the UNet's device; offloaded, it goes back to the CPU afterwards, also if it did not fit."""
         if not self.offload:
             yield
             return
-        network.to(self.device)
         try:
+            network.to(self.device)
             yield
         finally:
             network.to("cpu")

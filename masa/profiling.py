@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -29,12 +30,18 @@ def profiled(file: str | Path | None, overwrite: bool = False) -> Iterator[None]
     if path.suffix != ".json":
         raise MasaError(f"--profile {path} must end in .json, the format of a chrome trace")
     check_free(path, overwrite, "--profile")
-    on_gpu = torch.cuda.is_available()
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
     with profile(activities=activities) as found:
         yield
     with replacing(path) as temporary:
         found.export_chrome_trace(str(temporary))
-    order = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    print(found.key_averages().table(sort_by=order, row_limit=ROWS, max_name_column_width=50))
+    averages = found.key_averages()
+    print(averages.table(sort_by=choose_order(averages), row_limit=ROWS, max_name_column_width=50))
     print(path)
+
+
+def choose_order(averages: Sequence[Any]) -> str:
+    """What to sort operations by: their time on the GPU where any has some, else on the CPU."""
+    # A machine may have a GPU that the command did not use.
+    used = any(event.self_device_time_total > 0 for event in averages)
+    return "self_device_time_total" if used else "self_cpu_time_total"

@@ -12,9 +12,11 @@ from masa.controls.masactrl import MasaCtrl
 from masa.controls.style import StyleTransfer
 from masa.errors import MasaError
 from masa.pipeline import StableDiffusion
+from masa.recorder import Recorder, Recording
 from masa.sampling import sample
 from masa.schedule import Schedule
-from masa.source_cache import Recorder, Recording, SourceCache, Store
+from masa.source_cache import SourceCache
+from masa.storage import Store
 from masa.trajectory import Trajectory
 
 
@@ -35,6 +37,7 @@ def record(
     latents: Tensor | None = None,
     eta: float = 0.0,
     schedule: Schedule | None = None,
+    tiled: bool | None = None,
     backend: Backend = "auto",
     store: Store = "auto",
     path: str | Path | None = None,
@@ -93,6 +96,7 @@ def record(
             latents=latents,
             eta=eta,
             schedule=schedule,
+            tiled=tiled,
             backend=backend,
             progress=progress,
         )

@@ -81,6 +81,7 @@ def rerun(
         eta=settings["eta"],
         schedule=Schedule.restore(settings["schedule"]),
         targets_at_once=settings.get("targets_at_once"),
+        tiled=settings.get("tiled"),
         backend=settings["backend"],
         progress=progress,
     )
@@ -98,7 +99,8 @@ def restore_generator(state: Mapping[str, str] | None) -> torch.Generator | None
 def check_weights(sd: StableDiffusion, settings: Mapping[str, Any], picture: str | Path) -> None:
     """MasaError unless a model, in whatever dtype, has the weights that made a picture."""
     if str(sd.dtype) != f"torch.{settings['dtype']}":  # fingerprints are of weights as loaded
-        sd = load_again({**settings, "device": "cpu"}, picture, progress=False)
+        plain = {**settings, "device": "cpu", "compiled": None}
+        sd = load_again(plain, picture, progress=False)
     if sd.fingerprint != settings["fingerprint"]:
         raise MasaError(
             f"{settings['checkpoint']} holds other weights than those that made {picture}; put the old file back, or "
@@ -107,21 +109,35 @@ def check_weights(sd: StableDiffusion, settings: Mapping[str, Any], picture: str
 
 
 def load_again(settings: Mapping[str, Any], picture: str | Path, progress: bool) -> StableDiffusion:
-    """The model that the settings name; paths may be relative to where the picture lies."""
+    """The model as the settings have it, offloaded, compiled; paths may be relative to where the picture lies."""
 
     def find(path: str | None) -> str | Path | None:
         return path if path is None else find_near(path, picture) or path
 
     checkpoint = None if settings["checkpoint"] == "demo" else find(settings["checkpoint"])
     vae, tokenizer = find(settings["vae"]), find(settings["tokenizer"])
-    return load(
+    # A CPU, where a run may be moved to, has nothing to offload from.
+    offload = settings.get("offload", False) and torch.device(settings["device"]).type != "cpu"
+    sd = load(
         checkpoint,
         device=settings["device"],
         dtype=settings["dtype"],
         vae=vae,
         tokenizer=tokenizer,
         progress=progress,
+        offload=offload,
     )
+    compiler = settings.get("compiled")
+    return sd if compiler is None else compile_again(sd, compiler)
+
+
+def compile_again(sd: StableDiffusion, compiler: str) -> StableDiffusion:
+    """The model compiled; a compiler that torch knows no name of is left out, with a warning: results hardly differ."""
+    try:
+        return sd.compile(compiler=compiler)
+    except MasaError as error:
+        warnings.warn(f"the run was compiled, and this one is not: {error}", stacklevel=2)
+        return sd
 
 
 def find_source(settings: Mapping[str, Any], picture: str | Path) -> Path:
@@ -160,6 +176,7 @@ def restore_trajectory(sd: StableDiffusion, settings: Mapping[str, Any], source:
         height=settings["height"],
         width=settings["width"],
         schedule=Schedule.restore(settings["schedule"]),
+        tiled=settings.get("tiled"),
         backend=settings["backend"],
         progress=progress,
     )

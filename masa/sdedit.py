@@ -32,6 +32,7 @@ def sdedit(
     seed: int | None = None,
     generator: torch.Generator | None = None,
     schedule: Schedule | None = None,
+    tiled: bool | None = None,
     backend: Backend = "auto",
     progress: bool = True,
     callback: Callback | None = None,
@@ -57,6 +58,7 @@ def sdedit(
         seed=seed,
         generator=generator,
         schedule=schedule,
+        tiled=tiled,
     )
     return sample(
         sd,
@@ -68,6 +70,7 @@ def sdedit(
         negative_prompt=negative_prompt,
         seed=seed,
         generator=generator,
+        tiled=tiled,
         backend=backend,
         progress=progress,
         callback=callback,

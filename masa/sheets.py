@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from masa.attention import Backend
+from masa.checks import check_controls, check_inversion, check_numbers, choose_first_step, picture_size
 from masa.controls.base import Control
 from masa.controls.masactrl import MasaCtrl
 from masa.controls.plug_and_play import PlugAndPlay
@@ -23,7 +24,7 @@ from masa.noise import Noise
 from masa.null_text import MAX_STEPS
 from masa.pipeline import StableDiffusion
 from masa.result import Picture, wrap
-from masa.sampling import check_controls, check_inversion, check_numbers, choose_first_step, picture_size, sample
+from masa.sampling import sample
 from masa.settings import describe
 from masa.trajectory import default_skip
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -62,18 +63,24 @@ class TensorFile(Mapping[str, Tensor]):
 
     def __init__(self, path: str | Path, wanted: str, what: str, remedy: str) -> None:
         """wanted: the format that its metadata must name. MasaError, naming `what`, for any other file."""
-        try:
-            self.file = safe_open(path, framework="pt").__enter__()
-            self.names = list(self.file.keys())
-            self.sizes = {name: _nbytes(self.file.get_slice(name)) for name in self.names}
-        except FileNotFoundError:
-            raise
-        except OSError as error:
-            raise MasaError(f"{path} cannot be read as a {what} ({error})") from error
-        except SafetensorError as error:
-            raise MasaError(f"{path} is not a whole safetensors file ({error}); {remedy}") from error
-        if (self.file.metadata() or {}).get("format") != wanted:
-            raise MasaError(f"{path} is no {what}; {remedy}")
+        with ExitStack() as refused:
+            try:
+                self.file = refused.enter_context(safe_open(path, framework="pt"))
+                self.names = list(self.file.keys())
+                self.sizes = {name: _nbytes(self.file.get_slice(name)) for name in self.names}
+            except FileNotFoundError:
+                raise
+            except OSError as error:
+                raise MasaError(f"{path} cannot be read as a {what} ({error})") from error
+            except SafetensorError as error:
+                raise MasaError(f"{path} is not a whole safetensors file ({error}); {remedy}") from error
+            if (self.file.metadata() or {}).get("format") != wanted:
+                raise MasaError(f"{path} is no {what}; {remedy}")
+            refused.pop_all()  # it stays open
+
+    def close(self) -> None:
+        """Let go of the file; the tensors read from it before are good as long as they live."""
+        self.file.__exit__(None, None, None)
 
     def only(self, names: Sequence[str]) -> TensorFile:
         """The same file, with these names alone."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 import masa
 from masa.attention import Edit, Mix, Record
 from masa.compile import CompiledUNet, join, replayed, split
+from masa.models.unet import Retirement
 
 SETTINGS = {"steps": 3, "height": 64, "width": 64, "guidance_scale": 3.0, "progress": False}
 SOURCE, TARGET = "a sitting cat", "a running cat"
@@ -126,6 +129,44 @@ def test_the_oldest_captures_are_dropped(tiny, generator, monkeypatch):
         assert len(sd.unet.captured) <= 2
         counts.append(captures.count)
     assert counts == [1, 2, 2, 3, 3, 4]
+
+
+def test_structures_that_differ_in_retirement_are_captured_apart(tiny, generator):
+    sd, captures = captured(tiny)
+    x, context = torch.randn(3, 4, 8, 8, generator=generator), torch.randn(3, 77, 32, generator=generator)
+    edits = {2: Edit(k_from=(0, 0, 0), v_from=(0, 0, 0))}
+    counts = []
+    for retire in (None, Retirement(1, (1, 2)), Retirement(1, (2, 1)), Retirement(4, (1, 2)), Retirement(1, (1, 2))):
+        with torch.no_grad():
+            plain, found = (m.unet(x, 500, context, edits, retire=retire)[0] for m in (tiny, sd))
+        assert found.shape == plain.shape
+        assert relative_error(found, plain) < 1e-5
+        counts.append(captures.count)
+    assert counts == [1, 2, 3, 4, 4]
+
+
+def test_captures_are_dropped_with_the_weights_they_read(tiny, generator):
+    base = replace(tiny, unet=copy.deepcopy(tiny.unet))
+    sd, captures = captured(base)
+    x, context = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 77, 32, generator=generator)
+
+    def run(dtype: torch.dtype) -> Tensor:
+        with torch.no_grad():
+            return sd.unet(x.to(dtype), 500, context.to(dtype))[0]
+
+    plain = run(torch.float32)
+    with torch.no_grad():
+        base.unet.conv_out.bias.add_(1.0)  # where it lies: graphs see it
+    assert relative_error(run(torch.float32), plain + 1.0) < 1e-5
+    assert captures.count == 1
+    for unet in (base.unet, sd.unet):  # they share their weights: either moves both
+        unet.double()
+        assert relative_error(run(torch.float64), plain + 1.0) < 1e-4
+        assert len(sd.unet.captured) == 1
+        unet.float()
+        assert relative_error(run(torch.float32), plain + 1.0) < 1e-5
+        assert len(sd.unet.captured) == 1
+    assert captures.count == 5
 
 
 def test_an_edit_of_a_real_picture_is_captured_per_structure(tiny):

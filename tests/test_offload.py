@@ -65,6 +65,22 @@ def test_a_failure_sends_the_network_back(tiny):
     assert log == ["vae to cpu", "vae works", "vae to cpu"]
 
 
+def test_a_network_that_does_not_fit_goes_back(tiny, monkeypatch):
+    log: list[str] = []
+
+    class TooLarge(Moves):
+        def to(self, device):
+            super().to(device)
+            if torch.device(device).index is not None:
+                raise torch.OutOfMemoryError("half of it is there")
+
+    monkeypatch.setattr(masa.StableDiffusion, "device", torch.device("cpu", 0))
+    sd = replace(tiny, text_encoder=TooLarge(tiny.text_encoder, log, "text"), offload=True)
+    with pytest.raises(torch.OutOfMemoryError):
+        sd.encode_prompt(["a cat"])
+    assert log == ["text to cpu", "text to cpu"]
+
+
 def test_offloading_a_cpu_is_refused(tiny_folder):
     with pytest.raises(masa.MasaError, match="offload=True saves a GPU's memory, and the device is cpu"):
         masa.load(tiny_folder, device="cpu", offload=True)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from masa.cli import build_parser, main
 from masa.errors import MasaError
-from masa.profiling import profiled
+from masa.profiling import choose_order, profiled
 
 
 def test_trace_and_table(tmp_path, capsys):
@@ -22,6 +23,22 @@ def test_trace_and_table(tmp_path, capsys):
     assert "aten::mm" in printed
     assert printed.splitlines()[-1] == str(tmp_path / "trace.json")
     assert [path.name for path in tmp_path.iterdir()] == ["trace.json"]
+
+
+@pytest.mark.parametrize(("times", "order"), [((0, 0), "self_cpu_time_total"), ((0, 3), "self_device_time_total")])
+def test_sorted_by_what_was_measured(times, order, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # a GPU that was not used has no times
+    assert choose_order([SimpleNamespace(self_device_time_total=time) for time in times]) == order
+
+
+def test_the_costliest_operation_stands_first(tmp_path, capsys):
+    with profiled(tmp_path / "trace.json"):
+        torch.randn(8, 8).relu()
+        a = torch.randn(600, 600)
+        for _ in range(5):
+            a @ a
+    lines = [line for line in capsys.readouterr().out.splitlines() if "aten::" in line]
+    assert "aten::mm" in lines[0]
 
 
 def test_refused_before_anything_runs(tmp_path):

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 import gc
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
 
 import masa
 from masa.attention import Call, Edit, Lent, Record, Site, attend
+from masa.controls.base import ActiveControl
 from masa.kernels.mutual_attention import MaskPlan
-from masa.source_cache import choose_store
+from masa.storage import choose_store
 
 SOURCE, TARGETS = "a photo of a sitting cat", ["a photo of a running cat", "a red cat in the snow", "a cat on a mat"]
 STEPS = 5
@@ -302,7 +304,7 @@ def test_a_temporary_file_goes_with_its_cache(tiny, small):
 
 def test_an_interrupted_recording_leaves_nothing(tiny, small, tmp_path, monkeypatch):
     _, settings, _, _ = small
-    monkeypatch.setattr(masa.source_cache, "_finish", lambda *args: 1 / 0)
+    monkeypatch.setattr(masa.recorder, "finish_file", lambda *args: 1 / 0)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     for place in ({"path": tmp_path / "cache.safetensors"}, {"store": "disk"}):
         with pytest.raises(ZeroDivisionError):
@@ -310,9 +312,45 @@ def test_an_interrupted_recording_leaves_nothing(tiny, small, tmp_path, monkeypa
         assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_that_cannot_be_read_back_leaves_nothing(tiny, small, tmp_path, monkeypatch):
+    _, settings, _, _ = small
+    monkeypatch.setattr(masa.recorder, "FORMAT", "another format")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(masa.MasaError, match="is no source cache"):
+        masa.record(tiny, store="disk", **settings)
+    assert list(tmp_path.iterdir()) == []
+
+
+def is_mapped(path: Path) -> bool:
+    return str(path) in Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the system does not say what is mapped")
+def test_files_are_let_go(tiny, small, trajectory, tmp_path):
+    cache, _, use, ref = small
+    path, other = tmp_path / "cache.safetensors", tmp_path / "trajectory.safetensors"
+    cache.save(path)
+    trajectory.save(other)
+    with pytest.raises(masa.MasaError, match="is no source cache") as refused:  # its frames live here
+        masa.SourceCache.load(other, tiny)
+    assert refused.value is not None
+    assert not is_mapped(other)
+    half = replace(tiny, unet=copy.deepcopy(tiny.unet).half())
+    with pytest.raises(masa.MasaError, match="the cache was recorded with") as refused:
+        masa.SourceCache.load(path, half)
+    assert refused.value is not None
+    assert not is_mapped(path)
+    read = masa.SourceCache.load(path, tiny, store="device")
+    assert not is_mapped(path)
+    assert torch.equal(masa.sample(tiny, cache=read, **use).latents, ref.latents)
+    kept = masa.SourceCache.load(path, tiny, store="disk")
+    assert is_mapped(path)
+    assert torch.equal(masa.sample(tiny, cache=kept, **use).latents, ref.latents)
+
+
 def test_the_store_goes_by_size(monkeypatch):
     free = {"cuda": 1000, "cpu": 3000}
-    monkeypatch.setattr(masa.source_cache, "free_memory", lambda device: free[device.type])
+    monkeypatch.setattr(masa.storage, "free_memory", lambda device: free[device.type])
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     assert [choose_store("auto", n, cuda) for n in (500, 501, 1500, 1501)] == ["device", "host", "host", "disk"]
     assert [choose_store("auto", n, cpu) for n in (1500, 1501)] == ["device", "disk"]
@@ -362,6 +400,41 @@ def test_what_contradicts_the_cache_is_refused(tiny, caches, monkeypatch, settin
     monkeypatch.setattr(tiny.unet, "forward", lambda *args, **kwargs: pytest.fail("ran first"))
     with pytest.raises(masa.MasaError, match=message):
         masa.sample(tiny, **({"target": TARGETS[1], "cache": caches["synthesis"][0], "progress": False} | settings))
+
+
+@dataclass(frozen=True)
+class ForOneTarget:
+    """Reads the source's keys and values for one target alone."""
+
+    branch: int
+    needs_targets = True
+
+    def begin(self, run):
+        return ReadsForOne(self.branch)
+
+
+class ReadsForOne(ActiveControl):
+    name = "ForOneTarget"
+
+    def __init__(self, branch):
+        self.branch = branch
+
+    def edits(self, step, branches):
+        if self.branch not in branches.targets:
+            return {}
+        rows = tuple(
+            source if row.branch == self.branch else i
+            for i, (row, source) in enumerate(zip(branches.rows, branches.source_rows, strict=True))
+        )
+        return {2: Edit(k_from=rows, v_from=rows)}
+
+
+@pytest.mark.parametrize("branch", [1, 3])
+def test_every_part_is_checked_before_the_first_runs(tiny, caches, monkeypatch, branch):
+    monkeypatch.setattr(tiny.unet, "forward", lambda *args, **kwargs: pytest.fail("ran first"))
+    settings = {"target": TARGETS, "targets_at_once": 2, "cache": caches["synthesis"][0], "progress": False}
+    with pytest.raises(masa.MasaError, match=r"ForOneTarget reads the source's keys at .* \(layer 1\) in step 0"):
+        masa.sample(tiny, controls=ForOneTarget(branch), **settings)
 
 
 def test_what_agrees_with_the_cache_is_taken(tiny, caches, trajectory):

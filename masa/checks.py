@@ -1,0 +1,178 @@
+"""What a run refuses before long work, and what it takes where an argument is left out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from masa.attention import Grid, check_backend
+from masa.branches import Branches, check_guidance
+from masa.controls.base import Control, Run, begin_all, check_together
+from masa.errors import MasaError
+from masa.image import ImageLike, check_size, load_image
+from masa.pipeline import StableDiffusion
+from masa.schedule import Schedule
+from masa.trajectory import EDIT_FRIENDLY_ETA, Trajectory
+
+
+def as_prompts(target: str | Sequence[str]) -> tuple[str, ...]:
+    """One prompt or several, as several."""
+    prompts = (target,) if isinstance(target, str) else tuple(target or ())
+    for prompt in prompts:
+        if not isinstance(prompt, str):
+            raise MasaError(f"a target is {prompt!r}; expected a prompt, or a list of prompts")
+    return prompts
+
+
+def as_controls(controls: Control | Sequence[Control]) -> tuple[Control, ...]:
+    """One control or several, as several."""
+    chosen = tuple(controls) if isinstance(controls, Sequence) else (controls,)
+    for control in chosen:
+        if isinstance(control, type) or not hasattr(control, "begin"):
+            raise MasaError(f"controls hold {control!r}; expected controls such as masa.MasaCtrl(), or [] for none")
+    return chosen
+
+
+def check_numbers(
+    sd: StableDiffusion, guidance_scale: float, eta: float, backend: str, latents: Tensor | None = None
+) -> None:
+    """MasaError for values that no run can use."""
+    check_guidance(guidance_scale)
+    if not isinstance(eta, int | float) or not 0.0 <= eta <= 1.0:
+        raise MasaError(f"eta is {eta!r}; expected a number from 0 (deterministic) to 1")
+    if latents is not None and (not isinstance(latents, Tensor) or not bool(torch.isfinite(latents).all())):
+        raise MasaError("latents hold NaN or infinite values, or are no tensor; expected a float tensor of noise")
+    check_backend(backend, sd.device)
+
+
+def check_targets_at_once(targets_at_once: int | None) -> None:
+    """MasaError unless it is a number of targets, or None."""
+    if targets_at_once is not None and (not isinstance(targets_at_once, int) or targets_at_once < 1):
+        raise MasaError(f"targets_at_once is {targets_at_once!r}; expected a number from 1, or None for all")
+
+
+def check_tiled(tiled: bool | None) -> None:
+    """MasaError unless it is a truth value, or None."""
+    if tiled not in (None, True, False):
+        raise MasaError(f"tiled is {tiled!r}; expected True, False, or None for pictures over 768 pixels")
+
+
+def picture_size(
+    sd: StableDiffusion, image: ImageLike | None, height: int | None, width: int | None
+) -> tuple[int, int]:
+    """(height, width) that a run has: of a picture as `invert` fits it, without one as asked or trained."""
+    if image is None:
+        check_size(height, width)
+        return height or sd.config.image_size, width or sd.config.image_size
+    fitted = load_image(image, short_side=sd.config.image_size, height=height, width=width)
+    return fitted.shape[2], fitted.shape[3]
+
+
+def check_controls(
+    sd: StableDiffusion,
+    controls: Control | Sequence[Control],
+    steps: int,
+    prompts: tuple[str, ...],
+    *,
+    size: tuple[int, int],
+    first_step: int = 0,
+    real: bool = True,
+) -> None:
+    """Let controls refuse a run, and each other, before an inversion's minutes are spent.
+
+    size (height, width): of the pictures. real: whether the source is a real picture.
+    """
+    sd.schedule.timesteps(steps)
+    grid = (size[0] // sd.config.vae.downsample, size[1] // sd.config.vae.downsample)
+    info = replace(describe_run(sd, sd.schedule, steps, prompts, grid), first_step=first_step)
+    if real:
+        latents = torch.zeros(1, sd.config.unet.in_channels, *grid, device=sd.device)
+        info = replace(info, source_latents=latents, draw_noise=lambda: latents)
+    active = begin_all(as_controls(controls), info)
+    # Which prompts share a row does not matter to what controls set.
+    check_together(active, first_step, [Branches.build(len(prompts) - 1, guided=True)] * steps, sd.unet.sites)
+
+
+def describe_run(sd: StableDiffusion, schedule: Schedule, steps: int, prompts: tuple[str, ...], grid: Grid) -> Run:
+    """What controls may know of a run, but for where it starts."""
+    return Run(
+        steps=steps,
+        sites=sd.unet.sites,
+        prompts=prompts,
+        grid=grid,
+        device=sd.device,
+        token_positions=sd.tokenizer.token_positions,
+        encode=sd.tokenizer.encode,
+        tokens=sd.config.text.tokens,
+        alphas=(*(schedule.alpha(timestep) for timestep in schedule.timesteps(steps)), 1.0),
+    )
+
+
+def steps_and_size(
+    sd: StableDiffusion,
+    trajectory: Trajectory | None,
+    steps: int | None,
+    schedule: Schedule | None,
+    height: int | None,
+    width: int | None,
+) -> tuple[int, Schedule, tuple[int, int]]:
+    """Steps, schedule and picture size: the arguments', or the trajectory's where there is one."""
+    check_size(height, width)
+    if trajectory is None:
+        side = sd.config.image_size
+        return 50 if steps is None else steps, schedule or sd.schedule, (height or side, width or side)
+    scale = sd.config.vae.downsample
+    size = (trajectory.latents.shape[2] * scale, trajectory.latents.shape[3] * scale)
+    found: dict[str, tuple[object, object]] = {
+        "steps": (steps, trajectory.steps),
+        "height": (height, size[0]),
+        "width": (width, size[1]),
+        "schedule": (schedule, trajectory.schedule),
+    }
+    for name, (asked, given) in found.items():
+        if asked is not None and asked != given:
+            raise MasaError(
+                f"{name} is {asked}, but the trajectory was made with {given}; leave it out, or invert anew"
+            )
+    if trajectory.latents.shape[1] != sd.config.unet.in_channels:
+        raise MasaError(
+            f"the trajectory has {trajectory.latents.shape[1]} latent channels, the model {sd.config.unet.in_channels}"
+        )
+    return trajectory.steps, trajectory.schedule, size
+
+
+def check_start(latents: Tensor | None, trajectory: Trajectory | None, eta: float, negative_prompt: str) -> float:
+    """The run's eta. MasaError where arguments contradict each other or the trajectory."""
+    if trajectory is None:
+        return eta
+    if latents is not None:
+        raise MasaError("latents and trajectory both give the start; leave one out")
+    check_inversion(trajectory.method, negative_prompt, eta)
+    return eta if trajectory.noise is None else trajectory.eta
+
+
+def check_inversion(method: str, negative_prompt: str, eta: float) -> None:
+    """MasaError where a negative prompt or eta meets an inversion that brings its own."""
+    if method in ("negative-prompt", "null-text") and negative_prompt:
+        raise MasaError(
+            f"{method} inversion brings its own unconditional embeddings, which leaves no place for "
+            f"negative_prompt={negative_prompt!r}; leave it out, or invert with method='ddim'"
+        )
+    if method == "edit-friendly" and eta not in (0.0, EDIT_FRIENDLY_ETA):
+        raise MasaError(
+            f"eta is {eta}, but the trajectory's noise was made for {EDIT_FRIENDLY_ETA}; leave it out, or invert anew"
+        )
+
+
+def choose_first_step(skip_steps: int | None, steps: int, usual: int, *, from_noise: bool) -> int:
+    """How many of the noisiest steps are left out: as asked, else as is usual; from_noise: none may be."""
+    if skip_steps is None:
+        return usual
+    if not 0 <= skip_steps <= steps:
+        raise MasaError(f"skip_steps is {skip_steps}; expected a number from 0 to {steps}, the run's steps")
+    if skip_steps and from_noise:
+        raise MasaError("skip_steps starts from half noisy latents; give a trajectory (masa.invert) or latents")
+    return skip_steps

@@ -1,0 +1,202 @@
+"""The denoising loop: a run that is ready, step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from masa.attention import Backend, Edit, Tape, take
+from masa.branches import Branches
+from masa.controls.base import ActiveControl, resolve
+from masa.errors import MasaError
+from masa.models.unet import Retirement
+from masa.pipeline import StableDiffusion
+from masa.schedule import Schedule, predict_x0
+from masa.source_cache import SourceCache
+
+Callback = Callable[[int, int, Tensor], "Tensor | None"]
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """One run, ready to go: everything `denoise` needs, checked."""
+
+    sd: StableDiffusion
+    schedule: Schedule
+    steps: int
+    latents: Tensor  # (1 + N, 4, h, w): the start
+    contexts: tuple[Context, ...]  # of each step
+    guidance_scale: float
+    draw_noise: Callable[[], Tensor]  # (1, 4, h, w)
+    source_guidance: float | None = None  # None: guidance_scale
+    first_step: int = 0
+    controls: tuple[ActiveControl, ...] = ()
+    pinned: Tensor | None = None  # a trajectory's latents, which the source's are replaced by
+    retraces: bool = True  # a pinned source is computed at the last step: its reconstruction
+    eta: float = 0.0
+    noise: Tensor | None = None  # (steps, 4, h, w), added by each step instead of fresh noise
+    backend: Backend = "auto"
+    callback: Callback | None = None
+    cache: SourceCache | None = None  # has what the targets read of the source, which is not computed
+    targets_at_once: int | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One call of the UNet: its rows, their edits, those that leave on the way and those whose eps is wanted."""
+
+    branches: Branches
+    edits: dict[int, Edit]
+    retire: Retirement | None
+    wanted: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Context:
+    """One step's rows and their prompts' embeddings."""
+
+    branches: Branches
+    uncond: Tensor  # (1, 77, width)
+    cond: Tensor  # (1 + N, 77, width)
+
+
+def denoise(run: Denoising) -> Iterator[Tensor]:
+    """The latents (1 + N, 4, h, w) after each step; the caller owns the progress. MasaCtrl algorithm 1."""
+    x = run.latents
+    for step, timestep in list(enumerate(run.schedule.timesteps(run.steps)))[run.first_step :]:
+        last = step == run.steps - 1
+        if run.pinned is not None:
+            x = torch.cat([run.pinned[run.steps - step][None], x[1:]])
+        eps, present, tape, branches = _predict(run, x, step, timestep, _plan_step(run, step, last))
+        noise = _step_noise(run, step).to(x.device) if run.eta > 0 else None
+        before = take(x, present)  # indexing by a list would copy it to the device and wait
+        x0 = predict_x0(eps, before, run.schedule.alpha(timestep))
+        moved = run.schedule.step(eps, before, timestep, run.steps, run.eta, noise)
+        if len(moved) < len(x):
+            # A source that was not computed stands where its trajectory does, or where it was recorded.
+            moved = torch.cat([_source_after(run, step).to(x.device), moved])
+            x0 = torch.cat([_source_after(run, run.steps - 1).to(x.device), x0])
+        x = moved
+        for control in run.controls:
+            control.see_prediction(step, x0)
+            x = control.after_step(step, x, tape, branches)
+        if run.callback is not None:
+            x = _call_back(run.callback, step, timestep, x)
+        yield x
+
+
+def _plan_step(run: Denoising, step: int, last: bool) -> list[Batch]:
+    """The UNet's calls in a step, leaving out source rows that nobody reads.
+
+    A pinned source, or one that an earlier call has predicted, is computed only for the targets to read it; a
+    pinned one also at the last step, which gives its reconstruction. It leaves the batch once the last edited
+    layer is done.
+    """
+    batches = []
+    for part, branches in enumerate(_parts(run, step)):
+        rows, targets = tuple(range(len(branches))), branches.without_source()
+        edits = resolve(run.controls, step, branches, run.sd.unet.sites)
+        if run.cache is not None or (part == 0 and (run.pinned is None or (last and run.retraces))):
+            batches.append(Batch(branches, edits, None, rows))
+        elif not edits:
+            batches.append(Batch(branches.keep(targets), {}, None, tuple(range(len(targets)))))
+        elif not targets:  # a pinned source is recorded
+            batches.append(Batch(branches, edits, None, ()))
+        else:
+            last_layer = max(run.sd.unet.sites[index].layer for index in edits)
+            batches.append(Batch(branches, edits, Retirement(last_layer, targets), targets))
+    return batches
+
+
+def _parts(run: Denoising, step: int) -> tuple[Branches, ...]:
+    """The rows of a step in as many parts as there are calls of the UNet."""
+    branches = run.contexts[step].branches
+    return (branches if run.cache is None else branches.lend_source()).parts(run.targets_at_once)
+
+
+def _predict(
+    run: Denoising, x: Tensor, step: int, timestep: int, batches: Sequence[Batch]
+) -> tuple[Tensor, tuple[int, ...], Tape, Branches]:
+    """Guided eps (branches present, 4, h, w), the branches present, and all calls' tape with the rows it is of."""
+    context, tapes = run.contexts[step], []
+    predicted: dict[int, Tensor] = {}
+    for batch in batches:
+        branches, edits, tape = batch.branches, batch.edits, {}
+        if run.cache is not None:  # here, so that one call's tensors are on the device at a time
+            rows, device = len(branches), run.sd.device
+            edits = {site: run.cache.lend(edit, step, site, rows, device) for site, edit in edits.items()}
+        if len(branches):
+            eps, tape = run.sd.unet(
+                branches.expand(x).to(run.sd.dtype),
+                timestep,
+                branches.contexts(context.uncond, context.cond),
+                edits,
+                retire=batch.retire,
+                backend=run.backend,
+            )
+            wanted = branches.keep(batch.wanted)
+            eps = (eps if batch.retire is not None else take(eps, batch.wanted)).float()
+            if len(wanted):
+                guided = wanted.guide(eps, run.guidance_scale, run.source_guidance)
+                predicted.update(zip(wanted.present, guided, strict=True))
+        tapes.append(tape)
+    present = tuple(sorted(predicted))
+    eps = torch.stack([predicted[branch] for branch in present]) if present else x[:0]
+    return eps, present, *_join_tapes(batches, tapes)
+
+
+def _join_tapes(batches: Sequence[Batch], tapes: Sequence[Tape]) -> tuple[Tape, Branches]:
+    """The tapes of several calls as if of one: each row as the first call that has it wrote it."""
+    if len(batches) == 1:
+        return tapes[0], batches[0].branches
+    first = {row: (n, i) for n, b in reversed(list(enumerate(batches))) for i, row in enumerate(b.branches.known)}
+    lent = batches[0].branches.lent
+    halves = [[row for row in first if row not in lent and row.halves[0] == half] for half in ("uncond", "cond")]
+    rows = tuple(row for half in halves for row in sorted(half, key=lambda row: row.branch))
+    places = [first[row] for row in (*rows, *lent)]
+    joined = {key: torch.cat([tapes[n][key][i : i + 1] for n, i in places]) for key in tapes[0]}
+    return joined, Branches(rows, lent)
+
+
+def _source_after(run: Denoising, step: int) -> Tensor:
+    """The latents (1, 4, h, w) of a source that was not computed, when a step is done."""
+    if run.cache is not None:
+        return run.cache.source_after(step)
+    assert run.pinned is not None
+    return run.pinned[run.steps - step - 1][None]
+
+
+def _step_noise(run: Denoising, step: int) -> Tensor:
+    """The trajectory's noise, or fresh; the same for every branch: N targets together equal N targets alone."""
+    return run.draw_noise() if run.noise is None else run.noise[step][None]
+
+
+def _call_back(callback: Callback, step: int, timestep: int, x: Tensor) -> Tensor:
+    changed = callback(step, timestep, x)
+    if changed is None:
+        return x
+    if not isinstance(changed, Tensor) or changed.shape != x.shape:
+        got = tuple(changed.shape) if isinstance(changed, Tensor) else type(changed).__name__
+        raise MasaError(f"the callback returned {got}; expected None or latents {tuple(x.shape)}")
+    return changed.to(x)
+
+
+def check_cache(run: Denoising, cache: SourceCache) -> None:
+    """MasaError where a run needs of its source what the cache has not."""
+    if len(run.latents) == 1:
+        raise MasaError("cache serves targets, and there are none; give one, or run without cache=")
+    if run.first_step != cache.first_step and not (cache.pinned and run.first_step > cache.first_step):
+        raise MasaError(
+            f"the run starts at step {run.first_step}, and the cache was recorded from step {cache.first_step} on; "
+            "record with skip_steps to match"
+        )
+    for control in run.controls:
+        if control.watches_source:
+            raise MasaError(f"{control.name} keeps what only a computed source has; run without cache=")
+    for step in range(run.first_step, run.steps):
+        for branches in _parts(run, step):
+            for control in run.controls:
+                cache.check_edits(control, step, branches, run.sd.unet.sites)
