@@ -258,6 +258,7 @@ def add_inversion(parser: Parser) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("inversion")
     group.add_argument("--method", default="ddim", choices=METHODS, help="(default: ddim)")
     group.add_argument("--invert-guidance", type=float, help="guidance of the inversion (default: 1)")
+    group.add_argument("--inner-steps", type=int, help="null-text's fitting steps at each step (default: 10)")
     return group
 
 

@@ -131,7 +131,7 @@ def run_edit(args: argparse.Namespace) -> None:
         method=args.method,
         negative_prompt=args.negative_prompt,
         eta=args.eta,
-        **given(invert_guidance_scale=args.invert_guidance),
+        **given(invert_guidance_scale=args.invert_guidance, inner_steps=args.inner_steps),
         **size_and_seed(args),
     )
     report(result.save(folder))
@@ -152,7 +152,11 @@ def run_invert(args: argparse.Namespace) -> None:
         steps=args.steps,
         tiled=args.tiled,
         method=args.method,
-        **given(guidance_scale=args.invert_guidance, edit_guidance_scale=args.edit_guidance),
+        **given(
+            guidance_scale=args.invert_guidance,
+            edit_guidance_scale=args.edit_guidance,
+            inner_steps=args.inner_steps,
+        ),
         **size_and_seed(args),
     )
     trajectory.save(out)

@@ -92,6 +92,7 @@ def check_inversion(args: argparse.Namespace) -> None:
     unread = args.method in ("noise", "negative-prompt")
     refuse(args, "invert_guidance", unread, f"--method {args.method} does not read it; use another method")
     refuse(args, "invert_guidance", not prompt, f"it guides towards the picture's own prompt; give {flag}")
+    refuse(args, "inner_steps", args.method != "null-text", "only --method null-text fits in inner steps")
 
 
 def check_fitting(args: argparse.Namespace) -> None:

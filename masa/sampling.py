@@ -34,6 +34,7 @@ from masa.errors import MasaError
 from masa.image import ImageLike
 from masa.inversion import invert
 from masa.noise import Noise
+from masa.null_text import INNER_STEPS
 from masa.pipeline import StableDiffusion
 from masa.recorder import Recorder
 from masa.result import Picture, Result
@@ -240,6 +241,7 @@ def edit(
     guidance_scale: float = 7.5,
     invert_guidance_scale: float = 1.0,
     method: str = "ddim",
+    inner_steps: int = INNER_STEPS,
     negative_prompt: str = "",
     height: int | None = None,
     width: int | None = None,
@@ -277,6 +279,7 @@ def edit(
         guidance_scale=invert_guidance_scale,
         method=method,
         edit_guidance_scale=guidance_scale,
+        inner_steps=inner_steps,
         height=height,
         width=width,
         seed=seed,

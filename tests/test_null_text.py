@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import masa
+from masa.cli import main
 from masa.image import to_pil
 from masa.null_text import INNER_STEPS, tolerance
 from masa.rerun import restore_trajectory
@@ -65,6 +66,16 @@ def test_inner_steps_are_repeated_from_the_settings(tiny, picture):
     assert torch.equal(again.context, first.context)
     old = {name: value for name, value in first.settings.items() if name != "inner_steps"}
     assert restore_trajectory(tiny, old, picture, progress=False).settings["inner_steps"] == INNER_STEPS
+
+
+def test_edits_and_the_command_line_pass_inner_steps_on(tiny, picture, tiny_folder, tmp_path):
+    out = masa.edit(tiny, picture, "a dog", "a cat", controls=(), method="null-text", inner_steps=3,
+                    steps=2, progress=False)  # fmt: skip
+    assert out.settings["trajectory"]["inner_steps"] == 3
+    path = tmp_path / "picture.safetensors"
+    arguments = ["--method", "null-text", "--prompt", "a cat", "--inner-steps", "2", "--steps", "2"]
+    assert main(["invert", str(picture), "-c", str(tiny_folder), "-o", str(path), *arguments]) == 0
+    assert masa.Trajectory.load(path).settings["inner_steps"] == 2
 
 
 @pytest.mark.parametrize("inner_steps", [0, -1, 2.5])
