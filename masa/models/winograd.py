@@ -25,7 +25,7 @@ POINTS = (0.0, 0.625, -0.625, 1.5, -1.5)
 NUMBERS_PER_PASS = 6 << 20
 # Below this many pixels a map has fewer tiles than pay for transforming the weights, and below this many channels
 # transforming the map costs more than the products save.
-LEAST_PIXELS, LEAST_CHANNELS = 256, 64
+LEAST_PIXELS, LEAST_CHANNELS = 256, 96
 
 
 @cache
@@ -58,7 +58,7 @@ def winograd(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     # The products of a pass are a sum over `step` channels at a time; neither depends on how many rows there are.
     per_pass = NUMBERS_PER_PASS // SPAN**2
     most = max(1, min(channels, out_channels, per_pass // out_channels))
-    step = -(-channels // -(-channels // most))
+    step = 16 * math.ceil(channels / math.ceil(channels / most) / 16)  # of even shares, whole vectors
     for first, last, top, bottom in _passes(rows, down, max(1, per_pass // (out_channels * across))):
         padded = _padded(maps[first:last], top, bottom, across)
         shape = (SPAN, SPAN, last - first, bottom - top, across, channels)
@@ -69,7 +69,7 @@ def winograd(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
             some = slice(start, start + step)
             inputs = torch.mm(to_input, tiles[..., some].reshape(SPAN**2, -1))
             inputs = inputs.view(SPAN**2, -1, min(step, channels - start))
-            filters = torch.matmul(to_filter, taps[:, :, some]).permute(1, 2, 0)
+            filters = torch.bmm(to_filter.expand(out_channels, -1, -1), taps[:, :, some]).permute(1, 2, 0)
             products = torch.bmm(inputs, filters) if products is None else products.baddbmm_(inputs, filters)
         assert products is not None
         results = torch.mm(to_output, products.view(SPAN**2, -1))
@@ -80,7 +80,7 @@ def winograd(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def unfolded(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The same convolution as one matrix product of the map's 3x3 neighbourhoods: for maps smaller than their weights."""
+    """The same convolution as one product with the map's 3x3 neighbourhoods: for maps smaller than their weights."""
     (rows, channels, height, width), out_channels = x.shape, len(weight)
     padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
     by_row, by_line, by_pixel, _ = padded.stride()
@@ -116,7 +116,7 @@ class Conv3x3(nn.Conv2d):
 
 
 def _passes(rows: int, down: int, lines: int) -> list[tuple[int, int, int, int]]:
-    """Rows (first, last) and lines of tiles (top, bottom) of each pass, of about `lines` lines: whole rows if they fit."""
+    """Rows first..last and lines of tiles top..bottom of each pass, at most `lines` lines: whole rows if they fit."""
     if lines >= down:
         many = lines // down
         return [(row, min(rows, row + many), 0, down) for row in range(0, rows, many)]
