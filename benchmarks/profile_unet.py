@@ -1,15 +1,24 @@
-"""Where one UNet call on a CPU spends its time, by the kind of work, against the rate of a large matrix product."""
+"""Where one UNet call on a CPU spends its time, by the kind of work, against the rate of a large matrix product.
+
+A convolution that saves multiplications (masa/models/winograd.py) is counted with those of a direct one, and all that
+it does, its matrix products and copies too, is a convolution's time: its rate may therefore exceed the limit.
+"""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
+from torch import Tensor
 from torch.autograd.profiler_util import FunctionEvent
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from masa.models import winograd
 
 # Operators by the start of their names; the first group that fits. What fits none is "other".
 GROUPS = {
@@ -29,6 +38,7 @@ GROUPS = {
     "copies": ("aten::copy_", "aten::cat", "aten::clone", "aten::contiguous", "aten::upsample", "aten::fill_"),
 }
 COUNTED = ("convolutions", "attention", "linear layers")  # groups whose operations are worth counting
+CONVOLUTION = "masa::convolution"  # the mark around one that is made of other operators
 
 
 def group_of(name: str) -> str:
@@ -53,16 +63,20 @@ def profile_call(call: Callable[[], object], seconds: float, dtype: torch.dtype)
     here, before and after the call.
     """
     limit = matmul_limit(dtype)
-    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], record_shapes=True, with_flops=True) as found:
+    recorder = profile(activities=[ProfilerActivity.CPU], record_shapes=True, with_flops=True)
+    with torch.no_grad(), marked_convolutions(), recorder as found:
         call()
     limit = max(limit, matmul_limit(dtype))
     events = list(found.events() or ())
     spent: Counter[str] = Counter()
     flops: Counter[str] = Counter()
     for event in events:
-        group = group_of(event.name)
+        inside = within_convolution(event)
+        group = "convolutions" if inside else group_of(event.name)
         spent[group] += event.self_cpu_time_total
-        if group in COUNTED:
+        if event.name.startswith(CONVOLUTION):
+            flops[group] += int(event.name.split()[1])
+        elif group in COUNTED and not inside:
             flops[group] += operations(event)
     whole = sum(spent.values())
     lines = []
@@ -75,6 +89,32 @@ def profile_call(call: Callable[[], object], seconds: float, dtype: torch.dtype)
         line |= {"limit_gflops": round(limit, 1), "of_limit": round(rate / limit, 3) if counted else ""}
         lines.append(line)
     return lines
+
+
+@contextmanager
+def marked_convolutions() -> Iterator[None]:
+    """masa's own convolutions bear a mark, which tells how many operations a direct one has."""
+
+    def marked(convolve: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        def run(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            rows, _, height, width = x.shape
+            with record_function(f"{CONVOLUTION} {2 * rows * height * width * weight.numel()}"):
+                return convolve(x, weight, bias)
+
+        return run
+
+    names = ("winograd", "unfolded")
+    with mock.patch.multiple(winograd, **{name: marked(getattr(winograd, name)) for name in names}):
+        yield
+
+
+def within_convolution(event: FunctionEvent) -> bool:
+    """Whether an event is one of masa's own convolutions or part of it."""
+    while event is not None:
+        if event.name.startswith(CONVOLUTION):
+            return True
+        event = event.cpu_parent
+    return False
 
 
 def operations(event: FunctionEvent) -> int:

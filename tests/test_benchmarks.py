@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import masa
+from masa.models.winograd import Conv3x3
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
@@ -131,6 +132,16 @@ def test_profile_groups_all_of_the_time(tiny):
     by_work = {line["work"]: line for line in lines}
     assert {*COUNTED, "norms", "activations", "copies"} <= set(by_work)
     assert all(by_work[work]["gflop"] != "" and by_work[work]["limit_gflops"] > 0 for work in COUNTED)
+
+
+@pytest.mark.parametrize("side", [8, 16])
+def test_profile_counts_a_convolution_as_a_direct_one(side):
+    layer = Conv3x3(256, 256).to(memory_format=torch.channels_last)
+    x = torch.randn(1, 256, side, side).to(memory_format=torch.channels_last)
+    lines = profile_call(lambda: layer(x), seconds=1.0, dtype=torch.float32)
+    by_work = {line["work"]: line for line in lines}
+    assert by_work["convolutions"]["gflop"] == round(2 * 9 * 256 * 256 * side**2 / 1e9, 1) > 0
+    assert not {"linear layers", "attention", "copies"} & set(by_work)
 
 
 def test_operations_of_attention():

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from masa.attention import Site, take
+from masa.models.winograd import Conv3x3
+
+
+def silu_in_place(x: Tensor) -> Tensor:
+    """x * sigmoid(x), in x's memory unless a gradient may want x: one map less at the peak, and the same numbers."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
 class ResnetBlock(nn.Module):
@@ -21,11 +28,11 @@ class ResnetBlock(nn.Module):
         super().__init__()
         self.site: Site | None = None  # the UNet's blocks have one
         self.norm1 = nn.GroupNorm(norm_groups, in_channels, eps=eps)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv3x3(in_channels, out_channels)
         if emb_width is not None:
             self.time_emb_proj = nn.Linear(emb_width, out_channels)
         self.norm2 = nn.GroupNorm(norm_groups, out_channels, eps=eps)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = Conv3x3(out_channels, out_channels)
         if in_channels != out_channels:
             self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
         self.has_shortcut = in_channels != out_channels
@@ -35,17 +42,18 @@ class ResnetBlock(nn.Module):
 
         features_from: for each row, the row whose features it adds to its own residual.
         """
-        residual = self.conv_shortcut(x) if self.has_shortcut else x
+        before = x
         if features_from is not None:
             read = tuple(sorted(set(features_from)))
             x, emb = take(x, read), None if emb is None else take(emb, read)
-        x = self.conv1(F.silu(self.norm1(x)))
+        x = self.conv1(silu_in_place(self.norm1(x)))
         if emb is not None:
             x = x + self.time_emb_proj(F.silu(emb))[:, :, None, None]
-        x = self.conv2(F.silu(self.norm2(x)))
+        x = self.conv2(silu_in_place(self.norm2(x)))
         if features_from is not None:
             x = take(x, tuple(read.index(row) for row in features_from))
-        return residual + x
+        # Last, so that it is not held while the convolutions run: at 512x512 in the VAE it is 128 MiB.
+        return (self.conv_shortcut(before) if self.has_shortcut else before) + x
 
 
 class Downsample(nn.Module):
@@ -68,7 +76,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv3x3(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))

@@ -1,0 +1,132 @@
+"""3x3 convolutions on a CPU with a quarter of the multiplications.
+
+Winograd's minimal filtering F(4x4, 3x3): Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks"
+(arXiv 1509.09308), equations 4 to 13. A 4x4 tile of the output is A^T [(G g G^T) * (B^T d B)] A of a 6x6 tile d of the
+input: 36 products in place of 144, and for all tiles and channels together 36 matrix products.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+TILE = 4  # outputs of a tile, per side
+SPAN = TILE + 2  # inputs of a tile, per side
+# Where the polynomials are evaluated, beside infinity. The paper's 0, 1, -1, 2, -2 have twice the rounding error of a
+# direct convolution; these, whose neighbours differ less and which floats hold exactly, have the same error as one.
+POINTS = (0.0, 0.625, -0.625, 1.5, -1.5)
+# Numbers per intermediate. Small enough that the allocator keeps the memory between passes (glibc's limit is 32 MiB:
+# larger blocks are fetched from the kernel page by page, which costs more than the product), and near the cache.
+NUMBERS_PER_PASS = 6 << 20
+# Below this many pixels a map has fewer tiles than pay for transforming the weights, and below this many channels
+# transforming the map costs more than the products save.
+LEAST_PIXELS, LEAST_CHANNELS = 256, 96
+
+
+@cache
+def transforms() -> tuple[Tensor, Tensor, Tensor]:
+    """A^T (16, 36), G (36, 9) and B^T (36, 36) of both directions at once, float32: Kronecker squares, by Cook-Toom."""
+    to_output, to_filter, to_input = np.zeros((TILE, SPAN)), np.zeros((SPAN, 3)), np.zeros((SPAN, SPAN))
+    for i, point in enumerate(POINTS):
+        others = [other for other in POINTS if other != point]
+        to_output[:, i] = [point**power for power in range(TILE)]
+        to_filter[i] = [point**power / math.prod(point - other for other in others) for power in range(3)]
+        to_input[i, :-1] = np.poly(others)[::-1]
+    to_output[-1, -1] = to_filter[-1, -1] = 1.0  # the point at infinity
+    to_input[-1] = np.poly(POINTS)[::-1]
+    squares = [torch.from_numpy(np.kron(m, m)).float() for m in (to_output, to_filter, to_input)]
+    return squares[0], squares[1], squares[2]
+
+
+def winograd(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The 3x3 convolution of stride 1 with zeros around: x (rows, c, h, w), weight (out, c, 3, 3) -> (rows, out, h, w).
+
+    Of channels_last tensors nothing is copied whole; the result is channels_last. Without a gradient. In float32, and
+    on a CPU. A row's result is computed alike whatever the other rows.
+    """
+    (rows, channels, height, width), out_channels = x.shape, len(weight)
+    to_output, to_filter, to_input = transforms()
+    maps, taps = x.permute(0, 2, 3, 1), weight.permute(0, 2, 3, 1).flatten(1, 2)
+    down, across = -(-height // TILE), -(-width // TILE)  # tiles of a row
+    out = x.new_empty(rows, down * TILE, across * TILE, out_channels)
+
+    # The products of a pass are a sum over `step` channels at a time; neither depends on how many rows there are.
+    per_pass = NUMBERS_PER_PASS // SPAN**2
+    most = max(1, min(channels, out_channels, per_pass // out_channels))
+    step = 16 * math.ceil(channels / math.ceil(channels / most) / 16)  # of even shares, whole vectors
+    for first, last, top, bottom in _passes(rows, down, max(1, per_pass // (out_channels * across))):
+        padded = _padded(maps[first:last], top, bottom, across)
+        shape = (SPAN, SPAN, last - first, bottom - top, across, channels)
+        by_row, by_line, by_pixel, _ = padded.stride()
+        tiles = padded.as_strided(shape, (by_line, by_pixel, by_row, TILE * by_line, TILE * by_pixel, 1))
+        products: Tensor | None = None
+        for start in range(0, channels, step):
+            some = slice(start, start + step)
+            inputs = torch.mm(to_input, tiles[..., some].reshape(SPAN**2, -1))
+            inputs = inputs.view(SPAN**2, -1, min(step, channels - start))
+            filters = torch.bmm(to_filter.expand(out_channels, -1, -1), taps[:, :, some]).permute(1, 2, 0)
+            products = torch.bmm(inputs, filters) if products is None else products.baddbmm_(inputs, filters)
+        assert products is not None
+        results = torch.mm(to_output, products.view(SPAN**2, -1))
+        results = results.view(TILE, TILE, last - first, bottom - top, across, out_channels)
+        place = out[first:last, top * TILE : bottom * TILE].unflatten(2, (across, TILE)).unflatten(1, (-1, TILE))
+        torch.add(results.permute(2, 3, 0, 4, 1, 5), bias, out=place)
+    return out[:, :height, :width].contiguous().permute(0, 3, 1, 2)
+
+
+def unfolded(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The same convolution as one product with the map's 3x3 neighbourhoods: for maps smaller than their weights."""
+    (rows, channels, height, width), out_channels = x.shape, len(weight)
+    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
+    by_row, by_line, by_pixel, _ = padded.stride()
+    around = padded.as_strided((rows, height, width, 3, 3, channels), (by_row, by_line, by_pixel, by_line, by_pixel, 1))
+    matrix = weight.permute(0, 2, 3, 1).flatten(1)
+    out = torch.addmm(bias, around.reshape(-1, 9 * channels), matrix.T)
+    return out.view(rows, height, width, out_channels).permute(0, 3, 1, 2)
+
+
+class Conv3x3(nn.Conv2d):
+    """nn.Conv2d of 3x3, stride 1 and padding 1, which on a CPU takes the fewest multiplications where that pays."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=1)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input (rows, in_channels, h, w) -> (rows, out_channels, h, w)."""
+        if not self._is_plain(input):
+            return super().forward(input)
+        assert self.bias is not None
+        pixels = input.shape[2] * input.shape[3]
+        return (winograd if pixels >= LEAST_PIXELS else unfolded)(input, self.weight, self.bias)
+
+    def _is_plain(self, x: Tensor) -> bool:
+        """Whether nobody asks for a gradient or a graph, and the layouts are those that the products want."""
+        if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != torch.float32:
+            return False
+        if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
+            return False
+        if min(self.in_channels, self.out_channels) < LEAST_CHANNELS or self.weight.dtype != x.dtype:
+            return False
+        return all(t.is_contiguous(memory_format=torch.channels_last) for t in (x, self.weight))
+
+
+def _passes(rows: int, down: int, lines: int) -> list[tuple[int, int, int, int]]:
+    """Rows first..last and lines of tiles top..bottom of each pass, at most `lines` lines: whole rows if they fit."""
+    if lines >= down:
+        many = lines // down
+        return [(row, min(rows, row + many), 0, down) for row in range(0, rows, many)]
+    each = -(-down // -(-down // lines))
+    return [(row, row + 1, top, min(down, top + each)) for row in range(rows) for top in range(0, down, each)]
+
+
+def _padded(maps: Tensor, top: int, bottom: int, across: int) -> Tensor:
+    """What the tiles in lines top..bottom read of maps (rows, h, w, c), with zeros where that is outside."""
+    height, width = maps.shape[1:3]
+    above, below = TILE * top - 1, TILE * bottom + 1
+    inside = maps[:, max(0, above) : min(height, below)]
+    return F.pad(inside, (0, 0, 1, TILE * across + 1 - width, max(0, -above), max(0, below - height)))
