@@ -28,7 +28,7 @@ def run(folder: Path, seed: int | None = None, progress: bool = True) -> list[Pa
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "synthesis.png", folder / "editing.png"]
 
-    prompts = ("a photo of a cat sitting", "a photo of a cat standing")
+    prompts = ("a photo of a cat sitting, facing left", "a photo of a cat standing, facing left")
     settings = {"steps": STEPS, "guidance_scale": GUIDANCE, "seed": seed, "progress": progress}
     plain = sample(sd, *prompts, controls=[], **settings)  # type: ignore[arg-type]
     masa = sample(sd, *prompts, controls=CONTROL, **settings)  # type: ignore[arg-type]

@@ -127,6 +127,21 @@ def test_resumed_unet_training_is_bit_identical(pool, tokenizer, tmp_path):
         assert torch.equal(a, b)
 
 
+def test_only_twins_that_the_caption_tells_apart_are_made_alike(tokenizer, tmp_path):
+    latents = torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    untold = ["a cat sitting"] * 8
+    told = [f"a cat sitting, facing {way}" for way in ("left", "right") for _ in range(4)]
+
+    def train(captions, alike):
+        recipe = UNetRecipe(batch=4, alike=alike, warmup=1)
+        path = tmp_path / f"{len(captions[0])}{alike}.pt"
+        model = train_unet(latents, captions, denoiser(tokenizer), recipe, Budget(samples=12), path, threads=1)
+        return torch.cat([parameter.flatten() for parameter in model.parameters()])
+
+    assert torch.equal(train(untold, 0.0), train(untold, 1.0))
+    assert not torch.equal(train(told, 0.0), train(told, 1.0))
+
+
 def test_unet_loss_falls(pool, tokenizer, tmp_path):
     latents = torch.full((24, 4, 8, 8), 1.0)  # nothing to learn but one value
     recipe = UNetRecipe(batch=4, peak_rate=3e-3, warmup=5)

@@ -123,6 +123,7 @@ def train_unet(
     twin, pairs = len(latents) // 2, recipe.batch // 2
     ids = model.tokenizer(captions).to(device)
     empty = model.tokenizer([""]).to(device)
+    tells = (ids[:twin] != ids[twin:]).any(1).cpu()  # whose caption tells twins apart
     alphas = torch.tensor(Schedule().alphas_cumprod, device=device)
     snr = alphas / (1 - alphas)
     weights = (snr.clamp(max=recipe.max_snr) + recipe.min_weight) / snr
@@ -158,9 +159,10 @@ def train_unet(
         rows = torch.cat([first, first + twin]).to(device)
         noise = torch.randn(pairs, *latents.shape[1:], generator=draws).to(device)
         t = stratified_timesteps(pairs, len(alphas), draws)
-        alike = ((t >= len(alphas) // 2) & (torch.rand(pairs, generator=draws) < recipe.alike)).to(device)
-        silent = (torch.rand(pairs, 1, generator=draws) < recipe.empty_captions).to(device).repeat(2, 1)
-        t = t.to(device).repeat(2)
+        alike = (t >= len(alphas) // 2) & (torch.rand(pairs, generator=draws) < recipe.alike)
+        silent = torch.rand(pairs, 1, generator=draws) < recipe.empty_captions
+        alike &= tells[first] & ~silent[:, 0]  # of twins with one caption the network would learn the mean: two heads
+        alike, silent, t = alike.to(device), silent.to(device).repeat(2, 1), t.to(device).repeat(2)
         noisy, noise = noised_twins(latents[rows].float(), noise, alphas[t], alike)
         with autocast(device):
             context = model.text(torch.where(silent, empty, ids[rows]))
