@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,7 +51,9 @@ def check_numbers(
 
 def check_targets_at_once(targets_at_once: int | None) -> None:
     """MasaError unless it is a number of targets, or None."""
-    if targets_at_once is not None and (not isinstance(targets_at_once, int) or targets_at_once < 1):
+    if targets_at_once is not None and (
+        not isinstance(targets_at_once, int | np.integer) or isinstance(targets_at_once, bool) or targets_at_once < 1
+    ):
         raise MasaError(f"targets_at_once is {targets_at_once!r}; expected a number from 1, or None for all")
 
 

@@ -46,8 +46,8 @@ class CompiledUNet(UNet):
             self.add_module(name, copy.deepcopy(child, shared))
         self.capture = capture
         self.captured: dict[object, Forward] = {}
-        self.weights = tuple(self.parameters())
-        self.places = self._places()  # of the weights that the graphs read
+        self.weights = tuple(self.parameters())  # held, so that no other takes the place of one that graphs read
+        self.places = self._places()
         for module in self.modules():
             if isinstance(module, ResnetBlock | FeedForward):
                 compiled = torch.compile(module.forward, backend=compiler, dynamic=False, fullgraph=True)
@@ -83,9 +83,9 @@ class CompiledUNet(UNet):
                 return super(CompiledUNet, self).forward(x, time, context, found, retire, backend)
 
             with torch.no_grad():
-                if self.places != self._places():  # moved, or converted: graphs would read what was freed
+                if self.places != self._places():  # moved, converted or replaced: graphs would read the old ones
                     self.captured.clear()
-                    self.places = self._places()
+                    self.weights, self.places = tuple(self.parameters()), self._places()
                 # Strides too: a graph's input keeps the layout that it was captured with.
                 key = (structure, retire, backend, *((t.shape, t.stride(), t.dtype) for t in inputs))
                 if key not in self.captured:
@@ -95,8 +95,8 @@ class CompiledUNet(UNet):
                 eps, tape = self.captured[key](inputs)
             return eps, {(keys.get(name, name), site): found for (name, site), found in tape.items()}
 
-    def _places(self) -> tuple[int, ...]:
-        return tuple(weight.data_ptr() for weight in self.weights)
+    def _places(self) -> tuple[tuple[int, int], ...]:
+        return tuple((id(weight), weight.data_ptr()) for weight in self.parameters())
 
 
 @contextmanager

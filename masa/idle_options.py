@@ -77,12 +77,13 @@ def check_controls(args: argparse.Namespace) -> None:
 def check_source(args: argparse.Namespace) -> None:
     reason = "only a real source is pinned; give its --trajectory"
     refuse(args, "free_source", args.trajectory is None, reason)
+    refuse(args, "targets_at_once", not args.target, "there is no target; give one")
 
 
 def check_guided(args: argparse.Namespace) -> None:
-    # A source that was inverted under guidance is replayed under guidance.
-    inverted = getattr(args, "trajectory", None) is not None or getattr(args, "invert_guidance", None) is not None
-    off = args.guidance <= 1.0 and not inverted
+    # An edit-friendly source that was inverted under guidance is replayed under guidance; a trajectory may be one.
+    replayed = getattr(args, "method", None) == "edit-friendly" and (args.invert_guidance or 1.0) > 1.0
+    off = args.guidance <= 1.0 and getattr(args, "trajectory", None) is None and not replayed
     refuse(args, "negative_prompt", off, f"--guidance {args.guidance:g} switches guidance off; raise it above 1")
 
 
@@ -91,14 +92,13 @@ def check_inversion(args: argparse.Namespace) -> None:
     prompt, flag = (args.prompt, "--prompt") if args.command == "invert" else (args.source, "--source")
     unread = args.method in ("noise", "negative-prompt")
     refuse(args, "invert_guidance", unread, f"--method {args.method} does not read it; use another method")
-    refuse(args, "invert_guidance", not prompt, f"it guides towards the picture's own prompt; give {flag}")
+    guided = args.invert_guidance != 1.0  # the default, said aloud, does no harm
+    refuse(args, "invert_guidance", guided and not prompt, f"it guides towards the picture's own prompt; give {flag}")
     refuse(args, "inner_steps", args.method != "null-text", "only --method null-text fits in inner steps")
 
 
 def check_fitting(args: argparse.Namespace) -> None:
-    of_noise = args.method in ("edit-friendly", "noise")
     refuse(args, "edit_guidance", args.method != "null-text", "only --method null-text fits to it")
-    refuse(args, "seed", not of_noise, f"--method {args.method} draws no noise; edit-friendly and noise do")
 
 
 def check_sweep(args: argparse.Namespace) -> None:

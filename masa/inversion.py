@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -73,7 +74,7 @@ def invert(
     check_guidance(guidance_scale)
     check_guidance(edit_guidance_scale)
     check_method(method, prompt, steps, schedule, edit_guidance_scale)
-    if not isinstance(inner_steps, int) or inner_steps < 1:
+    if not isinstance(inner_steps, int | np.integer) or isinstance(inner_steps, bool) or inner_steps < 1:
         raise MasaError(f"inner_steps is {inner_steps}; expected a whole number, 1 or more")
     check_backend(backend, sd.device)
     check_tiled(tiled)
@@ -120,7 +121,7 @@ def invert(
         "guidance_scale": guidance_scale,
         "method": method,
         "edit_guidance_scale": edit_guidance_scale if method == "null-text" else None,
-        "inner_steps": inner_steps if method == "null-text" else None,
+        "inner_steps": int(inner_steps) if method == "null-text" else None,
         "seed": noise.seed,
         "generator_state": noise.generator_state,
         "schedule": schedule.describe(),

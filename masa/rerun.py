@@ -56,7 +56,7 @@ def rerun(
     made_from = settings["trajectory"]
     source = None if made_from is None else find_source(made_from, picture)
     if sd is None:
-        changed = {name: str(others[name]) for name in given}
+        changed = {name: str(others[name]).removeprefix("torch.") for name in given}
         sd = load_again(settings | changed, picture, progress)
         if checkpoint is None and vae is None:
             check_weights(sd, settings, picture)

@@ -122,7 +122,12 @@ class Result:
         targets are removed then; files that it did not write stay.
         """
         paths = [Path(folder) / name for name in file_names(len(self.targets))]
-        surplus = _surplus(Path(folder), len(self.targets))
+        edited = (self.settings.get("trajectory") or {}).get("image")
+        surplus = [
+            path
+            for path in _surplus(Path(folder), len(self.targets))
+            if edited is None or path.resolve() != Path(edited).resolve()  # the picture that this very run edited stays
+        ]
         with ExitStack() as stack:  # all are written before the first takes its name
             temporaries = [stack.enter_context(replacing(path)) for path in paths]
             for temporary, picture in zip(temporaries[:-1], [*self.images, self.grid()], strict=True):
@@ -183,12 +188,12 @@ def _surplus(folder: Path, targets: int) -> list[Path]:
     try:
         with safe_open(folder / TENSORS, framework="pt") as file:
             metadata = file.metadata() or {}
-    except (OSError, SafetensorError):  # no older result, or none that says what it wrote
+        if metadata.get("format") != FORMAT:
+            return []
+        settings = json.loads(metadata["settings"])
+        names = file_names(len(settings["target"]))[1 + targets : -2]
+    except (OSError, SafetensorError, KeyError, ValueError):  # no older result, or none that says what it wrote
         return []
-    if metadata.get("format") != FORMAT:
-        return []
-    settings = json.loads(metadata["settings"])
-    names = file_names(len(settings["target"]))[1 + targets : -2]
     return [folder / name for n, name in enumerate(names, 1 + targets) if _is_of(folder / name, settings, n)]
 
 
@@ -196,7 +201,7 @@ def _is_of(path: Path, settings: Mapping[str, Any], branch: int) -> bool:
     """Whether a file is the picture of a run's branch."""
     try:
         return read_settings(path) == {**settings, "branch": branch}
-    except (MasaError, OSError):
+    except (MasaError, OSError, ValueError, SyntaxError):  # the last two are Pillow's, of damaged files
         return False
 
 

@@ -96,9 +96,9 @@ def sample(
     targets, chosen = as_prompts(target), as_controls(controls)
     check_targets_at_once(targets_at_once)
     check_tiled(tiled)
-    if not targets and chosen == (MasaCtrl(),):
-        chosen = ()  # the default, which has nothing to act on
     described = [describe(control) for control in chosen]
+    if not targets and described == [describe(MasaCtrl())]:
+        chosen, described = (), []  # the default, which has nothing to act on
     if cache is not None:
         cache.check(sd)
         trajectory = cache.agree_trajectory(trajectory, generator)

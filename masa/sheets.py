@@ -42,7 +42,7 @@ def comparison(source: str, masactrl: MasaCtrl = MasaCtrl()) -> dict[str, Contro
     controls: dict[str, Control | Sequence[Control]] = {
         "fixed seed": (),
         "MasaCtrl": masactrl,
-        "Prompt-to-Prompt": PromptToPrompt("refine"),
+        "Prompt-to-Prompt": PromptToPrompt("refine", self_replace_tokens=None),
         "Plug-and-Play": PlugAndPlay(),
         "style": StyleTransfer(masactrl.start_step, masactrl.start_layer),
     }

@@ -242,3 +242,13 @@ def test_fixed_number_of_threads_stays():
     assert SpareCores(1)() == 1
     assert SpareCores(None)() >= 1
     torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("batch", "latents"), [(3, 24), (4, 23)])
+def test_pairs_that_do_not_come_out_are_named(pool, tokenizer, tmp_path, batch, latents):
+    recipe = UNetRecipe(batch=batch)
+    captions = pool.captions[:latents]
+    with pytest.raises(ValueError, match="expected even numbers"):
+        train_unet(
+            torch.zeros(latents, 4, 8, 8), captions, denoiser(tokenizer), recipe, Budget(samples=4), tmp_path / "u.pt"
+        )

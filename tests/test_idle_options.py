@@ -58,7 +58,6 @@ P2P = [*TWO, "--control", "prompt-to-prompt"]
         (["invert", "photo.jpg", "--invert-guidance", "3"], "would do nothing: .* give --prompt"),
         (["invert", "photo.jpg", "--inner-steps", "3"], "--inner-steps 3 would do nothing: .* null-text"),
         (["invert", "photo.jpg", "--edit-guidance", "3"], "--edit-guidance 3.0 would do nothing: .* null-text"),
-        (["invert", "photo.jpg", "--seed", "0"], "--seed 0 would do nothing: --method ddim draws no noise"),
         (["sdedit", "photo.jpg", "a dog", "--guidance", "1", "--negative-prompt", "bad"], "would do nothing"),
         ([*SWEEP, "--method", "ddim"], "--method ddim would do nothing: .* give --image"),
         ([*SWEEP, "--start-step", "3"], "--start-step 3 would do nothing: --rows varies start_step"),

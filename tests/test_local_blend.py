@@ -52,9 +52,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_equals_the_published_blend(tiny, tiny_folder, noise, case, guidance):
     blend, start, thresholds, subtract = CASES[case]
-    control = masa.PromptToPrompt(
-        cross_replace_steps=0.5, self_replace_steps=0.3, self_replace_tokens=32 * 32, local_blend=blend
-    )
+    control = masa.PromptToPrompt(cross_replace_steps=0.5, self_replace_steps=0.3, local_blend=blend)
     result = run(tiny, noise, control, guidance_scale=guidance)
     masks = torch.stack(list(result.masks[0].values()))
     assert 0.05 < masks.mean() < 0.95  # else the thresholds would test nothing

@@ -230,7 +230,7 @@ def test_offloading_is_written_down(tiny, tmp_path, monkeypatch):
     loads: list[dict] = []
     monkeypatch.setattr(sys.modules["masa.rerun"], "load", lambda checkpoint, **given: loads.append(given) or tiny)
     for device in ("cuda:0", "cpu"):
-        load_again(settings | {"device": device}, tmp_path / "source.png")
+        load_again(settings | {"device": device}, tmp_path / "source.png", progress=False)
     assert [given["offload"] for given in loads] == [True, False]
 
 

@@ -127,7 +127,7 @@ def test_equals_the_published_controller(tiny, oracle, noise, case):
         published.schedule(STEPS, 2, default, words),
         self_steps,
         halves=2 if guidance > 1 else 1,
-        self_tokens=others.get("self_tokens", 4 * 8),
+        self_tokens=others.get("self_tokens", 32 * 32),
     )
     ref = oracle.run([SOURCE, *targets], noise.expand(3, -1, -1, -1), STEPS, guidance, reference)
     assert difference(out, ref) < TOLERANCE
@@ -140,19 +140,18 @@ def test_a_pinned_source_equals_the_published_controller(tiny, oracle, generator
     control = P2P("refine", **settings)
     out = masa.sample(tiny, target=ADDITIONS, trajectory=trajectory, controls=control, progress=False).latents
     way = [z[None] for z in trajectory.latents]
-    schedule = published.schedule(STEPS, 2, (0, 0.4))
-    reference = published.PromptToPrompt(refine(tiny.tokenizer), schedule, (0, 3), self_tokens=4 * 4)
+    reference = published.PromptToPrompt(refine(tiny.tokenizer), published.schedule(STEPS, 2, (0, 0.4)), (0, 3))
     ref = oracle.run([SOURCE, *ADDITIONS], way[-1].expand(3, -1, -1, -1), STEPS, 7.5, reference, pinned=way)
     assert difference(out, ref) < TOLERANCE
 
 
 @pytest.mark.parametrize("grid", [(64, 64), (8, 16), (16, 16), (96, 64)], ids=str)
 def test_self_attention_reaches_half_the_latents_side_at_any_size(tiny, grid):
-    """At 512x512, the published 32x32."""
+    """With None; at 512x512 that is the published 32x32."""
     sites, tokenizer = tiny.unet.sites, tiny.tokenizer
     prompts = (SOURCE, SWAPS[0])
     run = Run(2, sites, prompts, grid, tiny.device, tokenizer.token_positions, encode=tokenizer.encode)
-    active = P2P(self_replace_steps=1.0).begin(run)
+    active = P2P(self_replace_steps=1.0, self_replace_tokens=None).begin(run)
     assert {sites[i].downsample for i in active.self_sites} == {2, 4, 8}
     tokens = grid[0] * grid[1] // 4
     assert P2P(self_replace_steps=1.0, self_replace_tokens=tokens).begin(run).self_sites == active.self_sites

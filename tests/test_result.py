@@ -379,3 +379,15 @@ def test_other_files_are_no_trajectories(tmp_path):
         masa.Trajectory.load(tmp_path / "other.safetensors")
     with pytest.raises(masa.MasaError, match="not a whole safetensors file"):
         masa.Trajectory.load(tmp_path / "broken.safetensors")
+
+
+def test_saving_keeps_the_picture_that_was_edited_and_survives_damaged_neighbours(tiny, tmp_path):
+    settings = {"steps": 1, "guidance_scale": 1.0, "seed": 0, "progress": False, "height": 64, "width": 64}
+    masa.sample(tiny, "a cat", ["a dog", "a bird", "a horse"], controls=[], **settings).save(tmp_path)
+    (tmp_path / "target_2.png").write_bytes(b"\x89PNG damaged")
+    edit = {name: settings[name] for name in ("steps", "guidance_scale", "progress", "height", "width")}
+    masa.edit(tiny, tmp_path / "target_1.png", "a dog", controls=[], **edit).save(tmp_path)
+    assert {path.name for path in tmp_path.glob("target_*.png")} == {"target_0.png", "target_1.png", "target_2.png"}
+    masa.sample(tiny, "a cat", ["a dog", "a bird"], controls=[], **settings).save(tmp_path)
+    masa.sample(tiny, "a cat", "a dog", controls=[], **settings).save(tmp_path)
+    assert not (tmp_path / "target_1.png").exists()

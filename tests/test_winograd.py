@@ -9,7 +9,7 @@ from torch import Tensor
 
 from masa.config import UNetConfig, VAEConfig
 from masa.models import winograd
-from masa.models.resnet import ResnetBlock, Upsample
+from masa.models.resnet import ResnetBlock, Upsample, silu_of
 from masa.models.unet import UNet
 from masa.models.vae import VAE
 from masa.models.winograd import LEAST_CHANNELS, Conv3x3
@@ -143,3 +143,54 @@ def test_a_vae_is_as_exact_as_with_direct_convolutions(monkeypatch):
     direct, exact = vae(picture), vae.double()(picture.double())
     assert not torch.equal(found, direct)
     assert relative(found, exact) < max(2 * relative(direct, exact), 1e-6)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"padding_mode": "circular", "_reversed_padding_repeated_twice": [1, 1, 1, 1]},
+        {"stride": (2, 2)},
+        {"padding": (0, 0)},
+        {"dilation": (2, 2)},
+        {"bias": None},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_module_that_was_changed_does_as_it_was_told(change):
+    conv, plain = Conv3x3(96, 96), torch.nn.Conv2d(96, 96, 3, padding=1)
+    plain.load_state_dict(conv.state_dict())
+    for network in (conv, plain):
+        network.to(memory_format=torch.channels_last)
+        for name, value in change.items():
+            setattr(network, name, value)
+    x = torch.randn(1, 96, 16, 16).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        torch.testing.assert_close(conv(x), plain(x))
+
+
+def test_other_numbers_of_channels_are_refused_as_ever():
+    x = torch.randn(1, 128, 16, 16).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="channels"):
+        Conv3x3(256, 96).to(memory_format=torch.channels_last)(x)
+
+
+def test_a_bias_alone_may_want_a_gradient():
+    conv = Conv3x3(96, 96).requires_grad_(False).to(memory_format=torch.channels_last)
+    conv.bias.requires_grad_()
+    conv(torch.randn(1, 96, 16, 16).contiguous(memory_format=torch.channels_last)).sum().backward()
+    assert conv.bias.grad is not None
+
+
+def test_what_a_norm_gave_others_is_not_written_over():
+    norm, seen = torch.nn.GroupNorm(4, 8), []
+    x = torch.randn(1, 8, 4, 4)
+    with torch.no_grad():
+        expected = torch.nn.functional.silu(norm(x))
+        assert torch.equal(silu_of(norm, x), expected)
+        norm.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        assert torch.equal(silu_of(norm, x), expected)
+        norm_only = seen[0].clone()
+        assert not torch.equal(norm_only, expected)
+        before = x.clone()
+        silu_of(torch.nn.Identity(), x)
+        assert torch.equal(x, before)

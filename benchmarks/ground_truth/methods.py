@@ -93,6 +93,7 @@ def prompt_to_prompt(
     return masa.PromptToPrompt(
         "replace" if swap else "refine",
         reweight=reweight or {},
+        self_replace_tokens=None,  # the latents here are smaller than those that 32*32 was published for
         local_blend=local_blend,
     )
 

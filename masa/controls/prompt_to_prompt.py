@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,8 +37,9 @@ class PromptToPrompt:
     the key "default" for all other tokens, (0, 1) where it is missing. Step k of n is controlled where
     int(start * (n + 1)) <= k < int(end * (n + 1)).
     self_replace_steps: a fraction or pair; steps int(n * start) .. int(n * end) - 1 take the source's
-    self-attention probabilities where the grid has at most self_replace_tokens tokens. None: a quarter of the
-    latents' own, which leaves only the finest grid free (32*32 at 512x512; 16*16 in the first release).
+    self-attention probabilities where the grid has at most self_replace_tokens tokens: 32*32 as published (16*16 in
+    the first release), whatever the size. None: a quarter of the latents' own, which at any size leaves only the
+    finest grid free, as 32*32 does at 512x512.
     local_blend: keeps the edit where its words look.
 
     Only the conditional half is edited. Fractions in [0, 1]. Errors come before the first step.
@@ -48,7 +50,7 @@ class PromptToPrompt:
     reweight: Mapping[str | int, float] = field(default_factory=dict)
     cross_replace_steps: Bounds | Mapping[str | int, Bounds] = 0.8
     self_replace_steps: Bounds = 0.4
-    self_replace_tokens: int | None = None
+    self_replace_tokens: int | None = 32 * 32
     local_blend: LocalBlend | None = None
 
     def __post_init__(self) -> None:
@@ -189,7 +191,7 @@ class _Active(ActiveControl):
 
 def _bounds(bounds: Bounds, name: str) -> tuple[float, float]:
     """(start, end) of a fraction or pair. MasaError unless 0 <= start <= end <= 1."""
-    pair: tuple[Any, ...] = tuple(bounds) if isinstance(bounds, Sequence) else (0.0, bounds)
+    pair: tuple[Any, ...] = tuple(bounds) if isinstance(bounds, Sequence | np.ndarray) else (0.0, bounds)
     numbers = len(pair) == 2 and all(is_number(fraction) for fraction in pair)
     if not numbers or not 0.0 <= pair[0] <= pair[1] <= 1.0:
         raise MasaError(

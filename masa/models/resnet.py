@@ -10,9 +10,13 @@ from masa.attention import Site, take
 from masa.models.winograd import Conv3x3
 
 
-def silu_in_place(x: Tensor) -> Tensor:
-    """x * sigmoid(x), in x's memory unless a gradient may want x: one map less at the peak, and the same numbers."""
-    return F.silu(x, inplace=not torch.is_grad_enabled())
+def silu_of(norm: nn.Module, x: Tensor) -> Tensor:
+    """silu(norm(x)), in the memory of the norm's output unless somebody may want that: one map less at the peak.
+
+    Somebody may where a gradient is taken, or where the norm was replaced or has hooks.
+    """
+    own = type(norm) is nn.GroupNorm and not norm._forward_hooks
+    return F.silu(norm(x), inplace=own and not torch.is_grad_enabled())
 
 
 class ResnetBlock(nn.Module):
@@ -46,10 +50,10 @@ class ResnetBlock(nn.Module):
         if features_from is not None:
             read = tuple(sorted(set(features_from)))
             x, emb = take(x, read), None if emb is None else take(emb, read)
-        x = self.conv1(silu_in_place(self.norm1(x)))
+        x = self.conv1(silu_of(self.norm1, x))
         if emb is not None:
             x = x + self.time_emb_proj(F.silu(emb))[:, :, None, None]
-        x = self.conv2(silu_in_place(self.norm2(x)))
+        x = self.conv2(silu_of(self.norm2, x))
         if features_from is not None:
             x = take(x, tuple(read.index(row) for row in features_from))
         # Last, so that it is not held while the convolutions run: at 512x512 in the VAE it is 128 MiB.

@@ -7,7 +7,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from masa.config import VAEConfig
-from masa.models.resnet import Downsample, ResnetBlock, Upsample, silu_in_place
+from masa.models.resnet import Downsample, ResnetBlock, Upsample, silu_of
 
 # Both of the VAE's norms use 1e-6, the UNet's residual blocks 1e-5: the checkpoints were trained so.
 EPS = 1e-6
@@ -87,7 +87,7 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for block in self.down_blocks:
             x = block(x)
-        return self.conv_out(silu_in_place(self.conv_norm_out(self.mid_block(x))))
+        return self.conv_out(silu_of(self.conv_norm_out, self.mid_block(x)))
 
 
 class Decoder(nn.Module):
@@ -115,7 +115,7 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(z))
         for block in self.up_blocks:
             x = block(x)
-        return self.conv_out(silu_in_place(self.conv_norm_out(x)))
+        return self.conv_out(silu_of(self.conv_norm_out, x))
 
 
 class VAE(nn.Module):

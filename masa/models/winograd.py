@@ -100,15 +100,20 @@ class Conv3x3(nn.Conv2d):
         """input (rows, in_channels, h, w) -> (rows, out_channels, h, w)."""
         if not self._is_plain(input):
             return super().forward(input)
-        assert self.bias is not None
+        assert self.bias is not None  # _is_plain
         pixels = input.shape[2] * input.shape[3]
         return (winograd if pixels >= LEAST_PIXELS else unfolded)(input, self.weight, self.bias)
 
     def _is_plain(self, x: Tensor) -> bool:
-        """Whether nobody asks for a gradient or a graph, and the layouts are those that the products want."""
-        if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != torch.float32:
+        """Whether nobody asks for a gradient or a graph, the module is as built, and layouts suit the products."""
+        if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != torch.float32 or self.bias is None:
             return False
-        if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
+        if torch.is_autocast_enabled("cpu") or x.dim() != 4 or x.shape[1] != self.in_channels:
+            return False
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (x, self.weight, self.bias)):
+            return False
+        # Others change them to tile a texture, say.
+        if self.padding_mode != "zeros" or (self.stride, self.padding, self.dilation) != ((1, 1), (1, 1), (1, 1)):
             return False
         if min(self.in_channels, self.out_channels) < LEAST_CHANNELS or self.weight.dtype != x.dtype:
             return False

@@ -41,7 +41,7 @@ class UNetRecipe:
     max_snr: float = 5.0
     min_weight: float = 0.25
     empty_captions: float = 0.1  # share, for classifier-free guidance
-    alike: float = 0.5  # share, among pairs of twins in the noisier half, that only the caption tells apart
+    alike: float = 0.5  # share, among pairs in the noisier half whose captions differ, that nothing else tells apart
     decay: float = 0.9985
     warmup: int = 150
     floor: float = 0.03
@@ -90,7 +90,8 @@ def noised_twins(clean: Tensor, noise: Tensor, alpha: Tensor, alike: Tensor) -> 
     clean (2 pairs, 4, h, w): first of each pair, then second; noise (pairs, 4, h, w) is both twins'; alpha
     (2 pairs,). Of pairs that are `alike` (pairs,) the second shares the first's noisy latents: its noise is what
     then lies between them and its own clean ones, and nothing but the caption tells which of the two is meant.
-    Without them the network reads the direction off the latents and never learns the word.
+    Without them the network reads the direction off the latents and never learns the word. The price: what they
+    teach for that noise is no Gaussian noise, so the network trusts the caption more than the latents.
     """
     alpha = alpha.view(-1, 1, 1, 1)
     noise = noise.repeat(2, 1, 1, 1)
@@ -119,6 +120,11 @@ def train_unet(
 
     Returns the averaged model in evaluation mode. `report(model, steps)` sees it at some checkpoints.
     """
+    if recipe.batch % 2 or len(latents) % 2 or len(latents) != len(captions):
+        raise ValueError(
+            f"a batch of {recipe.batch}, {len(latents)} latents and {len(captions)} captions; expected even numbers, "
+            "and a caption for each of the latents"
+        )
     device = latents.device
     twin, pairs = len(latents) // 2, recipe.batch // 2
     ids = model.tokenizer(captions).to(device)
