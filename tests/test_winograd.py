@@ -194,3 +194,11 @@ def test_what_a_norm_gave_others_is_not_written_over():
         before = x.clone()
         silu_of(torch.nn.Identity(), x)
         assert torch.equal(x, before)
+
+
+def test_maps_are_unfolded_some_rows_at_a_time(monkeypatch):
+    x, weight, bias = operands(5, 96, 96, 8, 8)
+    whole = winograd.unfolded(x, weight, bias)
+    monkeypatch.setattr(winograd, "NUMBERS_PER_PASS", 2 * 9 * 96 * 8 * 8)
+    torch.testing.assert_close(winograd.unfolded(x, weight, bias), whole)
+    torch.testing.assert_close(whole, F.conv2d(x, weight, bias, padding=1), atol=1e-5, rtol=1e-5)

@@ -85,8 +85,9 @@ def unfolded(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
     by_row, by_line, by_pixel, _ = padded.stride()
     around = padded.as_strided((rows, height, width, 3, 3, channels), (by_row, by_line, by_pixel, by_line, by_pixel, 1))
-    matrix = weight.permute(0, 2, 3, 1).flatten(1)
-    out = torch.addmm(bias, around.reshape(-1, 9 * channels), matrix.T)
+    matrix = weight.permute(0, 2, 3, 1).flatten(1).T
+    many = max(1, NUMBERS_PER_PASS // (9 * channels * height * width))  # rows of a pass
+    out = torch.cat([torch.addmm(bias, some.reshape(-1, 9 * channels), matrix) for some in around.split(many)])
     return out.view(rows, height, width, out_channels).permute(0, 3, 1, 2)
 
 
