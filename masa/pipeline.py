@@ -299,7 +299,8 @@ def choose_layout(device: torch.device, dtype: torch.dtype) -> torch.memory_form
     """The layout of convolutions' weights, which feature maps follow.
 
     Channels last lets attention read a feature map as tokens without a copy, and on a CPU float32 convolutions take
-    fewer multiplications in it (`masa.models.winograd`). 16-bit CPU tensors stay channels first: no CPU that computes them was measured.
+    fewer multiplications in it (`masa.models.winograd`). 16-bit CPU tensors stay channels first: no CPU that computes
+    them was measured.
     """
     return torch.contiguous_format if device.type == "cpu" and dtype != torch.float32 else torch.channels_last
 
