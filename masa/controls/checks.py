@@ -34,8 +34,8 @@ def check_fraction(name: str, value: Any) -> None:
 
 
 def check_flag(name: str, value: Any) -> None:
-    """MasaError unless True or False, or 1 or 0 for them."""
-    if not isinstance(value, bool | np.bool_ | Integral) or value not in (0, 1):
+    """MasaError unless True or False."""
+    if not isinstance(value, bool | np.bool_):
         raise MasaError(f"{name} is {value!r}; expected True or False")
 
 
