@@ -263,14 +263,13 @@ def run_plot(args: argparse.Namespace) -> None:
         "predictions": (plots.predictions, ("steps",)),
     }
     plot, options = kinds[args.kind]
-    given = {name: getattr(args, name) for name in ("words", "components", "layers", "steps")}
-    given = {name: value for name, value in given.items() if value is not None}
-    for name in given:
+    chosen = given(words=args.words, components=args.components, layers=args.layers, steps=args.steps)
+    for name in chosen:
         if name not in options:
             raise MasaError(f"--{name} has no meaning for {args.kind}, which takes --{' and --'.join(options)}")
     out = Path(args.out or Path(args.folder) / f"{args.kind}.png")
     check_free(out, args.overwrite, "-o")
-    figure = plot(masa.Result.load(args.folder), control=args.control, **given)
+    figure = plot(masa.Result.load(args.folder), control=args.control, **chosen)
     with replacing(out) as temporary:
         figure.savefig(temporary)
     report([out])

@@ -63,24 +63,30 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
         )
 
 
-def load_tensors(path: str | Path, format: str, kind: str, remedy: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a file whose metadata name this format. MasaError for any other file.
-
-    kind, remedy: what errors call it, and what to do instead.
-    """
+@contextmanager
+def reading(path: str | Path, kind: str, remedy: str) -> Iterator[None]:
+    """MasaError, naming the file and what it should be, where it cannot be read as safetensors."""
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != format:
-                raise MasaError(f"{path} is no {kind}; {remedy}")
-            # Copies: the mapped file may be overwritten while they live.
-            return {name: file.get_tensor(name).clone() for name in file.keys()}, metadata  # noqa: SIM118
+        yield
     except FileNotFoundError:
         raise
     except OSError as error:
         raise MasaError(f"{path} cannot be read as a {kind} ({error})") from error
     except SafetensorError as error:
         raise MasaError(f"{path} is not a whole safetensors file ({error}); {remedy}") from error
+
+
+def load_tensors(path: str | Path, format: str, kind: str, remedy: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a file whose metadata name this format. MasaError for any other file.
+
+    kind, remedy: what errors call it, and what to do instead.
+    """
+    with reading(path, kind, remedy), safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        if metadata.get("format") != format:
+            raise MasaError(f"{path} is no {kind}; {remedy}")
+        # Copies: the mapped file may be overwritten while they live.
+        return {name: file.get_tensor(name).clone() for name in file.keys()}, metadata  # noqa: SIM118
 
 
 def file_digest(path: str | Path) -> str:

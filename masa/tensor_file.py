@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from masa.errors import MasaError
+from masa.files import reading
 
 DTYPES = {
     torch.float32: "F32",
@@ -64,16 +65,10 @@ class TensorFile(Mapping[str, Tensor]):
     def __init__(self, path: str | Path, wanted: str, what: str, remedy: str) -> None:
         """wanted: the format that its metadata must name. MasaError, naming `what`, for any other file."""
         with ExitStack() as refused:
-            try:
+            with reading(path, what, remedy):
                 self.file = refused.enter_context(safe_open(path, framework="pt"))
                 self.names = list(self.file.keys())
                 self.sizes = {name: _nbytes(self.file.get_slice(name)) for name in self.names}
-            except FileNotFoundError:
-                raise
-            except OSError as error:
-                raise MasaError(f"{path} cannot be read as a {what} ({error})") from error
-            except SafetensorError as error:
-                raise MasaError(f"{path} is not a whole safetensors file ({error}); {remedy}") from error
             if (self.file.metadata() or {}).get("format") != wanted:
                 raise MasaError(f"{path} is no {what}; {remedy}")
             refused.pop_all()  # it stays open
