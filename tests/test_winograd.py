@@ -55,11 +55,12 @@ def test_the_points_of_the_paper_round_worse(monkeypatch):
     assert 1.3 * chosen < error(winograd.winograd(x, weight, bias), x, weight, bias) < 1e-5
 
 
-@pytest.mark.parametrize("numbers", [1 << 16, 1 << 18, 1 << 20])
-def test_the_size_of_a_pass_changes_nothing_but_rounding(monkeypatch, numbers):
-    """Bands of a row and slices of the channels, whole rows, several rows."""
+@pytest.mark.parametrize("limit", ["PRODUCTS_PER_PASS", "FILTERS_PER_PASS"])
+@pytest.mark.parametrize("numbers", [1 << 10, 1 << 16, 1 << 18, 1 << 20])
+def test_the_size_of_a_pass_changes_nothing_but_rounding(monkeypatch, limit, numbers):
+    """Bands of a row, whole rows, several rows; blocks of the weights by their inputs, their outputs and both."""
     x, weight, bias = operands(3, 96, 72, 34, 30)
-    monkeypatch.setattr(winograd, "NUMBERS_PER_PASS", numbers)
+    monkeypatch.setattr(winograd, limit, numbers)
     assert error(winograd.winograd(x, weight, bias), x, weight, bias) < 2e-6
 
 
@@ -199,6 +200,6 @@ def test_what_a_norm_gave_others_is_not_written_over():
 def test_maps_are_unfolded_some_rows_at_a_time(monkeypatch):
     x, weight, bias = operands(5, 96, 96, 8, 8)
     whole = winograd.unfolded(x, weight, bias)
-    monkeypatch.setattr(winograd, "NUMBERS_PER_PASS", 2 * 9 * 96 * 8 * 8)
+    monkeypatch.setattr(winograd, "PRODUCTS_PER_PASS", 2 * 9 * 96 * 8 * 8)
     torch.testing.assert_close(winograd.unfolded(x, weight, bias), whole)
     torch.testing.assert_close(whole, F.conv2d(x, weight, bias, padding=1), atol=1e-5, rtol=1e-5)

@@ -20,9 +20,11 @@ SPAN = TILE + 2  # inputs of a tile, per side
 # Where the polynomials are evaluated, beside infinity. The paper's 0, 1, -1, 2, -2 have twice the rounding error of a
 # direct convolution; these, whose neighbours differ less and which floats hold exactly, have the same error as one.
 POINTS = (0.0, 0.625, -0.625, 1.5, -1.5)
-# Numbers per intermediate. Small enough that the allocator keeps the memory between passes (glibc's limit is 32 MiB:
-# larger blocks are fetched from the kernel page by page, which costs more than the product), and near the cache.
-NUMBERS_PER_PASS = 6 << 20
+# Numbers per intermediate: of the products, and of the transformed weights, which are made for some channels at a
+# time and used at once. Small enough for the cache, and for the allocator to keep the memory between passes (glibc's
+# limit is 32 MiB: larger blocks are fetched from the kernel page by page, which costs more than the product).
+PRODUCTS_PER_PASS = 6 << 20
+FILTERS_PER_PASS = 2 << 20
 # Below this many pixels a map has fewer tiles than pay for transforming the weights, and below this many channels
 # transforming the map costs more than the products save.
 LEAST_PIXELS, LEAST_CHANNELS = 256, 96
@@ -55,23 +57,24 @@ def winograd(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     down, across = -(-height // TILE), -(-width // TILE)  # tiles of a row
     out = x.new_empty(rows, down * TILE, across * TILE, out_channels)
 
-    # The products of a pass are a sum over `step` channels at a time; neither depends on how many rows there are.
-    per_pass = NUMBERS_PER_PASS // SPAN**2
-    most = max(1, min(channels, out_channels, per_pass // out_channels))
-    step = 16 * math.ceil(channels / math.ceil(channels / most) / 16)  # of even shares, whole vectors
-    for first, last, top, bottom in _passes(rows, down, max(1, per_pass // (out_channels * across))):
-        padded = _padded(maps[first:last], top, bottom, across)
-        shape = (SPAN, SPAN, last - first, bottom - top, across, channels)
-        by_row, by_line, by_pixel, _ = padded.stride()
-        tiles = padded.as_strided(shape, (by_line, by_pixel, by_row, TILE * by_line, TILE * by_pixel, 1))
-        products: Tensor | None = None
-        for start in range(0, channels, step):
-            some = slice(start, start + step)
-            inputs = torch.mm(to_input, tiles[..., some].reshape(SPAN**2, -1))
-            inputs = inputs.view(SPAN**2, -1, min(step, channels - start))
-            filters = torch.bmm(to_filter.expand(out_channels, -1, -1), taps[:, :, some]).permute(1, 2, 0)
-            products = torch.bmm(inputs, filters) if products is None else products.baddbmm_(inputs, filters)
-        assert products is not None
+    # Blocks of the weights' matrix, nearly square: the fewest readings of the inputs and sums of the products.
+    most = FILTERS_PER_PASS // SPAN**2
+    step = _even_share(channels, math.isqrt(most))
+    out_step = _even_share(out_channels, max(1, most // step))
+    room = x.new_empty(out_step * SPAN**2 * step)
+    # Neither the blocks nor the order of the sums depends on how many rows there are.
+    lines = max(1, PRODUCTS_PER_PASS // SPAN**2 // (max(step, out_channels) * across))
+    for first, last, top, bottom in _passes(rows, down, lines):
+        products = x.new_empty(SPAN**2, (last - first) * (bottom - top) * across, out_channels)
+        for some in _slices(channels, step):
+            tiles = _tiles(maps[first:last, ..., some], top, bottom, across)
+            inputs = torch.mm(to_input, tiles.reshape(SPAN**2, -1)).view(SPAN**2, products.shape[1], -1)
+            for others in _slices(out_channels, out_step):
+                block = taps[others, :, some]
+                filters = room[: len(block) * SPAN**2 * block.shape[2]].view(len(block), SPAN**2, -1)
+                torch.bmm(to_filter.expand(len(block), -1, -1), block, out=filters)
+                part, operands = products[:, :, others], (inputs, filters.permute(1, 2, 0))
+                torch.bmm(*operands, out=part) if some.start == 0 else part.baddbmm_(*operands)
         results = torch.mm(to_output, products.view(SPAN**2, -1))
         results = results.view(TILE, TILE, last - first, bottom - top, across, out_channels)
         place = out[first:last, top * TILE : bottom * TILE].unflatten(2, (across, TILE)).unflatten(1, (-1, TILE))
@@ -86,7 +89,7 @@ def unfolded(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     by_row, by_line, by_pixel, _ = padded.stride()
     around = padded.as_strided((rows, height, width, 3, 3, channels), (by_row, by_line, by_pixel, by_line, by_pixel, 1))
     matrix = weight.permute(0, 2, 3, 1).flatten(1).T
-    many = max(1, NUMBERS_PER_PASS // (9 * channels * height * width))  # rows of a pass
+    many = max(1, PRODUCTS_PER_PASS // (9 * channels * height * width))  # rows of a pass
     out = torch.cat([torch.addmm(bias, some.reshape(-1, 9 * channels), matrix) for some in around.split(many)])
     return out.view(rows, height, width, out_channels).permute(0, 3, 1, 2)
 
@@ -121,6 +124,15 @@ class Conv3x3(nn.Conv2d):
         return all(t.is_contiguous(memory_format=torch.channels_last) for t in (x, self.weight))
 
 
+def _even_share(channels: int, most: int) -> int:
+    """Channels of a block, so that as few blocks as can be hold at most `most` each: whole vectors."""
+    return min(channels, 16 * math.ceil(channels / math.ceil(channels / most) / 16))
+
+
+def _slices(channels: int, step: int) -> list[slice]:
+    return [slice(start, min(channels, start + step)) for start in range(0, channels, step)]
+
+
 def _passes(rows: int, down: int, lines: int) -> list[tuple[int, int, int, int]]:
     """Rows first..last and lines of tiles top..bottom of each pass, at most `lines` lines: whole rows if they fit."""
     if lines >= down:
@@ -130,9 +142,12 @@ def _passes(rows: int, down: int, lines: int) -> list[tuple[int, int, int, int]]
     return [(row, row + 1, top, min(down, top + each)) for row in range(rows) for top in range(0, down, each)]
 
 
-def _padded(maps: Tensor, top: int, bottom: int, across: int) -> Tensor:
-    """What the tiles in lines top..bottom read of maps (rows, h, w, c), with zeros where that is outside."""
-    height, width = maps.shape[1:3]
+def _tiles(maps: Tensor, top: int, bottom: int, across: int) -> Tensor:
+    """Lines top..bottom of tiles of maps (rows, h, w, c), with zeros around: (SPAN, SPAN, rows, lines, across, c)."""
+    rows, height, width, channels = maps.shape
     above, below = TILE * top - 1, TILE * bottom + 1
     inside = maps[:, max(0, above) : min(height, below)]
-    return F.pad(inside, (0, 0, 1, TILE * across + 1 - width, max(0, -above), max(0, below - height)))
+    padded = F.pad(inside, (0, 0, 1, TILE * across + 1 - width, max(0, -above), max(0, below - height))).contiguous()
+    by_row, by_line, by_pixel, _ = padded.stride()
+    shape = (SPAN, SPAN, rows, bottom - top, across, channels)
+    return padded.as_strided(shape, (by_line, by_pixel, by_row, TILE * by_line, TILE * by_pixel, 1))
