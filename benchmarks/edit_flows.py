@@ -60,11 +60,13 @@ class MasaFlow:
 
     def probes(self) -> tuple[Probe, ...]:
         def kind(x: Tensor, timestep: int, context: Tensor, edits: Any = None, retire: Any = None, **_: Any) -> Kind:
-            return Kind("unet", len(x), len(edits or {}))
+            return Kind("unet", len(context), len(edits or {}))
 
-        def blank(last: Any, x: Tensor, t: int, c: Tensor, edits: Any = None, retire: Any = None, **_: Any) -> Any:
+        def blank(
+            last: Any, x: Tensor, timestep: int, context: Tensor, edits: Any = None, retire: Any = None, **_: Any
+        ) -> Any:
             _, tape = last
-            return torch.zeros_like(x if retire is None else x[: len(retire.keep)]), tape
+            return x.new_zeros(len(context if retire is None else retire.keep), *x.shape[1:]), tape
 
         return (
             Probe(self.sd.unet, "forward", kind, blank),

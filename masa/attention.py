@@ -136,6 +136,20 @@ class Edit:
         values = tuple(sorted({*(self.v_from or own), *extra}))
         return queries, keys, values
 
+    def reads_only_rows(self) -> bool:
+        """Whether it names rows to read and nothing else: what `of_rows` can take apart."""
+        rows = {"q_from", "k_from", "v_from", "union_with", "source_weight"}
+        return {*self.changed()} <= rows and not (self.records or self.query_records)
+
+    def of_rows(self, rows: int, wanted: tuple[int, ...]) -> Edit:
+        """The edit of a batch, where it `reads_only_rows`, for some of the batch's rows alone."""
+        own = tuple(range(rows))
+        q_from, k_from, v_from = (
+            tuple((read or own)[row] for row in wanted) for read in (self.q_from, self.k_from, self.v_from)
+        )
+        union_with = None if self.union_with is None else tuple(self.union_with[row] for row in wanted)
+        return replace(self, q_from=q_from, k_from=k_from, v_from=v_from, union_with=union_with)
+
     def key_rows(self, rows: int) -> tuple[int, ...]:
         """The rows whose keys `attend` indexes, and a mask's plan must cover: all that are read, or those lent.
 
@@ -159,6 +173,10 @@ class Call:
 
     def edit_at(self, site: Site) -> Edit:
         return self.edits.get(site.index, PLAIN)
+
+    def of_rows(self, site: Site, rows: int, wanted: tuple[int, ...]) -> Call:
+        """The same call, in which a site gives some of the batch's rows alone."""
+        return replace(self, edits={**self.edits, site.index: self.edit_at(site).of_rows(rows, wanted)})
 
     def plan(self, mask: MaskSource, grid: Grid) -> MaskPlan | None:
         """The mask on a grid, planned once per forward unless more of the tape has been written since."""
@@ -192,7 +210,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, rows: int, site: Site, grid: Grid, c
     """softmax(q kᵀ / √d) v with the edit that this call makes at this site.
 
     q (read rows, heads, h*w, d), k and v (read rows, heads, keys, d): only the rows of the batch that
-    `Edit.read_rows` lists for each, in that order. Returns (rows, heads, h*w, d).
+    `Edit.read_rows` lists for each, in that order. Returns (rows, heads, h*w, d), or the rows of `Call.of_rows`.
     """
     edit = call.edit_at(site)
     if edit is PLAIN and call.backend == "auto":
@@ -228,7 +246,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, rows: int, site: Site, grid: Grid, c
     if k_index != v_index:  # keys of one row with values of another: align them once, here
         if plan is not None or edit.union_with is not None:
             raise MasaError(f"{site.name}: keys and values of different rows cannot be masked or united")
-        k, v, k_index = take(k, k_index), take(v, v_index), own
+        k, v, k_index = take(k, k_index), take(v, v_index), tuple(range(len(k_index)))
     if edit.union_with is None:
         return mutual_attention(q, k, v, kv_index=k_index, plan=plan, backend=call.backend)
     second = tuple(-1 if row < 0 else second_rows.index(row) for row in edit.union_with)

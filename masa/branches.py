@@ -109,9 +109,12 @@ class Branches:
         """Indices of the targets' rows."""
         return tuple(i for i, row in enumerate(self.rows) if row.branch != SOURCE)
 
-    def expand(self, latents: Tensor) -> Tensor:
-        """Latents (1 + N, 4, h, w), source first -> rows (len(self), 4, h, w)."""
-        return torch.cat([latents[row.branch : row.branch + 1] for row in self.rows])
+    @property
+    def copies(self) -> tuple[int, ...] | None:
+        """For each row, which of the branches present it is of; None where each branch has one row, in order."""
+        present = self.present
+        places = tuple(present.index(row.branch) for row in self.rows)
+        return None if places == tuple(range(len(present))) else places
 
     def contexts(self, uncond: Tensor, cond: Tensor) -> Tensor:
         """Prompt embeddings: uncond (1, 77, width) for all, cond (1 + N, 77, width) -> (rows, 77, width)."""

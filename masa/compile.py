@@ -62,6 +62,7 @@ class CompiledUNet(UNet):
         retire: Retirement | None = None,
         backend: Backend = "auto",
         checkpoint: bool = False,
+        copies: tuple[int, ...] | None = None,
     ) -> tuple[Tensor, Tape]:
         """As `UNet.forward`. With a gradient to take, or masks, which index by host lists, nothing is captured."""
         # A number would be copied to the device anew, which a graph cannot do.
@@ -72,7 +73,7 @@ class CompiledUNet(UNet):
         with limits, _compiler_at_work():
             if graded or self.capture is None or any(edit.mask is not None for edit in plain.values()):
                 with torch.set_grad_enabled(graded):  # the compiler tells the two modes apart
-                    return super().forward(x, time, context, plain, retire, backend, checkpoint)
+                    return super().forward(x, time, context, plain, retire, backend, checkpoint, copies)
             numbered, keys = number_records(plain)
             structure, tensors = split(numbered)
             inputs = (x, time, context, *tensors)
@@ -80,14 +81,14 @@ class CompiledUNet(UNet):
             def run(given: tuple[Tensor, ...]) -> tuple[Tensor, Tape]:
                 found = cast("dict[int, Edit]", join(structure, given[3:]))
                 x, time, context = given[:3]
-                return super(CompiledUNet, self).forward(x, time, context, found, retire, backend)
+                return super(CompiledUNet, self).forward(x, time, context, found, retire, backend, copies=copies)
 
             with torch.no_grad():
                 if self.places != self._places():  # moved, converted or replaced: graphs would read the old ones
                     self.captured.clear()
                     self.weights, self.places = tuple(self.parameters()), self._places()
                 # Strides too: a graph's input keeps the layout that it was captured with.
-                key = (structure, retire, backend, *((t.shape, t.stride(), t.dtype) for t in inputs))
+                key = (structure, retire, backend, copies, *((t.shape, t.stride(), t.dtype) for t in inputs))
                 if key not in self.captured:
                     while len(self.captured) >= MOST_GRAPHS:  # before the capture, which may take the memory
                         del self.captured[next(iter(self.captured))]

@@ -92,8 +92,7 @@ def _plan_step(run: Denoising, step: int, last: bool) -> list[Batch]:
     """The UNet's calls in a step, leaving out source rows that nobody reads.
 
     A pinned source, or one that an earlier call has predicted, is computed only for the targets to read it; a
-    pinned one also at the last step, which gives its reconstruction. It leaves the batch once the last edited
-    layer is done.
+    pinned one also at the last step, which gives its reconstruction. It leaves the batch in the last edited layer.
     """
     batches = []
     for part, branches in enumerate(_parts(run, step)):
@@ -130,12 +129,13 @@ def _predict(
             edits = {site: run.cache.lend(edit, step, site, rows, device) for site, edit in edits.items()}
         if len(branches):
             eps, tape = run.sd.unet(
-                branches.expand(x).to(run.sd.dtype),
+                take(x, branches.present).to(run.sd.dtype).contiguous(),  # one layout for all steps
                 timestep,
                 branches.contexts(context.uncond, context.cond),
                 edits,
                 retire=batch.retire,
                 backend=run.backend,
+                copies=branches.copies,
             )
             wanted = branches.keep(batch.wanted)
             eps = (eps if batch.retire is not None else take(eps, batch.wanted)).float()

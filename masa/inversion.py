@@ -88,7 +88,7 @@ def invert(
     context = rows.contexts(uncond, cond)
 
     def predict(x: Tensor, timestep: int) -> Tensor:
-        eps, _ = sd.unet(rows.expand(x).to(sd.dtype), timestep, context, backend=backend)
+        eps, _ = sd.unet(x.to(sd.dtype), timestep, context, backend=backend, copies=rows.copies)
         return rows.guide(eps.float(), guidance_scale)
 
     z0 = sd.encode_image(picture, height=picture.shape[2], width=picture.shape[3], tiled=tiled)

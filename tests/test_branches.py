@@ -34,10 +34,11 @@ def test_without_the_source_only_targets_are_present():
     assert len(branches) == 4
 
 
-def test_expand_repeats_each_branch_per_row():
-    latents = torch.arange(3.0).reshape(3, 1, 1, 1).expand(3, 4, 2, 2)
-    rows = Branches.build(2, guided=True, merge_source=True).expand(latents)
-    assert rows[:, 0, 0, 0].tolist() == [0, 1, 2, 1, 2]
+def test_copies_name_each_rows_branch_among_those_present():
+    branches = Branches.build(2, guided=True, merge_source=True)
+    assert branches.copies == (0, 1, 2, 1, 2)
+    assert branches.keep(branches.without_source()).copies == (0, 1, 0, 1)
+    assert Branches.build(2, guided=False).copies is None
 
 
 def test_contexts_follow_the_halves():

@@ -155,7 +155,7 @@ def test_edit_friendly_noise_skips_12_of_50_steps(tiny, picture):
 def test_negative_prompt_source_takes_one_row_and_null_text_two(tiny, trajectories):
     def rows(method, **settings):
         counts = []
-        handle = tiny.unet.register_forward_pre_hook(lambda module, args: counts.append(len(args[0])))
+        handle = tiny.unet.register_forward_pre_hook(lambda module, args: counts.append(len(args[2])))
         edit(tiny, trajectories[method], **settings)
         handle.remove()
         return counts

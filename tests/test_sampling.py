@@ -153,7 +153,7 @@ class Rows:
 
     def __init__(self, unet: torch.nn.Module) -> None:
         self.counts: list[int] = []
-        self.handle = unet.register_forward_pre_hook(lambda module, args: self.counts.append(len(args[0])))
+        self.handle = unet.register_forward_pre_hook(lambda module, args: self.counts.append(len(args[2])))
 
     def __enter__(self) -> Rows:
         return self

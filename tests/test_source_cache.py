@@ -214,7 +214,7 @@ def test_lent_maps_stand_behind_those_of_the_batch():
 def rows_of(unet: torch.nn.Module, run) -> list[int]:
     """How many rows each call of the UNet had."""
     counts: list[int] = []
-    handle = unet.register_forward_pre_hook(lambda module, args: counts.append(len(args[0])))
+    handle = unet.register_forward_pre_hook(lambda module, args: counts.append(len(args[2])))
     try:
         run()
     finally:

@@ -114,16 +114,92 @@ def test_forward_changes_nothing_that_outlives_it(tiny, inputs):
         assert torch.equal(before[name], tensor)
 
 
+LAST_EDITS = {
+    "none": {},
+    "self": {0: Edit(k_from=(0, 0, 2), v_from=(0, 0, 2))},
+    "queries and keys": {0: Edit(q_from=(0, 0, 2), k_from=(0, 0, 2))},
+    "union": {0: Edit(k_from=(0, 0, 0), v_from=(0, 0, 0), union_with=(-1, 1, 2), source_weight=3.0)},
+    "recorded": {0: Edit(k_from=(0, 0, 2), v_from=(0, 0, 2), query_records=("q",))},
+    "cross": {1: Edit(q_from=(0, 0, 2))},
+    "both": {0: Edit(k_from=(0, 0, 2)), 1: Edit(q_from=(0, 0, 2), k_from=(0, 1, 1))},
+}
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("layer", [0, 3, 6, 9, 15])
-def test_retired_rows_do_not_change_the_others(tiny, inputs, layer):
+@pytest.mark.parametrize("last", LAST_EDITS)
+def test_retired_rows_do_not_change_the_others(tiny, inputs, layer, last):
     x, context = inputs
-    site = 2 * layer
-    edits = {site: Edit(k_from=(0, 0, 2), v_from=(0, 0, 2))}
-    full, _ = tiny.unet(x, 300, context, edits)
-    kept, _ = tiny.unet(x, 300, context, edits, retire=Retirement(layer, (1, 2)))
+    edits = {2 * layer + site: edit for site, edit in LAST_EDITS[last].items()}
+    full, expected = tiny.unet(x, 300, context, edits)
+    kept, tape = tiny.unet(x, 300, context, edits, retire=Retirement(layer, (1, 2)))
     assert kept.shape[0] == 2
     assert relative_error(kept, full[1:]) < 1e-5
+    assert tape.keys() == expected.keys()
+    for key, recorded in expected.items():
+        assert relative_error(tape[key], recorded) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("last", "seen"), [("self", 2), ("union", 2), ("recorded", 3), ("cross", 3)])
+def test_rows_retire_where_nothing_more_is_read_of_them(tiny, inputs, monkeypatch, last, seen):
+    x, context = inputs
+    block = tiny.unet.up_blocks[1].attentions[0].transformer_blocks[0]
+    layer, forward, rows = block.attn1.site.layer, block.ff.forward, []
+    monkeypatch.setattr(block.ff, "forward", lambda x: rows.append(len(x)) or forward(x))
+    edits = {2 * layer + site: edit for site, edit in LAST_EDITS[last].items()}
+    tiny.unet(x, 300, context, edits, retire=Retirement(layer, (1, 2)))
+    assert rows == [seen]
+
+
+EARLY_EDITS = {
+    "none": {},
+    "first self-attention": {0: Edit(k_from=(0, 0, 2), v_from=(0, 0, 2))},
+    "first cross-attention": {1: Edit(q_from=(0, 0, 2))},
+    "first features": {32: Edit(features_from=(0, 0, 2))},
+    "later": {4: Edit(k_from=(2, 2, 2), v_from=(2, 2, 2))},
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("edits", EARLY_EDITS.values(), ids=list(EARLY_EDITS))
+@pytest.mark.parametrize("retire", [None, Retirement(2, (2, 1)), Retirement(5, (1, 2))])
+def test_copies_are_the_rows_they_stand_for(tiny, inputs, edits, retire):
+    x, context = inputs
+    rows = (0, 1, 1)
+    full, _ = tiny.unet(x[list(rows)], 300, context, edits, retire=retire)
+    found, _ = tiny.unet(x[:2], 300, context, edits, retire=retire, copies=rows)
+    assert relative_error(found, full) < 1e-6
+    other, _ = tiny.unet(x[:2], 300, context, edits, retire=retire, copies=(1, 0, 0))
+    assert relative_error(other, full) > 1e-2
+
+
+@torch.no_grad()
+def test_copies_may_retire_in_the_first_block(tiny, inputs):
+    x, context = inputs
+    full, _ = tiny.unet(x[[0, 1, 1]], 300, context, EARLY_EDITS["first self-attention"])
+    for retire in (Retirement(0, (1, 2)), Retirement(0, (2, 1))):
+        edits = EARLY_EDITS["first self-attention"]
+        found, _ = tiny.unet(x[:2], 300, context, edits, retire=retire, copies=(0, 1, 1))
+        assert relative_error(found, full[list(retire.keep)]) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("timestep", [300, torch.tensor([300, 20])])
+def test_copies_are_computed_once_until_the_prompt_is_read(tiny, inputs, monkeypatch, timestep):
+    x, context = inputs
+    block, rows = tiny.unet.down_blocks[0].attentions[0].transformer_blocks[0], []
+    for name in ("attn1", "attn2"):
+        forward = getattr(block, name).forward
+        monkeypatch.setattr(
+            getattr(block, name),
+            "forward",
+            lambda x, *given, forward=forward: rows.append(len(x)) or forward(x, *given),
+        )
+    found, _ = tiny.unet(x[:2], timestep, context, copies=(0, 1, 1))
+    assert rows == [2, 3]
+    times = timestep if isinstance(timestep, int) else timestep[[0, 1, 1]]
+    assert relative_error(found, tiny.unet(x[[0, 1, 1]], times, context)[0]) < 1e-6
 
 
 def test_timestep_embedding_has_cosines_first():

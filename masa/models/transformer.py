@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from masa.attention import Call, Site, attend, take
+from masa.attention import PLAIN, Call, Site, attend, take
 
 # Tokens per pass through the MLP on a CPU: its intermediate, eight times as wide as the tokens, then stays in the
 # cache and the allocator's reach. At 64x64 tokens of 320 a whole one costs half as much time again.
@@ -84,11 +84,31 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(width)
         self.ff = FeedForward(width)
 
-    def forward(self, x: Tensor, context: Tensor, grid: tuple[int, int], call: Call) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor,
+        grid: tuple[int, int],
+        call: Call,
+        copies: tuple[int, ...] | None = None,
+        keep: tuple[int, ...] | None = None,
+    ) -> Tensor:
+        """As `Transformer.forward`, of tokens (rows, h*w, width)."""
         h = self.norm1(x)
-        x = x + self.attn1(h, h, grid, call)
+        if keep is not None and self._self_attention_is_last_read(call):
+            x = take(x, keep) + self.attn1(h, h, grid, call.of_rows(self.attn1.site, len(x), keep))
+            context, keep = take(context, keep), None
+        else:
+            x = x + self.attn1(h, h, grid, call)
+        if copies is not None:
+            x = take(x, copies)
         x = x + self.attn2(self.norm2(x), context, grid, call)
-        return x + self.ff(self.norm3(x))
+        x = x + self.ff(self.norm3(x))
+        return x if keep is None else take(x, keep)
+
+    def _self_attention_is_last_read(self, call: Call) -> bool:
+        """Whether nobody reads of other rows what comes after the queries, keys and values of self-attention."""
+        return call.edit_at(self.attn1.site).reads_only_rows() and call.edit_at(self.attn2.site) is PLAIN
 
 
 class Transformer(nn.Module):
@@ -103,13 +123,25 @@ class Transformer(nn.Module):
         self.transformer_blocks = nn.ModuleList([TransformerBlock(width, context_width, self_site, cross_site)])
         self.proj_out = nn.Conv2d(width, width, 1)
 
-    def forward(self, x: Tensor, context: Tensor, call: Call) -> Tensor:
-        """x (rows, width, h, w), context (rows, 77, context_width) -> (rows, width, h, w)."""
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor,
+        call: Call,
+        copies: tuple[int, ...] | None = None,
+        keep: tuple[int, ...] | None = None,
+    ) -> Tensor:
+        """x (rows, width, h, w), context (rows, 77, context_width) -> (rows, width, h, w).
+
+        copies: the rows that go on after self-attention, which reads no prompt yet; context is of these. keep: the
+        rows that go on after this block; not with copies.
+        """
         height, width = x.shape[-2:]
         # Contiguous: the three norms would each copy a transposed map; of a channels_last map it is a view.
         tokens = rearrange(self.proj_in(self.norm(x)), "b c h w -> b (h w) c").contiguous()
-        tokens = self.transformer_blocks[0](tokens, context, (height, width), call)
+        tokens = self.transformer_blocks[0](tokens, context, (height, width), call, copies, keep)
         features = rearrange(tokens, "b (h w) c -> b c h w", h=height)
         if not x.is_contiguous(memory_format=torch.channels_last):  # back into the layout of the other blocks
             features = features.contiguous()
-        return x + self.proj_out(features)
+        onward = copies or keep
+        return (x if onward is None else take(x, onward)) + self.proj_out(features)

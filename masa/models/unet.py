@@ -24,7 +24,10 @@ from masa.models.transformer import Transformer
 
 @dataclass(frozen=True)
 class Retirement:
-    """Rows that leave the batch once the transformer block `layer` is done: `keep` are those that stay."""
+    """Rows that leave the batch in the transformer block `layer`: `keep` are those that stay.
+
+    They leave when nobody reads more of them: in self-attention, if its edit only names rows, else after the block.
+    """
 
     layer: int
     keep: tuple[int, ...]
@@ -146,6 +149,11 @@ class UNet(nn.Module):
                 if i < len(block.attentions):
                     layer += 1
 
+    def _first_block_is_edited(self, call: Call, retire: Retirement | None) -> bool:
+        """Whether anything is asked of a batch's rows before the first of them has read its prompt."""
+        before = [site for site in self.sites if site.layer == 0 and site.kind != "cross"]
+        return any(site.index in call.edits for site in before) or (retire is not None and retire.layer == 0)
+
     @property
     def layers(self) -> int:
         """Number of transformer blocks (16 in SD v1)."""
@@ -160,12 +168,15 @@ class UNet(nn.Module):
         retire: Retirement | None = None,
         backend: Backend = "auto",
         checkpoint: bool = False,
+        copies: tuple[int, ...] | None = None,
     ) -> tuple[Tensor, Tape]:
         """Noise in x, and what the edits asked to record.
 
         x (rows, 4, h, w) with h and w multiples of 8; timestep 0..999, one for all rows or (rows,);
         context (rows, 77, context_width); edits by site index; retire drops rows on the way; checkpoint keeps
         only each block's input for the gradient and computes the rest again on the way back: exact.
+        copies: for each row of context, its row of x, where those are fewer: two halves of guidance differ from the
+        first prompt that they read on, and are one row until then. Rows of edits and retire are context's.
         Returns eps (rows kept, 4, h, w) and the tape of this call. Nothing outlives the call.
         """
         call = Call(edits or {}, {}, backend)
@@ -184,17 +195,22 @@ class UNet(nn.Module):
 
         def run(block: Block, i: int, x: Tensor) -> Tensor:
             """Residual block i and, where the level has one, transformer block i."""
-            nonlocal emb, context
+            nonlocal emb, context, copies
             x = resnet(block, i, x)
             if i < len(block.attentions):
                 attention = block.attentions[i]
-                x = through(attention, x, context, call)
-                if retire is not None and attention.layer == retire.layer:
-                    x, emb, context = (take(t, retire.keep) for t in (x, emb, context))
+                keep = retire.keep if retire is not None and attention.layer == retire.layer else None
+                x = through(attention, x, context, call, copies, keep)
+                if copies is not None:
+                    emb, copies = take(emb, copies), None
+                if keep is not None:
+                    emb, context = take(emb, keep), take(context, keep)
             return x
 
+        if copies is not None and self._first_block_is_edited(call, retire):
+            x, emb, copies = take(x, copies), take(emb, copies), None
         x = self.conv_in(x)
-        skips = [x]
+        skips = [x if copies is None else take(x, copies)]
         for block in cast("list[Block]", self.down_blocks):
             for i in range(len(block.resnets)):
                 x = run(block, i, x)
