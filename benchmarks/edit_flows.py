@@ -54,8 +54,10 @@ class Plan:
 class MasaFlow:
     """The library's own calls."""
 
+    offload = False
+
     def __init__(self, folder: Path, device: str, dtype: torch.dtype, steps: int) -> None:
-        self.sd = masa.load(folder, device=device, dtype=dtype, progress=False)
+        self.sd = masa.load(folder, device=device, dtype=dtype, offload=self.offload, progress=False)
         self.steps = steps
 
     def probes(self) -> tuple[Probe, ...]:
@@ -102,6 +104,12 @@ class MasaFlow:
         return masa.sample(
             self.sd, SOURCE, TARGETS[0], steps=self.steps, guidance_scale=GUIDANCE, seed=0, progress=False
         )
+
+
+class OffloadedMasa(MasaFlow):
+    """The same with `offload=True`."""
+
+    offload = True
 
 
 class CompiledMasa(MasaFlow):
@@ -169,6 +177,7 @@ class DiffusersBest(DiffusersFlow):
 FLOWS: dict[str, Callable[[Path, str, torch.dtype, int], Flow]] = {
     "masa": MasaFlow,
     "masa compiled": CompiledMasa,
+    "masa offloaded": OffloadedMasa,
     "published": Published,
     "diffusers sdpa": DiffusersBest,
 }

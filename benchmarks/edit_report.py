@@ -112,10 +112,10 @@ def _aims(edits: Sequence[Line]) -> list[str]:
         unknown = "not measured: the CPU has no bfloat16 products" if lacking else "not measured"
         found = span(ratios) if ratios else unknown
         text.append(f"| masa {dtype} at least {aim:g}x faster than {flow} {peer_dtype} | {found} |")
-    for dtype in sorted({dtype for flow, dtype in held if flow == "masa"}):
-        ratios = pairwise(edits, ("masa", dtype), ("published", "float32"), "peak_mib")
+    for flow, dtype in sorted(flow for flow in held if flow[0].startswith("masa")):
+        ratios = pairwise(edits, (flow, dtype), ("published", "float32"), "peak_mib")
         if ratios:
-            text.append(f"| masa {dtype}: peak memory at most {MEMORY_AIM:g} of the published | {span(ratios)} |")
+            text.append(f"| {flow} {dtype}: peak memory at most {MEMORY_AIM:g} of the published | {span(ratios)} |")
     return [*text, ""] if len(text) > 3 else []
 
 

@@ -95,11 +95,12 @@ def profile_call(call: Callable[[], object], seconds: float, dtype: torch.dtype)
 def marked_convolutions() -> Iterator[None]:
     """masa's own convolutions bear a mark, which tells how many operations a direct one has."""
 
-    def marked(convolve: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        def run(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def marked(convolve: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(x: Tensor, weight: Tensor, bias: Tensor, doubled: bool = False) -> Tensor:
             rows, _, height, width = x.shape
-            with record_function(f"{CONVOLUTION} {2 * rows * height * width * weight.numel()}"):
-                return convolve(x, weight, bias)
+            pixels = height * width * (4 if doubled else 1)
+            with record_function(f"{CONVOLUTION} {2 * rows * pixels * weight.numel()}"):
+                return convolve(x, weight, bias, doubled) if doubled else convolve(x, weight, bias)
 
         return run
 

@@ -217,7 +217,7 @@ def add_model(parser: Parser, speed: bool = True) -> None:
     group.add_argument("--tokenizer", help="a tokenizer's folder (default: the checkpoint's, else CLIP's)")
     if not speed:
         return
-    group.add_argument("--offload", action="store_true", help="text encoder and VAE wait off the GPU: less memory")
+    group.add_argument("--offload", action="store_true", help="keep text encoder and VAE in memory only while they run")
     group.add_argument("--compile", action="store_true", help="compile the UNet: minutes first, then faster")
 
 

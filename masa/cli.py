@@ -224,7 +224,8 @@ def run_sweep(args: argparse.Namespace) -> None:
 
 
 def run_inspect(args: argparse.Namespace) -> None:
-    from masa.pipeline import check_keys, locate
+    from masa.networks import check_keys
+    from masa.pipeline import locate
     from masa.weights.model_files import summarise
 
     rows = summarise(locate(args.checkpoint, prefer_half=False), check=check_keys)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from masa.config import ModelConfig
@@ -23,10 +23,10 @@ from masa.models.clip import TextEncoder
 from masa.models.tokenizer import Tokenizer
 from masa.models.unet import UNet
 from masa.models.vae import VAE
+from masa.networks import Shelf, build_models
 from masa.schedule import Schedule
 from masa.weights import hub
-from masa.weights.checkpoint import Part, check_parts, load_parts
-from masa.weights.model_files import Checkpoint, open_checkpoint
+from masa.weights.model_files import open_checkpoint
 
 DEMO = Path(__file__).parent / "weights" / "demo" / "model"
 
@@ -62,6 +62,7 @@ class StableDiffusion:
     config: ModelConfig
     origin: Origin
     offload: bool = False  # text encoder and VAE are on the UNet's device only while they run
+    shelf: Shelf | None = None  # of an offloaded model on a CPU, whose networks are read for their work
     compiled: str | None = None  # the compiler of the UNet, by name
 
     def __repr__(self) -> str:
@@ -78,9 +79,11 @@ class StableDiffusion:
         """A digest of the weights as loaded: it differs between models, and between dtypes of the same model."""
         digest = hashlib.sha256()
         for network in (self.unet, self.vae, self.text_encoder):
-            # A few values of each tensor: any training, merging or conversion changes some of them.
-            ends = [first_values(tensor.detach()).float() for tensor in network.parameters()]
-            digest.update(torch.cat(ends).cpu().numpy().tobytes())
+            absent = self.shelf is not None and network is not self.unet
+            with self._at_work(network) if absent else nullcontext():
+                # A few values of each tensor: any training, merging or conversion changes some of them.
+                ends = [first_values(tensor.detach()).float() for tensor in network.parameters()]
+                digest.update(torch.cat(ends).cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
     @property
@@ -102,6 +105,11 @@ class StableDiffusion:
         """
         from masa.compile import compile_unet  # the compiler takes seconds to import
 
+        if self.shelf is not None:
+            raise MasaError(
+                "offload=True on a CPU reads the UNet's weights anew, and a compiled UNet keeps them; leave one of the "
+                "two out"
+            )
         name = compiler if isinstance(compiler, str) else getattr(compiler, "__name__", type(compiler).__name__)
         return replace(self, unet=compile_unet(self.unet, compiler, cuda_graphs), compiled=name)
 
@@ -116,8 +124,9 @@ class StableDiffusion:
         where a side is over 768 pixels.
         """
         picture = load_image(image, short_side=self.config.image_size, height=height, width=width)
+        picture = picture.to(self.device, self.dtype)
         with self._at_work(self.vae):
-            return tiling.encode(self.vae, picture.to(self.device, self.dtype), tiled).float()
+            return tiling.encode(self.vae, picture, tiled).float()
 
     @torch.no_grad()
     def decode_latents(
@@ -138,8 +147,13 @@ class StableDiffusion:
             return self.text_encoder(self.tokenizer(prompts).to(self.device))
 
     @contextmanager
-    def _at_work(self, network: nn.Module) -> Iterator[None]:
-        """The network on the UNet's device; offloaded, it goes back to the CPU afterwards, also if it did not fit."""
+    def _at_work(self, network: UNet | VAE | TextEncoder) -> Iterator[None]:
+        """The network on the UNet's device; offloaded, it goes back afterwards, also if it did not fit."""
+        if self.shelf is not None:
+            # Beside the UNet's weights there is room for the text encoder's, but not for a large picture's maps.
+            with self.shelf.at_work(network, instead_of=self.unet if network is self.vae else None):
+                yield
+            return
         if not self.offload:
             yield
             return
@@ -166,15 +180,14 @@ def load(
     None for the demo model that ships with the library. device: default cuda where there is one, else cpu.
     dtype: a torch dtype or "fp32", "fp16", "bf16"; default float16 on cuda, bfloat16 on a CPU with AMX or
     AVX512-BF16, else float32. tokenizer: a folder with vocab.json and merges.txt; default the checkpoint's
-    own, else CLIP's. vae: another autoencoder's file or folder. offload: keep text encoder and VAE in the CPU's
-    memory while the UNet denoises on a GPU. progress: a bar while a large file is read.
+    own, else CLIP's. vae: another autoencoder's file or folder. offload: keep text encoder and VAE off the device
+    while the UNet denoises: of a GPU, in the CPU's memory; on a CPU, in their files, which are read anew for each use
+    and must stay, as is the UNet after each use of the VAE. progress: a bar while a large file is read.
 
     Raises CheckpointError, with reason and remedy, for whatever is not a whole Stable Diffusion v1 model.
     """
     device = choose_device(device)
     dtype = choose_dtype(dtype, device)
-    if offload and device.type == "cpu":
-        raise MasaError("offload=True saves a GPU's memory, and the device is cpu; leave it out, or load onto 'cuda'")
     opened = open_checkpoint(
         locate(checkpoint, prefer_half=dtype == torch.float16),
         prefer_half=dtype == torch.float16,
@@ -189,10 +202,7 @@ def load(
             f"the tokenizer has {words.vocab_size:,} tokens and {opened.path}'s text encoder knows "
             f"{opened.config.text.vocab_size:,}; give its own tokenizer's folder as tokenizer="
         )
-    unet, vae_model, text_encoder = build_models(opened, dtype, device, progress)
-    if offload:
-        vae_model.to("cpu")
-        text_encoder.to("cpu")
+    unet, vae_model, text_encoder = build_models(opened, dtype, device, progress, offload)
     return StableDiffusion(
         unet,
         vae_model,
@@ -206,6 +216,7 @@ def load(
             None if tokenizer is None else str(tokenizer),
         ),
         offload,
+        Shelf(opened, unet) if offload and device.type == "cpu" else None,
     )
 
 
@@ -214,41 +225,6 @@ def first_values(tensor: Tensor, count: int = 16) -> Tensor:
     while tensor.dim() > 1 and tensor[0].numel() >= count:
         tensor = tensor[0]
     return tensor.flatten()[:count]
-
-
-def build_models(
-    opened: Checkpoint, dtype: torch.dtype, device: torch.device, progress: bool
-) -> tuple[UNet, VAE, TextEncoder]:
-    """The three networks with the checkpoint's tensors. Built on the meta device: no weight exists twice."""
-    unet, vae, text_encoder = meta_models(opened.config)
-    parts = checkpoint_parts(opened, unet, vae, text_encoder)
-    load_parts(parts, opened.path, dtype=dtype, device=device, progress=progress)
-    text_encoder.restore_buffers(device)
-    for network in (unet, vae):
-        network.to(memory_format=choose_layout(device, dtype))  # type: ignore[call-overload]
-    return unet, vae, text_encoder.eval()
-
-
-def check_keys(opened: Checkpoint) -> None:
-    """CheckpointError naming the tensors that are missing, unexpected, misshapen or of another dtype."""
-    check_parts(checkpoint_parts(opened, *meta_models(opened.config)), opened.path)
-
-
-def meta_models(config: ModelConfig) -> tuple[UNet, VAE, TextEncoder]:
-    """The three networks without memory for their weights."""
-    with torch.device("meta"):
-        return UNet(config.unet), VAE(config.vae), TextEncoder(config.text)
-
-
-def checkpoint_parts(opened: Checkpoint, unet: UNet, vae: VAE, text_encoder: TextEncoder) -> dict[str, Part]:
-    """The networks beside the tensors of an opened checkpoint that fill them."""
-    modules = {"unet": unet, "vae": vae, "text_encoder": text_encoder.model}
-    parts = {}
-    for part, files in opened.parts.items():
-        strip = len(text_encoder.state_prefix) if part == "text_encoder" else 0
-        names = {name: files.namer(name[strip:]) for name in modules[part].state_dict()}
-        parts[part] = Part(modules[part], names, files.entries, files.ignore)
-    return parts
 
 
 def locate(checkpoint: str | Path | None, prefer_half: bool) -> Path:
@@ -293,16 +269,6 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
         name = str(chosen).removeprefix("torch.")
         warnings.warn(f"this CPU only emulates {name}, at a small fraction of float32's speed", stacklevel=3)
     return chosen
-
-
-def choose_layout(device: torch.device, dtype: torch.dtype) -> torch.memory_format:
-    """The layout of convolutions' weights, which feature maps follow.
-
-    Channels last lets attention read a feature map as tokens without a copy, and on a CPU float32 convolutions take
-    fewer multiplications in it (`masa.models.winograd`). 16-bit CPU tensors stay channels first: no CPU that computes
-    them was measured.
-    """
-    return torch.contiguous_format if device.type == "cpu" and dtype != torch.float32 else torch.channels_last
 
 
 def cpu_has_bf16() -> bool:

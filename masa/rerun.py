@@ -116,8 +116,6 @@ def load_again(settings: Mapping[str, Any], picture: str | Path, progress: bool)
 
     checkpoint = None if settings["checkpoint"] == "demo" else find(settings["checkpoint"])
     vae, tokenizer = find(settings["vae"]), find(settings["tokenizer"])
-    # A CPU, where a run may be moved to, has nothing to offload from.
-    offload = settings.get("offload", False) and torch.device(settings["device"]).type != "cpu"
     sd = load(
         checkpoint,
         device=settings["device"],
@@ -125,7 +123,7 @@ def load_again(settings: Mapping[str, Any], picture: str | Path, progress: bool)
         vae=vae,
         tokenizer=tokenizer,
         progress=progress,
-        offload=offload,
+        offload=settings.get("offload", False),
     )
     compiler = settings.get("compiled")
     return sd if compiler is None else compile_again(sd, compiler)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import masa
 
@@ -81,9 +83,100 @@ def test_a_network_that_does_not_fit_goes_back(tiny, monkeypatch):
     assert log == ["text to cpu", "text to cpu"]
 
 
-def test_offloading_a_cpu_is_refused(tiny_folder):
-    with pytest.raises(masa.MasaError, match="offload=True saves a GPU's memory, and the device is cpu"):
-        masa.load(tiny_folder, device="cpu", offload=True)
+def absent(network: torch.nn.Module) -> bool:
+    """Whether no weight, and no buffer, takes memory."""
+    return all(tensor.is_meta for tensor in (*network.parameters(), *network.buffers()))
+
+
+def test_on_a_cpu_networks_are_read_for_their_work(tiny_folder, generator, monkeypatch):
+    kept = masa.load(tiny_folder, device="cpu", dtype="fp32")
+    sd = masa.load(tiny_folder, device="cpu", dtype="fp32", offload=True)
+    assert absent(sd.vae)
+    assert absent(sd.text_encoder)
+    assert sd.fingerprint == kept.fingerprint
+    seen = []
+
+    def noted(network, name):
+        method = getattr(network, name)
+
+        def run(*given, **more):
+            seen.append([part for part in ("unet", "vae", "text_encoder") if not absent(getattr(sd, part))])
+            return method(*given, **more)
+
+        monkeypatch.setattr(network, name, run)
+
+    for network, name in (
+        (sd.unet, "forward"), (sd.text_encoder, "forward"), (sd.vae, "encode"), (sd.vae, "decode"),
+    ):  # fmt: skip
+        noted(network, name)
+    picture = torch.rand(3, 64, 64, generator=generator) * 2 - 1
+    run = {"steps": 2, "height": 64, "width": 64, "controls": [], "progress": False}
+    out, expected = (masa.edit(model, picture, "a cat", **run) for model in (sd, kept))
+    assert seen.count(["unet"]) == 4
+    assert seen.count(["vae"]) == 3
+    assert all(part in (["unet"], ["vae"], ["unet", "text_encoder"]) for part in seen)
+    assert torch.equal(out.latents, expected.latents)
+    assert out.targets[0].tobytes() == expected.targets[0].tobytes()
+    assert absent(sd.vae)
+    assert absent(sd.text_encoder)
+
+
+def test_a_failure_frees_the_network_again(tiny_folder):
+    sd = masa.load(tiny_folder, device="cpu", dtype="fp32", offload=True)
+    with pytest.raises(RuntimeError):
+        sd.decode_latents(torch.zeros(1, 3, 8, 8))
+    assert absent(sd.vae)
+    assert not absent(sd.unet)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda unet: unet.conv_out.bias.add_(1.0),
+        lambda unet: setattr(unet.conv_out, "bias", torch.nn.Parameter(unet.conv_out.bias + 1.0, requires_grad=False)),
+        lambda unet: unet.load_state_dict(unet.state_dict()),
+    ],
+)
+def test_changed_weights_are_not_thrown_away(tiny_folder, change):
+    sd = masa.load(tiny_folder, device="cpu", dtype="fp32", offload=True)
+    latents = torch.zeros(1, 4, 8, 8)
+    sd.decode_latents(latents)
+    sd.decode_latents(latents)
+    with torch.no_grad():
+        change(sd.unet)
+    with pytest.raises(masa.MasaError, match="weights were changed, and offload=True on a CPU reads them"):
+        sd.decode_latents(latents)
+    assert not absent(sd.unet)
+
+
+def test_offloaded_on_a_cpu_is_not_compiled(tiny_folder):
+    sd = masa.load(tiny_folder, device="cpu", dtype="fp32", offload=True)
+    with pytest.raises(masa.MasaError, match="a compiled UNet keeps them; leave one of the two out"):
+        sd.compile(compiler="eager")
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder"])
+def test_an_offloaded_network_is_checked_when_it_is_loaded(tiny_folder, tmp_path, part):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    (path,) = (folder / part).glob("*.safetensors")
+    tensors = load_file(path)
+    first = next(name for name, tensor in tensors.items() if tensor.is_floating_point())
+    save_file(tensors | {first: torch.full_like(tensors[first], float("nan"))}, path)
+    with pytest.raises(masa.CheckpointError, match="NaN or infinite values in 1 tensors"):
+        masa.load(folder, device="cpu", offload=True)
+    save_file({name: tensor for name, tensor in tensors.items() if name != first}, path)
+    with pytest.raises(masa.CheckpointError, match="1 missing"):
+        masa.load(folder, device="cpu", offload=True)
+
+
+def test_files_that_are_gone_are_named(tiny_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    sd = masa.load(folder, device="cpu", offload=True)
+    shutil.rmtree(folder / "text_encoder")
+    with pytest.raises((masa.MasaError, FileNotFoundError), match="text_encoder"):
+        sd.encode_prompt(["a cat"])
 
 
 @pytest.mark.gpu

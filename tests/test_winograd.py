@@ -40,6 +40,29 @@ def test_is_the_convolution(convolve, shape):
     assert error(found, x, weight, bias) < 2e-6
 
 
+@pytest.mark.parametrize("shape", [(2, 96, 64, 16, 16), (1, 96, 72, 9, 31), (3, 200, 64, 3, 5)])
+@pytest.mark.parametrize("numbers", [1 << 14, 6 << 20])
+def test_doubled_it_is_the_convolution_of_the_doubled_map(monkeypatch, shape, numbers):
+    """With few numbers a pass, bands begin between the two copies of a line."""
+    monkeypatch.setattr(winograd, "PRODUCTS_PER_PASS", numbers)
+    x, weight, bias = operands(*shape)
+    found = winograd.winograd(x, weight, bias, doubled=True)
+    doubled = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    assert found.shape == (shape[0], shape[2], 2 * shape[3], 2 * shape[4])
+    assert error(found, doubled, weight, bias) < 2e-6
+    assert torch.equal(found, winograd.winograd(doubled.to(memory_format=LAST), weight, bias))
+
+
+@pytest.mark.parametrize("side", [4, 8, 16])
+@pytest.mark.parametrize("channels", [16, 96])
+def test_the_layer_takes_doubled_maps(side, channels):
+    layer = Conv3x3(channels, channels).to(memory_format=LAST).requires_grad_(False)
+    x = torch.randn(2, channels, side, side).to(memory_format=LAST)
+    expected = layer(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    assert relative(layer(x, doubled=True), expected) < 1e-6
+    assert relative(layer.double()(x.double(), doubled=True), expected) < 2e-6
+
+
 def test_rounds_no_worse_than_twice_the_direct_convolution():
     x, weight, bias = operands(1, 320, 320, 32, 32)
     direct = error(F.conv2d(x, weight, bias, padding=1), x, weight, bias)
@@ -76,7 +99,7 @@ def test_the_layer_is_a_convolution_where_winograd_does_not_pay_or_has_no_gradie
     taken = []
 
     def noted(name: str):
-        return lambda x, weight, bias: taken.append(name) or F.conv2d(x, weight, bias, padding=1)
+        return lambda x, weight, bias, doubled=False: taken.append(name) or F.conv2d(x, weight, bias, padding=1)
 
     for name in ("winograd", "unfolded"):
         monkeypatch.setattr(winograd, name, noted(name))
@@ -127,7 +150,7 @@ def test_a_unet_is_as_exact_as_with_direct_convolutions(monkeypatch):
     monkeypatch.setattr(winograd, "winograd", lambda *operands: taken.append(1) or convolve(*operands))
     found, _ = unet(x, 500, context)
     assert taken
-    monkeypatch.setattr(Conv3x3, "forward", torch.nn.Conv2d.forward)
+    monkeypatch.setattr(Conv3x3, "_is_plain", lambda layer, x: False)
     direct, _ = unet(x, 500, context)
     exact, _ = unet.double()(x.double(), 500, context.double())
     assert relative(found, exact) < max(2 * relative(direct, exact), 1e-6)
@@ -140,7 +163,7 @@ def test_a_vae_is_as_exact_as_with_direct_convolutions(monkeypatch):
     vae = VAE(VAEConfig(block_out_channels=(96, 96), layers_per_block=1)).to(memory_format=LAST)
     picture = torch.rand(1, 3, 64, 64).to(memory_format=LAST)
     found = vae(picture)
-    monkeypatch.setattr(Conv3x3, "forward", torch.nn.Conv2d.forward)
+    monkeypatch.setattr(Conv3x3, "_is_plain", lambda layer, x: False)
     direct, exact = vae(picture), vae.double()(picture.double())
     assert not torch.equal(found, direct)
     assert relative(found, exact) < max(2 * relative(direct, exact), 1e-6)

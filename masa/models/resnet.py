@@ -53,7 +53,8 @@ class ResnetBlock(nn.Module):
         x = self.conv1(silu_of(self.norm1, x))
         if emb is not None:
             x = x + self.time_emb_proj(F.silu(emb))[:, :, None, None]
-        x = self.conv2(silu_of(self.norm2, x))
+        x = silu_of(self.norm2, x)  # named, so that what it is made of is gone when the convolution runs
+        x = self.conv2(x)
         if features_from is not None:
             x = take(x, tuple(read.index(row) for row in features_from))
         # Last, so that it is not held while the convolutions run: at 512x512 in the VAE it is 128 MiB.
@@ -83,4 +84,4 @@ class Upsample(nn.Module):
         self.conv = Conv3x3(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv(x, doubled=True)

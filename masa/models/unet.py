@@ -227,7 +227,9 @@ class UNet(nn.Module):
                 skip = skips.pop()
                 if retire is not None and len(skip) != len(x):  # stored before rows retired
                     skip = take(skip, retire.keep)
-                x = run(block, i, torch.cat([x, skip], dim=1))
+                x = torch.cat([x, skip], dim=1)
+                del skip  # not held while the block runs
+                x = run(block, i, x)
             for up in block.upsamplers:
                 x = up(x)
 

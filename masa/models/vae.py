@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -44,10 +46,9 @@ class Level(nn.Module):
         self.downsamplers = nn.ModuleList([] if downsampler is None else [downsampler])
         self.upsamplers = nn.ModuleList([] if upsampler is None else [upsampler])
 
-    def forward(self, x: Tensor) -> Tensor:
-        for module in (*self.resnets, *self.downsamplers, *self.upsamplers):
-            x = module(x)
-        return x
+    def modules_in_turn(self) -> tuple[nn.Module, ...]:
+        """What a map goes through. Not a forward: that would hold its input, the largest map, to its end."""
+        return (*self.resnets, *self.downsamplers, *self.upsamplers)
 
 
 class Middle(nn.Module):
@@ -85,8 +86,9 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
-        for block in self.down_blocks:
-            x = block(x)
+        for level in cast("list[Level]", self.down_blocks):
+            for module in level.modules_in_turn():
+                x = module(x)
         return self.conv_out(silu_of(self.conv_norm_out, self.mid_block(x)))
 
 
@@ -113,8 +115,9 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid_block(self.conv_in(z))
-        for block in self.up_blocks:
-            x = block(x)
+        for level in cast("list[Level]", self.up_blocks):
+            for module in level.modules_in_turn():
+                x = module(x)
         return self.conv_out(silu_of(self.conv_norm_out, x))
 
 

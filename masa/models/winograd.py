@@ -45,13 +45,15 @@ def transforms() -> tuple[Tensor, Tensor, Tensor]:
     return squares[0], squares[1], squares[2]
 
 
-def winograd(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def winograd(x: Tensor, weight: Tensor, bias: Tensor, doubled: bool = False) -> Tensor:
     """The 3x3 convolution of stride 1 with zeros around: x (rows, c, h, w), weight (out, c, 3, 3) -> (rows, out, h, w).
 
+    doubled: of `double(x)`, which is made for a slice of the channels at a time: (rows, out, 2h, 2w).
     Of channels_last tensors nothing is copied whole; the result is channels_last. Without a gradient. In float32, and
     on a CPU. A row's result is computed alike whatever the other rows.
     """
     (rows, channels, height, width), out_channels = x.shape, len(weight)
+    height, width = (2 * height, 2 * width) if doubled else (height, width)
     to_output, to_filter, to_input = transforms()
     maps, taps = x.permute(0, 2, 3, 1), weight.permute(0, 2, 3, 1).flatten(1, 2)
     down, across = -(-height // TILE), -(-width // TILE)  # tiles of a row
@@ -67,7 +69,7 @@ def winograd(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     for first, last, top, bottom in _passes(rows, down, lines):
         products = x.new_empty(SPAN**2, (last - first) * (bottom - top) * across, out_channels)
         for some in _slices(channels, step):
-            tiles = _tiles(maps[first:last, ..., some], top, bottom, across)
+            tiles = _tiles(maps[first:last, ..., some], top, bottom, across, doubled)
             inputs = torch.mm(to_input, tiles.reshape(SPAN**2, -1)).view(SPAN**2, products.shape[1], -1)
             for others in _slices(out_channels, out_step):
                 block = taps[others, :, some]
@@ -94,19 +96,26 @@ def unfolded(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return out.view(rows, height, width, out_channels).permute(0, 3, 1, 2)
 
 
+def double(x: Tensor) -> Tensor:
+    """Nearest-neighbour doubling of both sides: (rows, c, h, w) -> (rows, c, 2h, 2w)."""
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
 class Conv3x3(nn.Conv2d):
     """nn.Conv2d of 3x3, stride 1 and padding 1, which on a CPU takes the fewest multiplications where that pays."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 3, padding=1)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """input (rows, in_channels, h, w) -> (rows, out_channels, h, w)."""
+    def forward(self, input: Tensor, doubled: bool = False) -> Tensor:
+        """input (rows, in_channels, h, w) -> (rows, out_channels, h, w); doubled: of `double(input)`, so 2h, 2w."""
         if not self._is_plain(input):
-            return super().forward(input)
+            return super().forward(double(input) if doubled else input)
         assert self.bias is not None  # _is_plain
-        pixels = input.shape[2] * input.shape[3]
-        return (winograd if pixels >= LEAST_PIXELS else unfolded)(input, self.weight, self.bias)
+        pixels = input.shape[2] * input.shape[3] * (4 if doubled else 1)
+        if pixels >= LEAST_PIXELS:
+            return winograd(input, self.weight, self.bias, doubled)
+        return unfolded(double(input) if doubled else input, self.weight, self.bias)
 
     def _is_plain(self, x: Tensor) -> bool:
         """Whether nobody asks for a gradient or a graph, the module is as built, and layouts suit the products."""
@@ -142,11 +151,20 @@ def _passes(rows: int, down: int, lines: int) -> list[tuple[int, int, int, int]]
     return [(row, row + 1, top, min(down, top + each)) for row in range(rows) for top in range(0, down, each)]
 
 
-def _tiles(maps: Tensor, top: int, bottom: int, across: int) -> Tensor:
-    """Lines top..bottom of tiles of maps (rows, h, w, c), with zeros around: (SPAN, SPAN, rows, lines, across, c)."""
+def _tiles(maps: Tensor, top: int, bottom: int, across: int, doubled: bool) -> Tensor:
+    """Lines top..bottom of tiles of maps (rows, h, w, c), with zeros around: (SPAN, SPAN, rows, lines, across, c).
+
+    doubled: of the maps doubled.
+    """
     rows, height, width, channels = maps.shape
+    height, width = (2 * height, 2 * width) if doubled else (height, width)
     above, below = TILE * top - 1, TILE * bottom + 1
-    inside = maps[:, max(0, above) : min(height, below)]
+    begin, end = max(0, above), min(height, below)
+    if doubled:
+        inside = double(maps[:, begin // 2 : -(-end // 2)].permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        inside = inside[:, begin % 2 : begin % 2 + end - begin]
+    else:
+        inside = maps[:, begin:end]
     padded = F.pad(inside, (0, 0, 1, TILE * across + 1 - width, max(0, -above), max(0, below - height))).contiguous()
     by_row, by_line, by_pixel, _ = padded.stride()
     shape = (SPAN, SPAN, rows, bottom - top, across, channels)
