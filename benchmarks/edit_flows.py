@@ -11,7 +11,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from call_timer import Kind, Probe
-from published_flow import PublishedFlow
 from torch import Tensor
 
 import masa
@@ -127,6 +126,8 @@ class DiffusersFlow:
     channels_last: bool
 
     def __init__(self, folder: Path, device: str, dtype: torch.dtype, steps: int) -> None:
+        from published_flow import PublishedFlow  # here: diffusers would count to the memory of masa's flows
+
         self.flow = PublishedFlow(
             folder,
             Tokenizer.clip(),
