@@ -64,6 +64,7 @@ class StableDiffusion:
     offload: bool = False  # text encoder and VAE are on the UNet's device only while they run
     shelf: Shelf | None = None  # of an offloaded model on a CPU, whose networks are read for their work
     compiled: str | None = None  # the compiler of the UNet, by name
+    cuda_graphs: bool | None = None  # as compile() was told
 
     def __repr__(self) -> str:
         parameters = sum(p.numel() for m in (self.unet, self.vae, self.text_encoder) for p in m.parameters())
@@ -111,7 +112,8 @@ class StableDiffusion:
                 "two out"
             )
         name = compiler if isinstance(compiler, str) else getattr(compiler, "__name__", type(compiler).__name__)
-        return replace(self, unet=compile_unet(self.unet, compiler, cuda_graphs), compiled=name)
+        unet = compile_unet(self.unet, compiler, cuda_graphs)
+        return replace(self, unet=unet, compiled=name, cuda_graphs=cuda_graphs)
 
     @torch.no_grad()
     def encode_image(

@@ -126,13 +126,14 @@ def load_again(settings: Mapping[str, Any], picture: str | Path, progress: bool)
         offload=settings.get("offload", False),
     )
     compiler = settings.get("compiled")
-    return sd if compiler is None else compile_again(sd, compiler)
+    return sd if compiler is None else compile_again(sd, compiler, settings.get("cuda_graphs"))
 
 
-def compile_again(sd: StableDiffusion, compiler: str) -> StableDiffusion:
+def compile_again(sd: StableDiffusion, compiler: str, cuda_graphs: bool | None = None) -> StableDiffusion:
     """The model compiled; a compiler that torch knows no name of is left out, with a warning: results hardly differ."""
     try:
-        return sd.compile(compiler=compiler)
+        # A run may be moved to a CPU, which has no such graphs.
+        return sd.compile(compiler=compiler, cuda_graphs=cuda_graphs if sd.device.type == "cuda" else None)
     except MasaError as error:
         warnings.warn(f"the run was compiled, and this one is not: {error}", stacklevel=2)
         return sd

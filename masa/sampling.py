@@ -185,6 +185,7 @@ def sample(
         "dtype": str(sd.dtype).removeprefix("torch."),
         "offload": sd.offload,
         "compiled": sd.compiled,
+        "cuda_graphs": sd.cuda_graphs,
         "source": source,
         "target": list(targets),
         "controls": described,

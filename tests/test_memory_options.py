@@ -186,6 +186,20 @@ def test_the_command_line_compiles_and_rerun_does_again(tiny_folder, tmp_path, m
     assert pixels("again/target_0.png") == pixels("compiled/target_0.png")
 
 
+@pytest.mark.parametrize("cuda_graphs", [None, False])
+def test_what_was_asked_of_cuda_graphs_is_asked_again(tiny, tmp_path, monkeypatch, quick_compiler, cuda_graphs):
+    settings = masa.sample(tiny.compile(cuda_graphs=cuda_graphs), SOURCE, **SETTINGS).settings
+    assert settings["cuda_graphs"] is cuda_graphs
+    monkeypatch.setattr(masa.StableDiffusion, "device", torch.device("cuda", 0))
+    asked: list[bool | None] = []
+    monkeypatch.setattr(
+        masa.StableDiffusion, "compile", lambda sd, *, compiler, cuda_graphs: asked.append(cuda_graphs) or sd
+    )
+    monkeypatch.setattr(sys.modules["masa.rerun"], "load", lambda checkpoint, **given: tiny)
+    load_again(settings, tmp_path / "source.png", progress=False)
+    assert asked == [cuda_graphs]
+
+
 def test_a_compiler_without_a_name_is_not_asked_for_again(tiny, tmp_path):
     def mine(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
         return graph

@@ -76,7 +76,10 @@ def winograd(x: Tensor, weight: Tensor, bias: Tensor, doubled: bool = False) -> 
                 filters = room[: len(block) * SPAN**2 * block.shape[2]].view(len(block), SPAN**2, -1)
                 torch.bmm(to_filter.expand(len(block), -1, -1), block, out=filters)
                 part, operands = products[:, :, others], (inputs, filters.permute(1, 2, 0))
-                torch.bmm(*operands, out=part) if some.start == 0 else part.baddbmm_(*operands)
+                if some.start == 0:
+                    torch.bmm(*operands, out=part)
+                else:
+                    part.baddbmm_(*operands)
         results = torch.mm(to_output, products.view(SPAN**2, -1))
         results = results.view(TILE, TILE, last - first, bottom - top, across, out_channels)
         place = out[first:last, top * TILE : bottom * TILE].unflatten(2, (across, TILE)).unflatten(1, (-1, TILE))
