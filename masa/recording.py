@@ -61,9 +61,9 @@ def record(
     `SourceCache.load` reads again; without it a "disk" cache vanishes when it is no longer used. SD v1 at 512x512
     with 50 steps and the default MasaCtrl takes about 2.2 GB in float16, half of that with an empty source prompt.
 
-    Results equal those without a cache up to rounding: how many rows a batch has changes the rounding of matrix
-    products, in float32 by up to 1.2e-5 of the latents' standard deviation on the demo model. Raises
-    MasaError for bad input, before any long work.
+    Results equal those without a cache. In float32 on a CPU bit for bit, for pictures of 128 pixels a side and more,
+    where the matrix library multiplies a row alike whatever the others (MKL does on AVX2); else up to rounding. So do
+    those with `targets_at_once`. Raises MasaError for bad input, before any long work.
     """
     chosen = tuple(controls) if isinstance(controls, Sequence) else (controls,)
     for control in chosen:

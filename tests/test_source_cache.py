@@ -1,4 +1,4 @@
-"""A recorded source: targets that read it equal those that run beside it, and cost only their own rows."""
+"""A recorded source: targets that read it equal those that run beside it, bit for bit, and cost only their own rows."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rounding import products_are_rowwise, same
 
 import masa
 from masa.attention import Call, Edit, Lent, Record, Site, attend
@@ -18,14 +19,7 @@ from masa.storage import choose_store
 
 SOURCE, TARGETS = "a photo of a sitting cat", ["a photo of a running cat", "a red cat in the snow", "a cat on a mat"]
 STEPS = 5
-# Float32 rounding, which depends on how many rows a product has, grown over the steps; measured: at most 1.2e-5.
-TOLERANCE = 3e-4
-SETTINGS = {"steps": STEPS, "height": 64, "width": 128, "progress": False}
-
-
-def same(out: torch.Tensor, ref: torch.Tensor, tolerance: float = TOLERANCE) -> None:
-    error = (out - ref).abs().max() / ref.std()
-    assert error < tolerance, f"error {error:.2e} of the latents' standard deviation"
+SETTINGS = {"steps": STEPS, "height": 128, "width": 128, "progress": False}
 
 
 def masks() -> masa.GivenMasks:
@@ -78,7 +72,7 @@ def compare(cached: masa.Result, plain: masa.Result) -> None:
     for control, by_step in plain.masks.items():
         assert set(cached.masks[control]) == set(by_step)
         for step, mask in by_step.items():
-            assert (cached.masks[control][step] != mask).float().mean() < 0.01
+            assert (cached.masks[control][step] != mask).float().mean() <= (0.0 if products_are_rowwise() else 0.01)
 
 
 # -------------------------------------------------------------------------------------------------- equality
@@ -110,7 +104,7 @@ def test_only_rounding_is_between_them(tiny):
     cache = masa.record(wide, SOURCE, controls=control, seed=3, **SETTINGS)
     plain = masa.sample(wide, SOURCE, TARGETS[:2], controls=control, seed=3, **SETTINGS)
     cached = masa.sample(wide, target=TARGETS[:2], controls=control, cache=cache, progress=False)
-    same(cached.latents, plain.latents, 3e-6)
+    assert (cached.latents - plain.latents).abs().max() < 3e-6 * plain.latents.std()
 
 
 @pytest.mark.parametrize(
@@ -132,7 +126,7 @@ def test_targets_in_parts_equal_targets_together(tiny, controls):
     same(parts.latents, together.latents)
     for control, by_name in together.attention.items():
         for name, maps in by_name.items():
-            assert torch.allclose(parts.attention[control][name], maps, atol=1e-4)
+            same(parts.attention[control][name], maps)
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 7.5])
@@ -150,7 +144,7 @@ def test_recorded_maps_have_the_cached_source(tiny, caches):
     controls = [masa.MasaCtrl(2, 10), masa.RecordAttention(words=["cat"])]
     plain = masa.sample(tiny, target=TARGETS, controls=controls, **start)
     cached = masa.sample(tiny, target=TARGETS, controls=controls, cache=cache, progress=False)
-    assert torch.allclose(cached.attention[1]["cat"], plain.attention[1]["cat"], atol=1e-4)
+    same(cached.attention[1]["cat"], plain.attention[1]["cat"])
 
 
 def test_blended_latents_keep_a_cached_picture(tiny, caches):
@@ -382,7 +376,7 @@ def test_the_size_is_as_said(tiny, small):
         ({"skip_steps": 1}, "skip_steps is 1"),
         ({"guidance_scale": 3.0}, "guidance_scale is 3.0"),
         ({"negative_prompt": "blurry"}, "negative_prompt is 'blurry'"),
-        ({"height": 128}, "height is 128"),
+        ({"height": 192}, "height is 192"),
         ({"pin_source": False}, "pin_source is False"),
         ({"eta": 0.5}, "eta is 0.5"),
         ({"schedule": masa.Schedule(offset=0)}, "schedule is"),

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from masa.attention import Site, take
+from masa.models.rowwise import Conv2d, GroupNorm
 from masa.models.winograd import Conv3x3
 
 
@@ -15,8 +16,13 @@ def silu_of(norm: nn.Module, x: Tensor) -> Tensor:
 
     Somebody may where a gradient is taken, or where the norm was replaced or has hooks.
     """
-    own = type(norm) is nn.GroupNorm and not norm._forward_hooks
+    own = type(norm) is GroupNorm and not norm._forward_hooks
     return F.silu(norm(x), inplace=own and not torch.is_grad_enabled())
+
+
+def emb_of(emb: Tensor, rows: tuple[int, ...]) -> Tensor:
+    """The timestep's embedding for these rows of the batch; a single row of it is everybody's."""
+    return emb if len(emb) == 1 else take(emb, rows)
 
 
 class ResnetBlock(nn.Module):
@@ -31,25 +37,25 @@ class ResnetBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.site: Site | None = None  # the UNet's blocks have one
-        self.norm1 = nn.GroupNorm(norm_groups, in_channels, eps=eps)
+        self.norm1 = GroupNorm(norm_groups, in_channels, eps=eps)
         self.conv1 = Conv3x3(in_channels, out_channels)
         if emb_width is not None:
             self.time_emb_proj = nn.Linear(emb_width, out_channels)
-        self.norm2 = nn.GroupNorm(norm_groups, out_channels, eps=eps)
+        self.norm2 = GroupNorm(norm_groups, out_channels, eps=eps)
         self.conv2 = Conv3x3(out_channels, out_channels)
         if in_channels != out_channels:
-            self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+            self.conv_shortcut = Conv2d(in_channels, out_channels, 1)
         self.has_shortcut = in_channels != out_channels
 
     def forward(self, x: Tensor, emb: Tensor | None = None, features_from: tuple[int, ...] | None = None) -> Tensor:
-        """x (b, c_in, h, w), emb (b, emb_width) or None -> (b, c_out, h, w).
+        """x (b, c_in, h, w), emb (b, emb_width), (1, emb_width) for all rows, or None -> (b, c_out, h, w).
 
         features_from: for each row, the row whose features it adds to its own residual.
         """
         before = x
         if features_from is not None:
             read = tuple(sorted(set(features_from)))
-            x, emb = take(x, read), None if emb is None else take(emb, read)
+            x, emb = take(x, read), None if emb is None else emb_of(emb, read)
         x = self.conv1(silu_of(self.norm1, x))
         if emb is not None:
             x = x + self.time_emb_proj(F.silu(emb))[:, :, None, None]
@@ -69,7 +75,7 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int, asymmetric: bool = False) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if asymmetric else 1)
+        self.conv = Conv2d(channels, channels, 3, stride=2, padding=0 if asymmetric else 1)
         self.asymmetric = asymmetric
 
     def forward(self, x: Tensor) -> Tensor:

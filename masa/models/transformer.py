@@ -8,6 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from masa.attention import PLAIN, Call, Site, attend, take
+from masa.models.rowwise import Conv2d, GroupNorm, Linear
 
 # Tokens per pass through the MLP on a CPU: its intermediate, eight times as wide as the tokens, then stays in the
 # cache and the allocator's reach. At 64x64 tokens of 320 a whole one costs half as much time again.
@@ -20,10 +21,10 @@ class Attention(nn.Module):
     def __init__(self, width: int, context_width: int, site: Site) -> None:
         super().__init__()
         self.site = site
-        self.to_q = nn.Linear(width, width, bias=False)
-        self.to_k = nn.Linear(context_width, width, bias=False)
-        self.to_v = nn.Linear(context_width, width, bias=False)
-        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+        self.to_q = Linear(width, width, bias=False)
+        self.to_k = Linear(context_width, width, bias=False)
+        self.to_v = Linear(context_width, width, bias=False)
+        self.to_out = nn.ModuleList([Linear(width, width)])
 
     def forward(self, x: Tensor, context: Tensor, grid: tuple[int, int], call: Call) -> Tensor:
         """x (rows, h*w, width), context (rows, keys, context_width), grid (h, w) -> (rows, h*w, width)."""
@@ -47,7 +48,7 @@ class GEGLU(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.proj = nn.Linear(width, 2 * hidden)
+        self.proj = Linear(width, 2 * hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         x, gate = self.proj(x).chunk(2, dim=-1)
@@ -59,14 +60,17 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.net = nn.ModuleList([GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width)])
+        self.net = nn.ModuleList([GEGLU(width, 4 * width), nn.Identity(), Linear(4 * width, width)])
 
     def forward(self, x: Tensor) -> Tensor:
         """x (rows, tokens, width) -> the same shape."""
-        if x.device.type != "cpu" or torch.compiler.is_compiling():  # a compiler fuses the gate by itself
+        rows, tokens, _ = x.shape
+        # A compiler fuses the gate by itself.
+        if x.device.type != "cpu" or rows * tokens <= TOKENS_PER_PASS or torch.compiler.is_compiling():
             return self._pass(x)
-        passes = x.flatten(0, 1).split(TOKENS_PER_PASS)
-        return torch.cat([self._pass(tokens) for tokens in passes]).view_as(x)
+        many = max(1, TOKENS_PER_PASS // tokens)  # whole rows, or parts of one
+        passes = [part for some in x.split(many) for part in some.split(TOKENS_PER_PASS, dim=1)]
+        return torch.cat([self._pass(part).flatten(0, 1) for part in passes]).view_as(x)
 
     def _pass(self, x: Tensor) -> Tensor:
         return self.net[2](self.net[0](x))
@@ -118,10 +122,10 @@ class Transformer(nn.Module):
         super().__init__()
         self.layer = self_site.layer
         # eps 1e-6 here, 1e-5 in the residual blocks: the checkpoints were trained so.
-        self.norm = nn.GroupNorm(norm_groups, width, eps=1e-6)
-        self.proj_in = nn.Conv2d(width, width, 1)
+        self.norm = GroupNorm(norm_groups, width, eps=1e-6)
+        self.proj_in = Conv2d(width, width, 1)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(width, context_width, self_site, cross_site)])
-        self.proj_out = nn.Conv2d(width, width, 1)
+        self.proj_out = Conv2d(width, width, 1)
 
     def forward(
         self,

@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from masa.attention import Backend, Call, Edit, Place, Site, Tape, take
 from masa.config import UNetConfig
-from masa.models.resnet import Downsample, ResnetBlock, Upsample
+from masa.models.resnet import Downsample, ResnetBlock, Upsample, emb_of
+from masa.models.rowwise import Conv2d, GroupNorm
 from masa.models.transformer import Transformer
 
 
@@ -80,7 +81,7 @@ class UNet(nn.Module):
         def resnet(in_channels: int, out_channels: int) -> ResnetBlock:
             return ResnetBlock(in_channels, out_channels, emb_width, groups, eps=1e-5)
 
-        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
+        self.conv_in = Conv2d(config.in_channels, channels[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(channels[0], emb_width)
 
         self.down_blocks = nn.ModuleList()
@@ -115,8 +116,8 @@ class UNet(nn.Module):
             up = Upsample(width) if level > 0 else None
             self.up_blocks.append(Block(resnets, attentions, upsampler=up))
 
-        self.conv_norm_out = nn.GroupNorm(groups, channels[0], eps=1e-5)
-        self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
+        self.conv_norm_out = GroupNorm(groups, channels[0], eps=1e-5)
+        self.conv_out = Conv2d(channels[0], config.out_channels, 3, padding=1)
         self._add_residual_sites()
 
     def _transformer(self, width: int, place: Place, level: int, i: int) -> Transformer:
@@ -180,8 +181,8 @@ class UNet(nn.Module):
         Returns eps (rows kept, 4, h, w) and the tape of this call. Nothing outlives the call.
         """
         call = Call(edits or {}, {}, backend)
+        # One row for one timestep: the product would round otherwise with more.
         emb = self.time_embedding(timestep_embedding(timestep, self.config.block_out_channels[0], x))
-        emb = emb.expand(len(x), -1)
 
         def through(module: nn.Module, *inputs: object) -> Tensor:
             if checkpoint:
@@ -202,13 +203,13 @@ class UNet(nn.Module):
                 keep = retire.keep if retire is not None and attention.layer == retire.layer else None
                 x = through(attention, x, context, call, copies, keep)
                 if copies is not None:
-                    emb, copies = take(emb, copies), None
+                    emb, copies = emb_of(emb, copies), None
                 if keep is not None:
-                    emb, context = take(emb, keep), take(context, keep)
+                    emb, context = emb_of(emb, keep), take(context, keep)
             return x
 
         if copies is not None and self._first_block_is_edited(call, retire):
-            x, emb, copies = take(x, copies), take(emb, copies), None
+            x, emb, copies = take(x, copies), emb_of(emb, copies), None
         x = self.conv_in(x)
         skips = [x if copies is None else take(x, copies)]
         for block in cast("list[Block]", self.down_blocks):

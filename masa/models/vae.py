@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from masa.config import VAEConfig
 from masa.models.resnet import Downsample, ResnetBlock, Upsample, silu_of
+from masa.models.rowwise import Conv2d, GroupNorm
 
 # Both of the VAE's norms use 1e-6, the UNet's residual blocks 1e-5: the checkpoints were trained so.
 EPS = 1e-6
@@ -20,7 +21,7 @@ class SpatialAttention(nn.Module):
 
     def __init__(self, channels: int, norm_groups: int) -> None:
         super().__init__()
-        self.group_norm = nn.GroupNorm(norm_groups, channels, eps=EPS)
+        self.group_norm = GroupNorm(norm_groups, channels, eps=EPS)
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
@@ -69,7 +70,7 @@ class Encoder(nn.Module):
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         channels, groups = config.block_out_channels, config.norm_groups
-        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
+        self.conv_in = Conv2d(config.in_channels, channels[0], 3, padding=1)
         self.down_blocks = nn.ModuleList()
         above = channels[0]
         for level, width in enumerate(channels):
@@ -81,8 +82,8 @@ class Encoder(nn.Module):
             down = Downsample(width, asymmetric=True) if level < len(channels) - 1 else None
             self.down_blocks.append(Level(resnets, downsampler=down))
         self.mid_block = Middle(channels[-1], groups)
-        self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=EPS)
-        self.conv_out = nn.Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
+        self.conv_norm_out = GroupNorm(groups, channels[-1], eps=EPS)
+        self.conv_out = Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
@@ -98,7 +99,7 @@ class Decoder(nn.Module):
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         channels, groups = config.block_out_channels, config.norm_groups
-        self.conv_in = nn.Conv2d(config.latent_channels, channels[-1], 3, padding=1)
+        self.conv_in = Conv2d(config.latent_channels, channels[-1], 3, padding=1)
         self.mid_block = Middle(channels[-1], groups)
         self.up_blocks = nn.ModuleList()
         below = channels[-1]
@@ -110,8 +111,8 @@ class Decoder(nn.Module):
             ]
             below = width
             self.up_blocks.append(Level(resnets, upsampler=Upsample(width) if level > 0 else None))
-        self.conv_norm_out = nn.GroupNorm(groups, channels[0], eps=EPS)
-        self.conv_out = nn.Conv2d(channels[0], config.in_channels, 3, padding=1)
+        self.conv_norm_out = GroupNorm(groups, channels[0], eps=EPS)
+        self.conv_out = Conv2d(channels[0], config.in_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid_block(self.conv_in(z))
@@ -130,8 +131,8 @@ class VAE(nn.Module):
         latent = config.latent_channels
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.quant_conv = nn.Conv2d(2 * latent, 2 * latent, 1)
-        self.post_quant_conv = nn.Conv2d(latent, latent, 1)
+        self.quant_conv = Conv2d(2 * latent, 2 * latent, 1)
+        self.post_quant_conv = Conv2d(latent, latent, 1)
 
     def moments(self, picture: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance, (b, 4, h, w) each and unscaled, of the posterior of a picture in [-1, 1]."""

@@ -13,7 +13,9 @@ from functools import cache
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+
+from masa.models.rowwise import LEAST_LINES, Conv2d
 
 TILE = 4  # outputs of a tile, per side
 SPAN = TILE + 2  # inputs of a tile, per side
@@ -94,7 +96,8 @@ def unfolded(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     by_row, by_line, by_pixel, _ = padded.stride()
     around = padded.as_strided((rows, height, width, 3, 3, channels), (by_row, by_line, by_pixel, by_line, by_pixel, 1))
     matrix = weight.permute(0, 2, 3, 1).flatten(1).T
-    many = max(1, PRODUCTS_PER_PASS // (9 * channels * height * width))  # rows of a pass
+    alone = height * width < LEAST_LINES
+    many = 1 if alone else max(1, PRODUCTS_PER_PASS // (9 * channels * height * width))  # rows of a pass
     out = torch.cat([torch.addmm(bias, some.reshape(-1, 9 * channels), matrix) for some in around.split(many)])
     return out.view(rows, height, width, out_channels).permute(0, 3, 1, 2)
 
@@ -104,7 +107,7 @@ def double(x: Tensor) -> Tensor:
     return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
-class Conv3x3(nn.Conv2d):
+class Conv3x3(Conv2d):
     """nn.Conv2d of 3x3, stride 1 and padding 1, which on a CPU takes the fewest multiplications where that pays."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
