@@ -46,7 +46,8 @@ NETWORKS = ("unet", "encoder", "decoder")
 
 
 def plans(device: str, dtype: str | None) -> list[Plan]:
-    """The flows of a turn: all on a GPU; on a CPU nothing compiled, the published flow in float32, masa in each dtype.
+    """The flows of a turn: all on a GPU; on a CPU nothing compiled, the published flow in float32, masa in each dtype,
+    and offloaded in float32, whose memory is compared with the published flow's.
 
     Without a warm-up, as on a CPU, the compiler's own time would count as a call's.
     """

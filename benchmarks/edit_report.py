@@ -97,7 +97,10 @@ def _rows(edits: Sequence[Line]) -> list[str]:
             ends = dict.fromkeys(f"{seconds:.1f}" for seconds in (each[0], each[-1]))
             apart.append(f"{flow} {dtype} {' to '.join(ends)}")
     if apart:
-        text.append(f"Seconds per row, by which the flows compare row for row: {'; '.join(apart)}.\n")
+        text.append(
+            f"Seconds per row of the batch: {'; '.join(apart)}. masa's rows share work: both halves of guidance are "
+            "computed as one until they read their prompts, and a source leaves after the last layer that is read.\n"
+        )
     return text
 
 

@@ -217,7 +217,11 @@ def add_model(parser: Parser, speed: bool = True) -> None:
     group.add_argument("--tokenizer", help="a tokenizer's folder (default: the checkpoint's, else CLIP's)")
     if not speed:
         return
-    group.add_argument("--offload", action="store_true", help="keep text encoder and VAE in memory only while they run")
+    group.add_argument(
+        "--offload",
+        action="store_true",
+        help="less memory: of a GPU text encoder and VAE, of a CPU every network while it rests",
+    )
     group.add_argument("--compile", action="store_true", help="compile the UNet: minutes first, then faster")
 
 

@@ -302,7 +302,10 @@ def load_model(args: argparse.Namespace):  # type: ignore[no-untyped-def]
     # What can be refused without the model is refused before its minutes are spent.
     check_size(getattr(args, "height", None), getattr(args, "width", None))
     masa.Schedule().timesteps(50 if getattr(args, "steps", None) is None else args.steps)
-    check_backend(getattr(args, "backend", "auto"), choose_device(args.device))
+    device = choose_device(args.device)
+    check_backend(getattr(args, "backend", "auto"), device)
+    if args.offload and args.compile and device.type == "cpu":
+        raise masa.MasaError("--offload and --compile go together on a GPU only; leave one of the two out")
     sd = masa.load(
         args.checkpoint,
         device=args.device,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,9 @@ from masa.models.clip import TextEncoder
 from masa.models.tokenizer import Tokenizer
 from masa.models.unet import UNet
 from masa.models.vae import VAE
-from masa.networks import Shelf, build_models
+from masa.networks import build_models
 from masa.schedule import Schedule
+from masa.shelf import Shelf, ends
 from masa.weights import hub
 from masa.weights.model_files import open_checkpoint
 
@@ -52,7 +53,11 @@ class Origin:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class StableDiffusion:
-    """The parts of a Stable Diffusion v1 model in one dtype and, unless offloaded, on one device."""
+    """The parts of a Stable Diffusion v1 model in one dtype and, unless offloaded, on one device.
+
+    offload: as `load` was told. shelf: of an offloaded model on a CPU, whose networks are empty but for their work.
+    compiled: the UNet's compiler, by name. cuda_graphs: as `compile` was told.
+    """
 
     unet: UNet
     vae: VAE
@@ -61,10 +66,10 @@ class StableDiffusion:
     schedule: Schedule
     config: ModelConfig
     origin: Origin
-    offload: bool = False  # text encoder and VAE are on the UNet's device only while they run
-    shelf: Shelf | None = None  # of an offloaded model on a CPU, whose networks are read for their work
-    compiled: str | None = None  # the compiler of the UNet, by name
-    cuda_graphs: bool | None = None  # as compile() was told
+    offload: bool = False
+    shelf: Shelf | None = None
+    compiled: str | None = None
+    cuda_graphs: bool | None = None
 
     def __repr__(self) -> str:
         parameters = sum(p.numel() for m in (self.unet, self.vae, self.text_encoder) for p in m.parameters())
@@ -80,16 +85,12 @@ class StableDiffusion:
         """A digest of the weights as loaded: it differs between models, and between dtypes of the same model."""
         digest = hashlib.sha256()
         for network in (self.unet, self.vae, self.text_encoder):
-            absent = self.shelf is not None and network is not self.unet
-            with self._at_work(network) if absent else nullcontext():
-                # A few values of each tensor: any training, merging or conversion changes some of them.
-                ends = [first_values(tensor.detach()).float() for tensor in network.parameters()]
-                digest.update(torch.cat(ends).cpu().numpy().tobytes())
+            digest.update(ends(network) if self.shelf is None else self.shelf.ends(network))
         return digest.hexdigest()[:16]
 
     @property
     def device(self) -> torch.device:
-        return self.unet.conv_in.weight.device
+        return self.unet.conv_in.weight.device if self.shelf is None else torch.device("cpu")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -150,10 +151,9 @@ class StableDiffusion:
 
     @contextmanager
     def _at_work(self, network: UNet | VAE | TextEncoder) -> Iterator[None]:
-        """The network on the UNet's device; offloaded, it goes back afterwards, also if it did not fit."""
+        """The network ready; offloaded, it goes back afterwards, also if it did not fit."""
         if self.shelf is not None:
-            # Beside the UNet's weights there is room for the text encoder's, but not for a large picture's maps.
-            with self.shelf.at_work(network, instead_of=self.unet if network is self.vae else None):
+            with self.shelf.at_work(network):
                 yield
             return
         if not self.offload:
@@ -182,19 +182,19 @@ def load(
     None for the demo model that ships with the library. device: default cuda where there is one, else cpu.
     dtype: a torch dtype or "fp32", "fp16", "bf16"; default float16 on cuda, bfloat16 on a CPU with AMX or
     AVX512-BF16, else float32. tokenizer: a folder with vocab.json and merges.txt; default the checkpoint's
-    own, else CLIP's. vae: another autoencoder's file or folder. offload: keep text encoder and VAE off the device
-    while the UNet denoises: of a GPU, in the CPU's memory; on a CPU, in their files, which are read anew for each use
-    and must stay, as is the UNet after each use of the VAE. progress: a bar while a large file is read.
+    own, else CLIP's. vae: another autoencoder's file or folder. progress: a bar while a large file is read.
+
+    offload: less memory. Of a GPU, text encoder and VAE are there only while they work, else in the CPU's memory. On
+    a CPU, only while they work in memory at all: each use reads its network from the checkpoint's files, which must
+    stay as they are, and the UNet makes room for the VAE and is read again after it. Such a model is for inference:
+    changed weights are refused (MasaError), and so is `compile`.
 
     Raises CheckpointError, with reason and remedy, for whatever is not a whole Stable Diffusion v1 model.
     """
     device = choose_device(device)
     dtype = choose_dtype(dtype, device)
-    opened = open_checkpoint(
-        locate(checkpoint, prefer_half=dtype == torch.float16),
-        prefer_half=dtype == torch.float16,
-        vae=None if vae is None else Path(vae),
-    )
+    prefer_half, vae_path = dtype == torch.float16, None if vae is None else Path(vae)
+    opened = open_checkpoint(locate(checkpoint, prefer_half=prefer_half), prefer_half=prefer_half, vae=vae_path)
     if tokenizer is not None:
         words = Tokenizer.from_folder(tokenizer)
     else:
@@ -204,11 +204,12 @@ def load(
             f"the tokenizer has {words.vocab_size:,} tokens and {opened.path}'s text encoder knows "
             f"{opened.config.text.vocab_size:,}; give its own tokenizer's folder as tokenizer="
         )
-    unet, vae_model, text_encoder = build_models(opened, dtype, device, progress, offload)
+    shelf = None
+    if offload and device.type == "cpu":
+        shelf = Shelf.read(opened, vae_path, prefer_half, dtype, progress)
+    networks = build_models(opened, dtype, device, progress, offload) if shelf is None else shelf.networks
     return StableDiffusion(
-        unet,
-        vae_model,
-        text_encoder,
+        *networks,
         words,
         Schedule(opened.config.schedule),
         opened.config,
@@ -218,15 +219,8 @@ def load(
             None if tokenizer is None else str(tokenizer),
         ),
         offload,
-        Shelf(opened, unet) if offload and device.type == "cpu" else None,
+        shelf,
     )
-
-
-def first_values(tensor: Tensor, count: int = 16) -> Tensor:
-    """The first values of a tensor in the order of its indices, whatever its layout, without a copy of the rest."""
-    while tensor.dim() > 1 and tensor[0].numel() >= count:
-        tensor = tensor[0]
-    return tensor.flatten()[:count]
 
 
 def locate(checkpoint: str | Path | None, prefer_half: bool) -> Path:

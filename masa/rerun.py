@@ -14,7 +14,7 @@ from masa.errors import MasaError
 from masa.files import file_digest, find_near
 from masa.inversion import invert
 from masa.null_text import INNER_STEPS
-from masa.pipeline import StableDiffusion, load
+from masa.pipeline import StableDiffusion, choose_device, load
 from masa.result import Result, read_settings
 from masa.sampling import sample
 from masa.schedule import Schedule
@@ -99,7 +99,7 @@ def restore_generator(state: Mapping[str, str] | None) -> torch.Generator | None
 def check_weights(sd: StableDiffusion, settings: Mapping[str, Any], picture: str | Path) -> None:
     """MasaError unless a model, in whatever dtype, has the weights that made a picture."""
     if str(sd.dtype) != f"torch.{settings['dtype']}":  # fingerprints are of weights as loaded
-        plain = {**settings, "device": "cpu", "compiled": None}
+        plain = {**settings, "device": "cpu", "compiled": None, "offload": False}
         sd = load_again(plain, picture, progress=False)
     if sd.fingerprint != settings["fingerprint"]:
         raise MasaError(
@@ -116,6 +116,7 @@ def load_again(settings: Mapping[str, Any], picture: str | Path, progress: bool)
 
     checkpoint = None if settings["checkpoint"] == "demo" else find(settings["checkpoint"])
     vae, tokenizer = find(settings["vae"]), find(settings["tokenizer"])
+    compiler = settings.get("compiled")
     sd = load(
         checkpoint,
         device=settings["device"],
@@ -123,9 +124,9 @@ def load_again(settings: Mapping[str, Any], picture: str | Path, progress: bool)
         vae=vae,
         tokenizer=tokenizer,
         progress=progress,
-        offload=settings.get("offload", False),
+        # A run may be moved from a GPU, which can do both, to a CPU.
+        offload=settings.get("offload", False) and not (compiler and choose_device(settings["device"]).type == "cpu"),
     )
-    compiler = settings.get("compiled")
     return sd if compiler is None else compile_again(sd, compiler, settings.get("cuda_graphs"))
 
 

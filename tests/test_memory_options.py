@@ -200,6 +200,21 @@ def test_what_was_asked_of_cuda_graphs_is_asked_again(tiny, tmp_path, monkeypatc
     assert asked == [cuda_graphs]
 
 
+def test_a_gpu_s_run_that_was_offloaded_and_compiled_is_compiled_on_a_cpu(tiny, tmp_path, monkeypatch, quick_compiler):
+    settings = {**masa.sample(tiny, SOURCE, **SETTINGS).settings, "offload": True, "compiled": "eager"}
+    given = []
+    monkeypatch.setattr(sys.modules["masa.rerun"], "load", lambda *path, **more: given.append(more["offload"]) or tiny)
+    assert load_again(settings, tmp_path / "source.png", progress=False).compiled == "eager"
+    load_again({**settings, "compiled": None}, tmp_path / "source.png", progress=False)
+    assert given == [False, True]
+
+
+def test_offloaded_and_compiled_on_a_cpu_is_refused_before_the_model_is_loaded(monkeypatch, capsys):
+    monkeypatch.setattr(masa, "load", lambda *given, **more: pytest.fail("loaded first"))
+    assert main(["sample", SOURCE, "--device", "cpu", "--offload", "--compile"]) == 2
+    assert "--offload and --compile go together on a GPU only; leave one of the two out" in capsys.readouterr().err
+
+
 def test_a_compiler_without_a_name_is_not_asked_for_again(tiny, tmp_path):
     def mine(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
         return graph

@@ -7,9 +7,11 @@ import torch
 from rounding import same
 from torch import nn
 
+import masa
+from masa.attention import take
 from masa.models import rowwise
 from masa.models.rowwise import Conv2d, GroupNorm, Linear
-from masa.models.unet import Retirement
+from masa.models.unet import Retirement, UNet
 from masa.models.winograd import Conv3x3
 
 ROWS = 5
@@ -72,6 +74,36 @@ def test_the_unet_computes_a_row_alike(threads, tiny, side):
     same(tiny.unet(x, 500, context, retire=Retirement(9, (1, 4)))[0], whole[[1, 4]])
     copies = (0, 1, 0, 1, 2)
     same(tiny.unet(x[:3], 500, context, copies=copies)[0], tiny.unet(x[list(copies)], 500, context)[0])
+
+
+@pytest.mark.parametrize(
+    "control",
+    [
+        masa.MasaCtrl(1, 4),
+        masa.MasaCtrl(0, 0),
+        masa.MasaCtrl(1, 8, mask=masa.WordMasks("cat", "cat", threshold=0.4), union=True),
+        masa.PromptToPrompt("replace"),
+        masa.PlugAndPlay(),
+        masa.RecordAttention(self_attention=True),
+    ],
+    ids=["masactrl", "from the first layer", "masked union", "prompt-to-prompt", "plug-and-play", "recorded"],
+)
+def test_a_run_is_the_same_with_the_halves_of_guidance_apart(tiny, monkeypatch, control):
+    run = {"controls": control, "steps": 3, "height": 128, "width": 128, "seed": 0, "progress": False}
+    together = masa.sample(tiny, "a sitting cat", ["a running cat", "a jumping cat"], **run)
+    forward, counts = UNet.forward, []
+
+    def apart(self, x, timestep, context, *more, copies=None, **named):
+        counts.append((len(x), len(context)))
+        return forward(self, x if copies is None else take(x, copies), timestep, context, *more, **named)
+
+    monkeypatch.setattr(UNet, "forward", apart)
+    alone = masa.sample(tiny, "a sitting cat", ["a running cat", "a jumping cat"], **run)
+    assert counts == [(3, 6)] * 3
+    same(together.latents, alone.latents)
+    for control_index, by_name in alone.attention.items():
+        for name, maps in by_name.items():
+            same(together.attention[control_index][name], maps)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import masa
 from masa.attention import Edit
 from masa.config import SD_V1
 from masa.models.unet import Retirement, UNet, timestep_embedding
@@ -200,6 +201,15 @@ def test_copies_are_computed_once_until_the_prompt_is_read(tiny, inputs, monkeyp
     assert rows == [2, 3]
     times = timestep if isinstance(timestep, int) else timestep[[0, 1, 1]]
     assert relative_error(found, tiny.unet(x[[0, 1, 1]], times, context)[0]) < 1e-6
+
+
+@pytest.mark.parametrize("copies", [None, (0, 1), (0, 1, 2), (), (0, 1, -1)])
+def test_rows_that_do_not_fit_are_refused(tiny, inputs, copies):
+    x, context = inputs
+    with pytest.raises(
+        masa.MasaError, match=r"context has 3 rows, x 2 and copies is .*; expected one row of x for each"
+    ):
+        tiny.unet(x[:2], 300, context[:3], copies=copies)
 
 
 def test_timestep_embedding_has_cosines_first():

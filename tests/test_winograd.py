@@ -12,7 +12,7 @@ from masa.models import winograd
 from masa.models.resnet import ResnetBlock, Upsample, silu_of
 from masa.models.unet import UNet
 from masa.models.vae import VAE
-from masa.models.winograd import LEAST_CHANNELS, Conv3x3
+from masa.models.winograd import LEAST_CHANNELS, Conv3x3, double
 
 LAST = torch.channels_last
 
@@ -190,6 +190,13 @@ def test_a_module_that_was_changed_does_as_it_was_told(change):
     x = torch.randn(1, 96, 16, 16).contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         torch.testing.assert_close(conv(x), plain(x))
+
+
+def test_a_convolution_in_its_place_has_the_doubled_map():
+    upsample, x = Upsample(96), torch.randn(1, 96, 16, 16)
+    upsample.conv = torch.nn.Conv2d(96, 8, 1)
+    with torch.no_grad():
+        assert torch.equal(upsample(x), upsample.conv(double(x)))
 
 
 def test_other_numbers_of_channels_are_refused_as_ever():

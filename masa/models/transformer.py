@@ -147,5 +147,5 @@ class Transformer(nn.Module):
         features = rearrange(tokens, "b (h w) c -> b c h w", h=height)
         if not x.is_contiguous(memory_format=torch.channels_last):  # back into the layout of the other blocks
             features = features.contiguous()
-        onward = copies or keep
+        onward = copies or keep  # never both
         return (x if onward is None else take(x, onward)) + self.proj_out(features)

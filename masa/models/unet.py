@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from masa.attention import Backend, Call, Edit, Place, Site, Tape, take
 from masa.config import UNetConfig
+from masa.errors import MasaError
 from masa.models.resnet import Downsample, ResnetBlock, Upsample, emb_of
 from masa.models.rowwise import Conv2d, GroupNorm
 from masa.models.transformer import Transformer
@@ -178,8 +179,14 @@ class UNet(nn.Module):
         only each block's input for the gradient and computes the rest again on the way back: exact.
         copies: for each row of context, its row of x, where those are fewer: two halves of guidance differ from the
         first prompt that they read on, and are one row until then. Rows of edits and retire are context's.
-        Returns eps (rows kept, 4, h, w) and the tape of this call. Nothing outlives the call.
+        Returns eps (rows kept, 4, h, w) and the tape of this call. Nothing outlives the call. MasaError where the
+        rows do not fit.
         """
+        if len(context) != len(x if copies is None else copies) or any(not 0 <= row < len(x) for row in copies or ()):
+            raise MasaError(
+                f"context has {len(context)} rows, x {len(x)} and copies is {copies}; expected one row of x for each "
+                "of context, or as many copies, each a row of x"
+            )
         call = Call(edits or {}, {}, backend)
         # One row for one timestep: the product would round otherwise with more.
         emb = self.time_embedding(timestep_embedding(timestep, self.config.block_out_channels[0], x))

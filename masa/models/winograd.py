@@ -140,7 +140,7 @@ class Conv3x3(Conv2d):
 
 
 def _even_share(channels: int, most: int) -> int:
-    """Channels of a block, so that as few blocks as can be hold at most `most` each: whole vectors."""
+    """Channels of a block: as few even blocks as can be, of about `most` at the most, and of whole vectors."""
     return min(channels, 16 * math.ceil(channels / math.ceil(channels / most) / 16))
 
 

@@ -1,0 +1,161 @@
+"""offload=True on a CPU: each network in memory only while it works, read anew from its checkpoint."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from masa.errors import CheckpointError, MasaError
+from masa.models.clip import TextEncoder
+from masa.models.unet import UNet
+from masa.models.vae import VAE
+from masa.networks import Network, checkpoint_parts, fill, meta_models
+from masa.storage import release_freed
+from masa.weights.checkpoint import check_parts
+from masa.weights.model_files import Checkpoint, open_checkpoint
+
+FILE_ERRORS = (OSError, SafetensorError, CheckpointError)
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a float
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What tells a network's weights from others: names, the sum of each tensor's bits, some of its values."""
+
+    names: tuple[str, ...]
+    sums: bytes
+    ends: bytes
+
+    @staticmethod
+    def of(network: Network) -> Mark:
+        state = {name: tensor for name, tensor in network.state_dict().items() if tensor.is_floating_point()}
+        # Sums that run over: exact in any order, and as fast as memory is read.
+        sums = [bits.sum(dtype=bits.dtype).long() for bits in (t.view(BITS[t.element_size()]) for t in state.values())]
+        return Mark(tuple(state), torch.stack(sums).numpy().tobytes(), ends(network))
+
+
+def ends(network: Network) -> bytes:
+    """A few values of each weight: any training, merging or conversion changes some of them."""
+    values = [first_values(weight.detach()).float() for weight in network.parameters()]
+    return torch.cat(values).cpu().numpy().tobytes()
+
+
+def first_values(tensor: Tensor, count: int = 16) -> Tensor:
+    """The first values of a tensor in the order of its indices, whatever its layout, without a copy of the rest."""
+    while tensor.dim() > 1 and tensor[0].numel() >= count:
+        tensor = tensor[0]
+    return tensor.flatten()[:count]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Shelf:
+    """A model's UNet, VAE and text encoder, of which only those at work are in memory.
+
+    The UNet is, except while the VAE works, whose maps need the room. For inference, and for one run at a time.
+    checkpoint, vae, prefer_half: as `open_checkpoint` takes them. marks: of the networks as first read.
+    """
+
+    checkpoint: Path
+    vae: Path | None
+    prefer_half: bool
+    dtype: torch.dtype
+    networks: tuple[UNet, VAE, TextEncoder]
+    marks: tuple[Mark, Mark, Mark]
+
+    @staticmethod
+    def read(opened: Checkpoint, vae: Path | None, prefer_half: bool, dtype: torch.dtype, progress: bool) -> Shelf:
+        """Read the three networks, which finds what is wrong with them, and keep the UNet."""
+        networks = meta_models(opened.config)
+        unet, vae_model, text_encoder = networks
+        check_parts(checkpoint_parts(opened, networks), opened.path)
+        marks = []
+        for network in (vae_model, text_encoder):
+            fill(opened, [network], dtype, torch.device("cpu"), progress)
+            marks.append(Mark.of(network))
+            _empty(network)
+        fill(opened, [unet], dtype, torch.device("cpu"), progress)
+        # Absolute, since the program may change its folder.
+        where = opened.path.absolute(), None if vae is None else vae.absolute()
+        return Shelf(*where, prefer_half, dtype, networks, (Mark.of(unet), marks[0], marks[1]))
+
+    def holds(self, network: object) -> bool:
+        """Whether a network is one of these, and not one that the user put in its place."""
+        return any(network is own for own in self.networks)
+
+    def ends(self, network: Network) -> bytes:
+        """As `ends`, without reading a network that is absent."""
+        if not self.holds(network) or not _is_empty(network):
+            return ends(network)
+        return next(mark.ends for own, mark in zip(self.networks, self.marks, strict=True) if own is network)
+
+    @contextmanager
+    def at_work(self, network: Network) -> Iterator[None]:
+        """A network in memory, in place of the UNet if it is the VAE.
+
+        MasaError where the UNet was changed, which would be lost. CheckpointError where files are not as they were.
+        """
+        if not self.holds(network):
+            yield
+            return
+        unet = self.networks[0]
+        if _is_empty(unet):  # it could not be read when the VAE was done
+            self._fill(unet)
+        elif Mark.of(unet) != self.marks[0] or any(weight.requires_grad for weight in unet.parameters()):
+            raise MasaError(
+                "the UNet's weights were changed, or want gradients, and offload=True on a CPU reads them from the "
+                "checkpoint anew; load the model without it"
+            )
+        alone = isinstance(network, VAE)
+        try:
+            self._open()  # before anything is given up
+        except FILE_ERRORS as error:
+            raise self._not_as_loaded(error) from error
+        try:
+            if alone:
+                _empty(unet)
+            self._fill(network)
+            yield
+        finally:
+            _empty(network)
+            if alone:
+                try:
+                    self._fill(unet)
+                except CheckpointError as error:  # what the VAE made is not lost for it, and the next use raises
+                    warnings.warn(str(error), stacklevel=2)
+
+    def _fill(self, network: Network) -> None:
+        """Read a network. CheckpointError, with the network empty, unless it is what was read first."""
+        place = next(i for i, own in enumerate(self.networks) if own is network)
+        try:
+            opened = self._open()
+            fill(opened, [network], self.dtype, torch.device("cpu"))
+            if Mark.of(network) != self.marks[place]:
+                raise CheckpointError("the weights are others")
+        except FILE_ERRORS as error:
+            _empty(network)
+            raise self._not_as_loaded(error) from error
+
+    def _open(self) -> Checkpoint:
+        return open_checkpoint(self.checkpoint, prefer_half=self.prefer_half, vae=self.vae)
+
+    def _not_as_loaded(self, error: Exception) -> CheckpointError:
+        return CheckpointError(
+            f"{self.checkpoint} is not what was loaded with offload=True, which on a CPU reads it for each use "
+            f"({error}); put the files back, or load the model anew"
+        )
+
+
+def _empty(network: Network) -> None:
+    network.to("meta")
+    release_freed()
+
+
+def _is_empty(network: Network) -> bool:
+    return any(weight.is_meta for weight in network.parameters())
