@@ -225,8 +225,16 @@ def damage(path: Path, how: str) -> None:
         save_file(tensors | {first: torch.zeros(3)}, path)
 
 
-@pytest.mark.parametrize("how", ["gone", "cut", "other values", "lacking", "misshapen"])
-@pytest.mark.parametrize("part", ["vae", "text_encoder"])
+@pytest.mark.parametrize(
+    ("part", "how"),
+    [
+        ("vae", "gone"),
+        ("vae", "other values"),
+        ("vae", "misshapen"),
+        ("text_encoder", "cut"),
+        ("text_encoder", "lacking"),
+    ],
+)
 def test_files_that_are_not_as_they_were_are_refused(offloaded, part, how):
     sd, folder = offloaded
     (path,) = (folder / part).glob("*.safetensors")
@@ -244,7 +252,7 @@ def test_files_that_are_not_as_they_were_are_refused(offloaded, part, how):
     assert len(use()) == 1
 
 
-@pytest.mark.parametrize("how", ["gone", "cut", "other values"])
+@pytest.mark.parametrize("how", ["gone", "other values"])
 def test_a_picture_is_not_lost_for_the_unet(offloaded, monkeypatch, how):
     """Its files vanish while the VAE works: the picture is given, and the model serves again once they are back."""
     sd, folder = offloaded

@@ -38,12 +38,14 @@ LAYERS = {
     "strided convolution": (lambda: Conv2d(320, 320, 3, stride=2, padding=1), (320, 32, 32)),
     "small strided convolution": (lambda: Conv2d(48, 48, 3, stride=2, padding=1), (48, 16, 16)),
     "1x1 convolution": (lambda: Conv2d(640, 640, 1), (640, 32, 32)),
+    "1x1 convolution with a stride": (lambda: Conv2d(64, 32, 1, stride=2), (64, 16, 16)),
     "small 1x1 convolution": (lambda: Conv2d(384, 192, 1), (384, 2, 2)),
     "3x3 convolution": (lambda: Conv3x3(320, 320), (320, 32, 32)),
     "3x3 convolution of a doubled map": (lambda: Conv3x3(128, 96), (128, 8, 8), True),
     "3x3 convolution of a small map": (lambda: Conv3x3(192, 192), (192, 2, 2)),
     "3x3 convolution of few channels": (lambda: Conv3x3(48, 48), (48, 16, 16)),
     "norm of a large map": (lambda: GroupNorm(32, 320), (320, 64, 64)),
+    "norm of a map of middle size": (lambda: GroupNorm(16, 48), (48, 31, 33)),
     "norm of a small map": (lambda: GroupNorm(16, 48), (48, 8, 8)),
     "linear layer": (lambda: Linear(320, 320), (1024, 320)),
     "linear layer of 77 tokens": (lambda: Linear(768, 320), (77, 768)),
@@ -115,10 +117,22 @@ def test_timesteps_may_differ_by_row(tiny):
         assert torch.allclose(both[row : row + 1], alone, atol=1e-4)
 
 
-@pytest.mark.parametrize("layer", [Conv2d(6, 4, 3, padding=1), GroupNorm(2, 6), Linear(6, 4)])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        Conv2d(6, 4, 3, padding=1),
+        Conv2d(6, 4, 1),
+        Conv2d(6, 4, 1, bias=False),
+        Conv2d(6, 4, 1, padding=1),
+        Conv2d(6, 4, 1, groups=2),
+        GroupNorm(2, 6),
+        Linear(6, 4),
+    ],
+    ids=str,
+)
 def test_the_results_are_torch_s(layer):
     plain = {Conv2d: nn.Conv2d, GroupNorm: nn.GroupNorm, Linear: nn.Linear}[type(layer)]
-    x = noise(3, 5, 6) if isinstance(layer, Linear) else noise(3, 6, 4, 4)
+    x = noise(3, 5, 6) if isinstance(layer, Linear) else noise(3, 6, 32, 32)
     ref = plain.forward(layer, x)
     with torch.no_grad():
         assert torch.allclose(layer(x), ref, atol=1e-6)
@@ -126,13 +140,12 @@ def test_the_results_are_torch_s(layer):
 
 
 @torch.no_grad()
-def test_rows_are_taken_in_turn_where_it_serves():
+def test_it_applies_where_it_serves():
     x = torch.zeros(2, 4)
-    assert rowwise.in_turn(x)
-    assert not rowwise.in_turn(x[:1])
-    assert not rowwise.in_turn(x.bfloat16())
-    assert not rowwise.in_turn(x.to("meta"))
+    assert rowwise.applies(x)
+    assert not rowwise.applies(x.bfloat16())
+    assert not rowwise.applies(x.to("meta"))
     with torch.enable_grad():
-        assert not rowwise.in_turn(x)
+        assert not rowwise.applies(x)
     with torch.autocast("cpu", torch.bfloat16):
-        assert not rowwise.in_turn(x)
+        assert not rowwise.applies(x)
