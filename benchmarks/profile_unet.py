@@ -1,7 +1,8 @@
 """Where one UNet call on a CPU spends its time, by the kind of work, against the rate of a large matrix product.
 
 A convolution that saves multiplications (masa/models/winograd.py) is counted with those of a direct one, and all that
-it does, its matrix products and copies too, is a convolution's time: its rate may therefore exceed the limit.
+it does, its matrix products and copies too, is a convolution's time: its rate may therefore exceed the limit. A 1x1
+convolution that is one product of all pixels is a linear layer.
 """
 
 from __future__ import annotations

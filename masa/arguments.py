@@ -220,7 +220,7 @@ def add_model(parser: Parser, speed: bool = True) -> None:
     group.add_argument(
         "--offload",
         action="store_true",
-        help="less memory: of a GPU text encoder and VAE, of a CPU every network while it rests",
+        help="less memory: text encoder and VAE wait elsewhere; on a CPU the UNet makes room for the VAE",
     )
     group.add_argument("--compile", action="store_true", help="compile the UNet: minutes first, then faster")
 

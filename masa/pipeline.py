@@ -55,7 +55,7 @@ class Origin:
 class StableDiffusion:
     """The parts of a Stable Diffusion v1 model in one dtype and, unless offloaded, on one device.
 
-    offload: as `load` was told. shelf: of an offloaded model on a CPU, whose networks are empty but for their work.
+    offload: as `load` was told. shelf: of an offloaded model on a CPU, what empties and fills its networks.
     compiled: the UNet's compiler, by name. cuda_graphs: as `compile` was told.
     """
 

@@ -62,8 +62,8 @@ def record(
     with 50 steps and the default MasaCtrl takes about 2.2 GB in float16, half of that with an empty source prompt.
 
     Results equal those without a cache. In float32 on a CPU bit for bit, for pictures of 128 pixels a side and more,
-    where the matrix library multiplies a row alike whatever the others (MKL does on AVX2); else up to rounding. So do
-    those with `targets_at_once`. Raises MasaError for bad input, before any long work.
+    where the matrix library multiplies a row alike whatever the others (MKL does on AVX2), without `compile`; else up
+    to rounding. The same holds of `targets_at_once`. Raises MasaError for bad input, before any long work.
     """
     chosen = tuple(controls) if isinstance(controls, Sequence) else (controls,)
     for control in chosen:

@@ -1,7 +1,8 @@
-"""offload=True on a CPU: each network in memory only while it works, read anew from its checkpoint."""
+"""offload=True on a CPU: text encoder and VAE are read anew for their work, and the UNet makes room for the VAE."""
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,18 +28,27 @@ BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a float
 
 @dataclass(frozen=True)
 class Mark:
-    """What tells a network's weights from others: names, the sum of each tensor's bits, some of its values."""
+    """What tells a network's weights from others: names, sums of their bits, some of their values."""
 
     names: tuple[str, ...]
-    sums: bytes
+    sums: str
     ends: bytes
 
     @staticmethod
     def of(network: Network) -> Mark:
-        state = {name: tensor for name, tensor in network.state_dict().items() if tensor.is_floating_point()}
-        # Sums that run over: exact in any order, and as fast as memory is read.
-        sums = [bits.sum(dtype=bits.dtype).long() for bits in (t.view(BITS[t.element_size()]) for t in state.values())]
-        return Mark(tuple(state), torch.stack(sums).numpy().tobytes(), ends(network))
+        digest = hashlib.sha256()
+        for tensor in network.state_dict().values():
+            if tensor.is_floating_point():
+                bits = tensor.view(BITS[tensor.element_size()])
+                if bits.dim() > 1:  # sums that run over: exact in any order, and as fast as memory is read
+                    bits = bits.sum(tuple(range(1, bits.dim())), dtype=bits.dtype)
+                digest.update(bits.cpu().contiguous().numpy().tobytes())
+        return Mark(names_of(network), digest.hexdigest(), ends(network))
+
+
+def names_of(network: Network) -> tuple[str, ...]:
+    """Of all that a network keeps, whether or not checkpoints hold it."""
+    return (*network.state_dict(), *(name for name, _ in network.named_buffers()))
 
 
 def ends(network: Network) -> bytes:
@@ -93,7 +103,7 @@ class Shelf:
         """As `ends`, without reading a network that is absent."""
         if not self.holds(network) or not _is_empty(network):
             return ends(network)
-        return next(mark.ends for own, mark in zip(self.networks, self.marks, strict=True) if own is network)
+        return self.marks[self._place(network)].ends
 
     @contextmanager
     def at_work(self, network: Network) -> Iterator[None]:
@@ -101,16 +111,22 @@ class Shelf:
 
         MasaError where the UNet was changed, which would be lost. CheckpointError where files are not as they were.
         """
-        if not self.holds(network):
-            yield
-            return
         unet = self.networks[0]
         if _is_empty(unet):  # it could not be read when the VAE was done
             self._fill(unet)
-        elif Mark.of(unet) != self.marks[0] or any(weight.requires_grad for weight in unet.parameters()):
+        if not self.holds(network):
+            yield
+            return
+        if Mark.of(unet) != self.marks[0] or any(weight.requires_grad for weight in unet.parameters()):
             raise MasaError(
                 "the UNet's weights were changed, or want gradients, and offload=True on a CPU reads them from the "
                 "checkpoint anew; load the model without it"
+            )
+        kept = not all(weight.is_meta for weight in network.parameters())
+        if kept or names_of(network) != self.marks[self._place(network)].names:
+            raise MasaError(
+                f"the {type(network).__name__} was given other weights, and offload=True on a CPU reads them from the "
+                "checkpoint anew; load the model without it, or put a whole network in its place"
             )
         alone = isinstance(network, VAE)
         try:
@@ -127,16 +143,19 @@ class Shelf:
             if alone:
                 try:
                     self._fill(unet)
-                except CheckpointError as error:  # what the VAE made is not lost for it, and the next use raises
-                    warnings.warn(str(error), stacklevel=2)
+                except Exception as error:  # what the VAE made is not lost for it; the next use tries again, and raises
+                    _empty(unet)
+                    warnings.warn(f"the UNet could not be read again: {error}", stacklevel=2)
+
+    def _place(self, network: Network) -> int:
+        return next(i for i, own in enumerate(self.networks) if own is network)
 
     def _fill(self, network: Network) -> None:
         """Read a network. CheckpointError, with the network empty, unless it is what was read first."""
-        place = next(i for i, own in enumerate(self.networks) if own is network)
         try:
             opened = self._open()
             fill(opened, [network], self.dtype, torch.device("cpu"))
-            if Mark.of(network) != self.marks[place]:
+            if Mark.of(network) != self.marks[self._place(network)]:
                 raise CheckpointError("the weights are others")
         except FILE_ERRORS as error:
             _empty(network)

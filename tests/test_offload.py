@@ -150,10 +150,11 @@ LATENTS = torch.zeros(1, 4, 8, 8)
         lambda unet: unet.conv_out.bias.add_(1.0),
         lambda unet: unet.conv_in.weight.data[-1, -1, -1].mul_(1.001),  # beyond the first values; not counted by torch
         lambda unet: setattr(unet.conv_out, "bias", torch.nn.Parameter(unet.conv_out.bias + 1.0, requires_grad=False)),
-        lambda unet: unet.register_buffer("mine", torch.zeros(3)),
+        lambda unet: unet.register_buffer("mine", torch.zeros(3, dtype=torch.int64), persistent=False),
+        lambda unet: unet.conv_in.weight.data.copy_(unet.conv_in.weight.data.flip(0)),
         lambda unet: unet.requires_grad_(True),
     ],
-    ids=["in place", "unseen", "replaced", "added", "for a gradient"],
+    ids=["in place", "unseen", "replaced", "added", "turned round", "for a gradient"],
 )
 def test_a_changed_unet_is_not_thrown_away(offloaded, change):
     sd, _ = offloaded
@@ -165,6 +166,43 @@ def test_a_changed_unet_is_not_thrown_away(offloaded, change):
         sd.decode_latents(LATENTS)
     with pytest.raises(masa.MasaError, match="load the model without it"):  # before the steps, not at their end
         sd.encode_prompt(["a cat"])
+    assert not absent(sd.unet)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda vae, other: setattr(vae, "decoder", other.decoder),
+        lambda vae, other: vae.load_state_dict(other.state_dict(), assign=True),
+        lambda vae, other: vae.register_buffer("mine", torch.zeros(3)),
+    ],
+    ids=["replaced", "loaded", "added"],
+)
+def test_an_absent_network_given_weights_keeps_them(offloaded, tiny, change):
+    sd, _ = offloaded
+    other = copy.deepcopy(tiny.vae)
+    change(sd.vae, other)
+    with pytest.raises(masa.MasaError, match="the VAE was given other weights, and offload=True on a CPU reads them"):
+        sd.decode_latents(LATENTS)
+    assert not absent(other)
+    assert not absent(sd.unet)
+
+
+def test_memory_that_lacks_for_the_unet_loses_no_picture(offloaded, monkeypatch):
+    sd, _ = offloaded
+    shelf, fill = sys.modules["masa.shelf"], sys.modules["masa.shelf"].fill
+
+    def filled(opened, networks, *more):
+        if networks == [sd.unet]:
+            raise RuntimeError("can't allocate memory")
+        fill(opened, networks, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shelf, "fill", filled)
+        with pytest.warns(UserWarning, match="the UNet could not be read again: can't allocate memory"):
+            assert len(sd.decode_latents(LATENTS)) == 1
+    assert absent(sd.unet)
+    sd.encode_prompt(["a cat"])
     assert not absent(sd.unet)
 
 

@@ -212,6 +212,14 @@ def test_rows_that_do_not_fit_are_refused(tiny, inputs, copies):
         tiny.unet(x[:2], 300, context[:3], copies=copies)
 
 
+@pytest.mark.parametrize(("rows", "copies"), [(2, None), (1, (0, 0)), (3, None)])
+def test_timesteps_that_do_not_fit_are_refused(tiny, inputs, rows, copies):
+    x, context = inputs
+    timestep = torch.tensor([300, 20]) if rows != 2 else torch.tensor([300, 20, 1])
+    with pytest.raises(masa.MasaError, match=f"timestep has {len(timestep)} rows and x {rows}; expected one timestep"):
+        tiny.unet(x[:rows], timestep, context[: len(copies or x[:rows])], copies=copies)
+
+
 def test_timestep_embedding_has_cosines_first():
     emb = timestep_embedding(7, 32, torch.zeros(1))
     assert emb.shape == (1, 32)

@@ -18,7 +18,7 @@ LARGE_MAP = 1024
 
 
 def applies(x: Tensor) -> bool:
-    """Whether to see to it that rows are computed alike: in float32, on a CPU, without a gradient or a graph."""
+    """Whether to see to it that rows are computed alike: in float32, on a CPU, with grad mode off, no graph."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return False
     return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")

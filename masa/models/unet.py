@@ -174,7 +174,7 @@ class UNet(nn.Module):
     ) -> tuple[Tensor, Tape]:
         """Noise in x, and what the edits asked to record.
 
-        x (rows, 4, h, w) with h and w multiples of 8; timestep 0..999, one for all rows or (rows,);
+        x (rows, 4, h, w) with h and w multiples of 8; timestep 0..999, one for all rows or (rows of x,);
         context (rows, 77, context_width); edits by site index; retire drops rows on the way; checkpoint keeps
         only each block's input for the gradient and computes the rest again on the way back: exact.
         copies: for each row of context, its row of x, where those are fewer: two halves of guidance differ from the
@@ -190,6 +190,10 @@ class UNet(nn.Module):
         call = Call(edits or {}, {}, backend)
         # One row for one timestep: the product would round otherwise with more.
         emb = self.time_embedding(timestep_embedding(timestep, self.config.block_out_channels[0], x))
+        if len(emb) not in (1, len(x)):
+            raise MasaError(
+                f"timestep has {len(emb)} rows and x {len(x)}; expected one timestep, or one for each row of x"
+            )
 
         def through(module: nn.Module, *inputs: object) -> Tensor:
             if checkpoint:
