@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from masa.config import ModelConfig
 from masa.models.clip import TextEncoder
@@ -78,3 +79,16 @@ def checkpoint_parts(opened: Checkpoint, networks: Sequence[Network]) -> dict[st
         names = {name: files.namer(name[strip:]) for name in module.state_dict()}
         parts[part] = Part(module, names, files.entries, files.ignore)
     return parts
+
+
+def ends(network: Network) -> bytes:
+    """A few values of each weight: any training, merging or conversion changes some of them."""
+    values = [first_values(weight.detach()).float() for weight in network.parameters()]
+    return torch.cat(values).cpu().numpy().tobytes()
+
+
+def first_values(tensor: Tensor, count: int = 16) -> Tensor:
+    """The first values of a tensor in the order of its indices, whatever its layout, without a copy of the rest."""
+    while tensor.dim() > 1 and tensor[0].numel() >= count:
+        tensor = tensor[0]
+    return tensor.flatten()[:count]

@@ -23,9 +23,9 @@ from masa.models.clip import TextEncoder
 from masa.models.tokenizer import Tokenizer
 from masa.models.unet import UNet
 from masa.models.vae import VAE
-from masa.networks import build_models
+from masa.networks import build_models, ends
 from masa.schedule import Schedule
-from masa.shelf import Shelf, ends
+from masa.shelf import Shelf
 from masa.weights import hub
 from masa.weights.model_files import open_checkpoint
 

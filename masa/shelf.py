@@ -11,13 +11,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from masa.errors import CheckpointError, MasaError
 from masa.models.clip import TextEncoder
 from masa.models.unet import UNet
 from masa.models.vae import VAE
-from masa.networks import Network, checkpoint_parts, fill, meta_models
+from masa.networks import Network, checkpoint_parts, ends, fill, meta_models
 from masa.storage import release_freed
 from masa.weights.checkpoint import check_parts
 from masa.weights.model_files import Checkpoint, open_checkpoint
@@ -49,19 +48,6 @@ class Mark:
 def names_of(network: Network) -> tuple[str, ...]:
     """Of all that a network keeps, whether or not checkpoints hold it."""
     return (*network.state_dict(), *(name for name, _ in network.named_buffers()))
-
-
-def ends(network: Network) -> bytes:
-    """A few values of each weight: any training, merging or conversion changes some of them."""
-    values = [first_values(weight.detach()).float() for weight in network.parameters()]
-    return torch.cat(values).cpu().numpy().tobytes()
-
-
-def first_values(tensor: Tensor, count: int = 16) -> Tensor:
-    """The first values of a tensor in the order of its indices, whatever its layout, without a copy of the rest."""
-    while tensor.dim() > 1 and tensor[0].numel() >= count:
-        tensor = tensor[0]
-    return tensor.flatten()[:count]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -113,7 +99,7 @@ class Shelf:
         """
         unet = self.networks[0]
         if _is_empty(unet):  # it could not be read when the VAE was done
-            self._fill(unet)
+            self._fill(unet, self._open())
         if not self.holds(network):
             yield
             return
@@ -128,21 +114,18 @@ class Shelf:
                 f"the {type(network).__name__} was given other weights, and offload=True on a CPU reads them from the "
                 "checkpoint anew; load the model without it, or put a whole network in its place"
             )
+        opened = self._open()  # before anything is given up
         alone = isinstance(network, VAE)
-        try:
-            self._open()  # before anything is given up
-        except FILE_ERRORS as error:
-            raise self._not_as_loaded(error) from error
         try:
             if alone:
                 _empty(unet)
-            self._fill(network)
+            self._fill(network, opened)
             yield
         finally:
             _empty(network)
             if alone:
                 try:
-                    self._fill(unet)
+                    self._fill(unet, self._open())
                 except Exception as error:  # what the VAE made is not lost for it; the next use tries again, and raises
                     _empty(unet)
                     warnings.warn(f"the UNet could not be read again: {error}", stacklevel=2)
@@ -150,10 +133,9 @@ class Shelf:
     def _place(self, network: Network) -> int:
         return next(i for i, own in enumerate(self.networks) if own is network)
 
-    def _fill(self, network: Network) -> None:
+    def _fill(self, network: Network, opened: Checkpoint) -> None:
         """Read a network. CheckpointError, with the network empty, unless it is what was read first."""
         try:
-            opened = self._open()
             fill(opened, [network], self.dtype, torch.device("cpu"))
             if Mark.of(network) != self.marks[self._place(network)]:
                 raise CheckpointError("the weights are others")
@@ -162,7 +144,10 @@ class Shelf:
             raise self._not_as_loaded(error) from error
 
     def _open(self) -> Checkpoint:
-        return open_checkpoint(self.checkpoint, prefer_half=self.prefer_half, vae=self.vae)
+        try:
+            return open_checkpoint(self.checkpoint, prefer_half=self.prefer_half, vae=self.vae)
+        except FILE_ERRORS as error:
+            raise self._not_as_loaded(error) from error
 
     def _not_as_loaded(self, error: Exception) -> CheckpointError:
         return CheckpointError(

@@ -13,6 +13,7 @@ from torch._dynamo.testing import CompileCounter
 import masa
 from masa.attention import Edit, Mix, Record
 from masa.compile import CompiledUNet, join, replayed, split
+from masa.models import rowwise
 from masa.models.unet import Retirement
 
 SETTINGS = {"steps": 3, "height": 64, "width": 64, "guidance_scale": 3.0, "progress": False}
@@ -169,15 +170,15 @@ def test_captures_are_dropped_with_the_weights_they_read(tiny, generator):
     assert captures.count == 5
 
 
-def test_an_edit_of_a_real_picture_is_captured_per_structure(tiny):
+def test_an_edit_of_a_real_picture_is_captured_per_structure(tiny, monkeypatch):
+    monkeypatch.setattr(rowwise, "applies", lambda x: False)  # compiled blocks take all rows at once
     sd, captures = captured(tiny)
     picture = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     counts = []
     for seed, target in ((0, TARGET), (1, "a jumping cat")):
         run = {"controls": CONTROLS["masactrl"], "seed": seed, **SETTINGS}
         plain = masa.edit(tiny, picture, target, **run)
-        # Rounding, grown through inversion and edit; measured 1.2e-5: compiled blocks take all rows at once.
-        assert relative_error(masa.edit(sd, picture, target, **run).latents, plain.latents) < 3e-5
+        assert relative_error(masa.edit(sd, picture, target, **run).latents, plain.latents) < 1e-5
         counts.append(captures.count)
     # Inversion, targets alone, source and targets with the source retiring, and without at the last step.
     assert counts == [4, 4]
