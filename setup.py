@@ -5,9 +5,27 @@ from setuptools import setup
 HERE = Path(__file__).parent
 
 
+# Listed, not found: kernels/ and weights/ lie at the top without __init__.py, so that no top-level `kernels` package
+# exists. They are imported as parts of masa.
+FOLDERS = {
+    "masa": "masa",
+    "masa.cache": "masa/cache",
+    "masa.cli": "masa/cli",
+    "masa.controls": "masa/controls",
+    "masa.io": "masa/io",
+    "masa.kernels": "kernels",
+    "masa.models": "masa/models",
+    "masa.output": "masa/output",
+    "masa.runtime": "masa/runtime",
+    "masa.weights": "weights",
+    "masa.weights.demo": "weights/demo",
+    "masa.workflows": "masa/workflows",
+}
+
+
 def data(package: str, *patterns: str) -> list[str]:
     """Data files of a package, relative to it."""
-    folder = HERE / package.replace(".", "/")
+    folder = HERE / FOLDERS[package]
     return sorted(str(path.relative_to(folder)) for pattern in patterns for path in folder.glob(pattern))
 
 
@@ -19,8 +37,8 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    # Listed, not found: kernels/ and weights/ have no __init__.py, so that no top-level `kernels` package exists.
-    packages=["masa", "masa.models", "masa.controls", "masa.kernels", "masa.weights", "masa.weights.demo"],
+    packages=list(FOLDERS),
+    package_dir=FOLDERS,
     package_data={
         "masa.weights": data("masa.weights", "clip/*"),
         "masa.weights.demo": data("masa.weights.demo", "*.md", "*.png", "*.json", "*.safetensors", "model/**/*.*"),

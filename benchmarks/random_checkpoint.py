@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from masa.config import SD_V1, ModelConfig
-from masa.files import replacing
+from masa.io.files import replacing
 from masa.models.clip import TextEncoder
 from masa.models.unet import UNet
 from masa.models.vae import VAE

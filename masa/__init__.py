@@ -1,7 +1,14 @@
 """masa: MasaCtrl and its neighbours on Stable Diffusion v1, from scratch in PyTorch."""
 
+from pathlib import Path as _Path
+
+# kernels/ and weights/ lie beside this folder in a checkout, and in it where the library is installed.
+if not (_Path(__file__).parent / "kernels").is_dir():
+    __path__.append(str(_Path(__file__).parent.parent))
+
 __version__ = "0.1.0"
 
+from masa.cache.source_cache import SourceCache
 from masa.config import ModelConfig, ScheduleConfig
 from masa.controls.blended import BlendedLatents
 from masa.controls.local_blend import LocalBlend
@@ -13,16 +20,16 @@ from masa.controls.record import RecordAttention, RecordPredictions, RecordQueri
 from masa.controls.style import StyleTransfer
 from masa.errors import CheckpointError, MasaError
 from masa.inversion import invert
+from masa.output import plots
+from masa.output.result import Result
 from masa.pipeline import StableDiffusion, load
-from masa.recording import record
-from masa.rerun import rerun
-from masa.result import Result
 from masa.sampling import edit, sample
 from masa.schedule import Schedule
-from masa.sdedit import sdedit
-from masa.sheets import grid, sweep
-from masa.source_cache import SourceCache
 from masa.trajectory import Trajectory
+from masa.workflows.recording import record
+from masa.workflows.rerun import rerun
+from masa.workflows.sdedit import sdedit
+from masa.workflows.sheets import grid, sweep
 
 __all__ = [
     "BlendedLatents",
@@ -49,6 +56,7 @@ __all__ = [
     "grid",
     "invert",
     "load",
+    "plots",
     "record",
     "rerun",
     "sample",

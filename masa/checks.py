@@ -13,7 +13,7 @@ from masa.attention import Grid, check_backend
 from masa.branches import Branches, check_guidance
 from masa.controls.base import Control, Run, begin_all, check_together
 from masa.errors import MasaError
-from masa.image import ImageLike, check_size, load_image
+from masa.io.pictures import ImageLike, check_size, load_image
 from masa.pipeline import StableDiffusion
 from masa.schedule import Schedule
 from masa.trajectory import EDIT_FRIENDLY_ETA, Trajectory

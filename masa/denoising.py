@@ -10,12 +10,12 @@ from torch import Tensor
 
 from masa.attention import Backend, Edit, Tape, take
 from masa.branches import Branches
+from masa.cache.source_cache import SourceCache
 from masa.controls.base import ActiveControl, resolve
 from masa.errors import MasaError
 from masa.models.unet import Retirement
 from masa.pipeline import StableDiffusion
 from masa.schedule import Schedule, predict_x0
-from masa.source_cache import SourceCache
 
 Callback = Callable[[int, int, Tensor], "Tensor | None"]
 

@@ -15,8 +15,8 @@ from masa.attention import Backend, check_backend
 from masa.branches import Branches, check_guidance
 from masa.checks import check_tiled
 from masa.errors import MasaError
-from masa.files import file_digest
-from masa.image import ImageLike, load_image
+from masa.io.files import file_digest
+from masa.io.pictures import ImageLike, load_image
 from masa.noise import Noise
 from masa.null_text import INNER_STEPS, MAX_STEPS, null_text
 from masa.pipeline import StableDiffusion

@@ -17,19 +17,19 @@ from tqdm import tqdm
 
 from masa.config import ModelConfig
 from masa.errors import CheckpointError, MasaError
-from masa.image import ImageLike, load_image, to_pil
+from masa.io.pictures import ImageLike, load_image, to_pil
 from masa.models import tiling
 from masa.models.clip import TextEncoder
 from masa.models.tokenizer import Tokenizer
 from masa.models.unet import UNet
 from masa.models.vae import VAE
-from masa.networks import build_models, ends
+from masa.runtime.networks import build_models, ends
+from masa.runtime.offload import Shelf
 from masa.schedule import Schedule
-from masa.shelf import Shelf
 from masa.weights import hub
 from masa.weights.model_files import open_checkpoint
 
-DEMO = Path(__file__).parent / "weights" / "demo" / "model"
+DEMO = Path(hub.__file__).parent / "demo" / "model"
 
 DTYPE_NAMES = {
     "fp32": torch.float32,
@@ -105,7 +105,7 @@ class StableDiffusion:
         graphs, one per structure of edits; default on a CUDA device. Results agree up to rounding. Raises MasaError
         for an unknown compiler, graphs without a CUDA device, or a model that is compiled already.
         """
-        from masa.compile import compile_unet  # the compiler takes seconds to import
+        from masa.runtime.compile import compile_unet  # the compiler takes seconds to import
 
         if self.shelf is not None:
             raise MasaError(

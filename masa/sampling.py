@@ -13,6 +13,8 @@ from tqdm import tqdm
 from masa import __version__
 from masa.attention import Backend
 from masa.branches import Branches
+from masa.cache.recorder import Recorder
+from masa.cache.source_cache import SourceCache
 from masa.checks import (
     as_controls,
     as_prompts,
@@ -31,16 +33,14 @@ from masa.controls.base import Control, begin_all, check_together
 from masa.controls.masactrl import MasaCtrl
 from masa.denoising import Callback, Context, Denoising, check_cache, denoise
 from masa.errors import MasaError
-from masa.image import ImageLike
 from masa.inversion import invert
+from masa.io.pictures import ImageLike
 from masa.noise import Noise
 from masa.null_text import INNER_STEPS
+from masa.output.result import Picture, Result
 from masa.pipeline import StableDiffusion
-from masa.recorder import Recorder
-from masa.result import Picture, Result
 from masa.schedule import Schedule
 from masa.settings import describe, pack
-from masa.source_cache import SourceCache
 from masa.trajectory import Trajectory, default_skip
 
 

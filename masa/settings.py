@@ -23,7 +23,7 @@ from masa.controls.prompt_to_prompt import PromptToPrompt
 from masa.controls.record import RecordAttention, RecordPredictions, RecordQueries
 from masa.controls.style import StyleTransfer
 from masa.errors import MasaError
-from masa.image import load_mask
+from masa.io.pictures import load_mask
 
 # Values that can stand in a settings file, by class name.
 KINDS = {

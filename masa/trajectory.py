@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from masa.files import file_digest, load_tensors, save_tensors
+from masa.io.files import file_digest, load_tensors, save_tensors
 from masa.schedule import Schedule
 
 FORMAT = "masa trajectory 1"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,17 +12,16 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PRODUCT = sorted(p for folder in ("masa", "kernels", "weights") for p in (ROOT / folder).glob("**/*.py"))
-OURS = [p for p in PRODUCT if "masa/kernels" not in str(p) and "masa/weights" not in str(p)]
 
 # Module -> what of masa it may import, by prefix.
 ALLOWED = {
     "kernels": ("masa.kernels", "masa.errors"),
-    "weights": ("masa.weights", "masa.config", "masa.errors", "masa.files"),
+    "weights": ("masa.weights", "masa.config", "masa.errors", "masa.io.files"),
     "masa/attention.py": ("masa.kernels", "masa.errors"),
     "masa/branches.py": ("masa.errors",),
     "masa/schedule.py": ("masa.config", "masa.errors"),
     "masa/models": ("masa.config", "masa.attention", "masa.models", "masa.errors"),
-    "masa/controls": ("masa.attention", "masa.branches", "masa.controls", "masa.errors", "masa.image"),
+    "masa/controls": ("masa.attention", "masa.branches", "masa.controls", "masa.errors", "masa.io.pictures"),
 }
 # Training the demo model and drawing its world are users of the library, not part of it.
 TRAINING = "weights/demo"
@@ -41,7 +41,7 @@ def relative(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-@pytest.mark.parametrize("path", OURS, ids=relative)
+@pytest.mark.parametrize("path", PRODUCT, ids=relative)
 def test_imports_flow_one_way(path):
     name = relative(path)
     found = imports(path)
@@ -54,7 +54,9 @@ def test_imports_flow_one_way(path):
             assert all(i.startswith(allowed) for i in own), own
 
 
-@pytest.mark.parametrize("path", [p for p in OURS if "masa/models" in str(p) or p.name == "attention.py"], ids=relative)
+@pytest.mark.parametrize(
+    "path", [p for p in PRODUCT if "masa/models" in str(p) or p.name == "attention.py"], ids=relative
+)
 def test_forward_never_synchronises_or_prints(path):
     text = path.read_text(encoding="utf-8")
     for banned in (".item()", "print(", "register_forward", "global "):
@@ -64,6 +66,28 @@ def test_forward_never_synchronises_or_prints(path):
 def test_no_init_files_that_would_shadow_other_packages():
     assert not (ROOT / "kernels" / "__init__.py").exists()
     assert not (ROOT / "weights" / "__init__.py").exists()
+
+
+def test_no_links():
+    """A checkout without symbolic links (Windows, zip downloads) is whole, and a search finds each file once."""
+    assert not [p for p in ROOT.rglob("*") if p.is_symlink() and ".git" not in p.parts and ".venv" not in p.parts]
+
+
+def test_imports_from_a_copied_tree_and_from_what_is_built(tmp_path):
+    copied, built = tmp_path / "copied", tmp_path / "built"
+    for folder in ("masa", "kernels", "weights"):
+        shutil.copytree(ROOT / folder, copied / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    build = [sys.executable, "setup.py", "-q", "build", "--build-base", tmp_path / "build", "--build-lib", built]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    code = (
+        "import masa, masa.kernels.reference, masa.weights.demo.world; from masa.models.tokenizer import Tokenizer; "
+        "from masa.pipeline import DEMO; print(masa.__file__, DEMO.is_dir(), Tokenizer.clip().vocab_size)"
+    )
+    for tree in (copied, built):
+        # Isolated, so that neither this checkout nor an installed masa is found.
+        run = [sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {str(tree)!r}); {code}"]
+        out = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert out.stdout.split() == [str(tree / "masa" / "__init__.py"), "True", "49408"]
 
 
 def test_import_is_light():

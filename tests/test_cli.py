@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 import masa
-from masa.arguments import PLOTS, build_parser
-from masa.cli import COMMANDS, choose_folder, main
-from masa.control_arguments import build_controls, parse_numbers
-from masa.result import file_names
+from masa.cli.arguments import PLOTS, build_parser
+from masa.cli.commands import COMMANDS, choose_folder, main
+from masa.cli.control_arguments import build_controls, parse_numbers
+from masa.output.result import file_names
 
 ROOT = Path(__file__).parent.parent
 PLAIN = ["--steps", "3", "--height", "64", "--width", "64", "-q"]

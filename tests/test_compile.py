@@ -12,9 +12,9 @@ from torch._dynamo.testing import CompileCounter
 
 import masa
 from masa.attention import Edit, Mix, Record
-from masa.compile import CompiledUNet, join, replayed, split
 from masa.models import rowwise
 from masa.models.unet import Retirement
+from masa.runtime.compile import CompiledUNet, join, replayed, split
 
 SETTINGS = {"steps": 3, "height": 64, "width": 64, "guidance_scale": 3.0, "progress": False}
 SOURCE, TARGET = "a sitting cat", "a running cat"
@@ -118,7 +118,7 @@ def test_one_capture_serves_records_of_any_keys(tiny, generator):
 
 
 def test_the_oldest_captures_are_dropped(tiny, generator, monkeypatch):
-    monkeypatch.setattr("masa.compile.MOST_GRAPHS", 2)
+    monkeypatch.setattr("masa.runtime.compile.MOST_GRAPHS", 2)
     sd, captures = captured(tiny)
     x, context = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 77, 32, generator=generator)
     counts = []

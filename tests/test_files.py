@@ -8,7 +8,7 @@ import stat
 import pytest
 
 from masa.errors import MasaError
-from masa.files import check_folder, check_free, replacing
+from masa.io.files import check_folder, check_free, replacing
 
 
 def test_a_file_appears_whole(tmp_path):

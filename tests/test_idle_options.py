@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from masa.arguments import build_parser
-from masa.cli import main
-from masa.idle_options import refuse_idle
+from masa.cli.arguments import build_parser
+from masa.cli.commands import main
+from masa.cli.idle_options import refuse_idle
 
 ROOT = Path(__file__).parent.parent
 

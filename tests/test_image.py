@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from masa import MasaError
-from masa.image import load_image, load_mask, to_pil
+from masa.io.pictures import load_image, load_mask, to_pil
 
 
 @pytest.fixture

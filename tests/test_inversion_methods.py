@@ -253,7 +253,7 @@ def test_trajectories_come_back_whole(tiny, trajectories, tmp_path, method):
 
 @pytest.mark.parametrize("method", ["null-text", "edit-friendly", "noise"])
 def test_an_edit_runs_again_from_its_picture(tiny, tmp_path, method):
-    from masa.image import to_pil
+    from masa.io.pictures import to_pil
 
     to_pil(torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)))[0].save(tmp_path / "real.png")
     settings = {"steps": 2, "controls": masa.MasaCtrl(1), "progress": False, "height": 64, "width": 64}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 
 import pytest
@@ -11,12 +10,12 @@ from PIL import Image
 from torch import nn
 
 import masa
-from masa import compile as compiling
 from masa import pipeline
-from masa.cli import main
+from masa.cli.commands import main
 from masa.models import tiling
-from masa.rerun import load_again
-from masa.result import read_settings
+from masa.output.result import read_settings
+from masa.runtime import compile as compiling
+from masa.workflows.rerun import load_again
 
 SIZE = {"height": 64, "width": 128}
 SETTINGS = {**SIZE, "steps": 2, "seed": 0, "controls": [], "progress": False}
@@ -195,7 +194,7 @@ def test_what_was_asked_of_cuda_graphs_is_asked_again(tiny, tmp_path, monkeypatc
     monkeypatch.setattr(
         masa.StableDiffusion, "compile", lambda sd, *, compiler, cuda_graphs: asked.append(cuda_graphs) or sd
     )
-    monkeypatch.setattr(sys.modules["masa.rerun"], "load", lambda checkpoint, **given: tiny)
+    monkeypatch.setattr("masa.workflows.rerun.load", lambda checkpoint, **given: tiny)
     load_again(settings, tmp_path / "source.png", progress=False)
     assert asked == [cuda_graphs]
 
@@ -203,7 +202,7 @@ def test_what_was_asked_of_cuda_graphs_is_asked_again(tiny, tmp_path, monkeypatc
 def test_a_gpu_s_run_that_was_offloaded_and_compiled_is_compiled_on_a_cpu(tiny, tmp_path, monkeypatch, quick_compiler):
     settings = {**masa.sample(tiny, SOURCE, **SETTINGS).settings, "offload": True, "compiled": "eager"}
     given = []
-    monkeypatch.setattr(sys.modules["masa.rerun"], "load", lambda *path, **more: given.append(more["offload"]) or tiny)
+    monkeypatch.setattr("masa.workflows.rerun.load", lambda *path, **more: given.append(more["offload"]) or tiny)
     assert load_again(settings, tmp_path / "source.png", progress=False).compiled == "eager"
     load_again({**settings, "compiled": None}, tmp_path / "source.png", progress=False)
     assert given == [False, True]
@@ -257,7 +256,7 @@ def test_offloading_is_written_down(tiny, tmp_path, monkeypatch):
     assert settings["offload"] is True
     assert masa.sample(tiny, SOURCE, **SETTINGS).settings["offload"] is False
     loads: list[dict] = []
-    monkeypatch.setattr(sys.modules["masa.rerun"], "load", lambda checkpoint, **given: loads.append(given) or tiny)
+    monkeypatch.setattr("masa.workflows.rerun.load", lambda checkpoint, **given: loads.append(given) or tiny)
     load_again(settings, tmp_path / "source.png", progress=False)
     del settings["offload"]  # of an earlier version
     load_again(settings, tmp_path / "source.png", progress=False)

@@ -19,7 +19,7 @@ from fake_checkpoints import (
 
 from masa import CheckpointError
 from masa.config import SD_V1, ModelConfig, ScheduleConfig
-from masa.networks import check_keys
+from masa.runtime.networks import check_keys
 from masa.weights.model_files import Checkpoint, open_checkpoint, summarise
 
 LDM = key_list("sd15_ldm")

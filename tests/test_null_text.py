@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import masa
-from masa.cli import main
-from masa.image import to_pil
+from masa.cli.commands import main
+from masa.io.pictures import to_pil
 from masa.null_text import INNER_STEPS, tolerance
-from masa.rerun import restore_trajectory
 from masa.weights.demo.world import caption, render
 from masa.weights.demo.world import sample as draw_sample
+from masa.workflows.rerun import restore_trajectory
 
 STEPS = 50  # the tolerance is made for these
 

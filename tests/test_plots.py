@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import masa
-from masa import plots
+from masa.output import plots
 
 SOURCE, TARGETS = "a photo of a cat", ("a photo of a dog", "a drawing of a cat")
 STEPS = 4

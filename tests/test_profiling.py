@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from masa.cli import build_parser, main
+from masa.cli.commands import build_parser, main
+from masa.cli.profiling import choose_order, profiled
 from masa.errors import MasaError
-from masa.profiling import choose_order, profiled
 
 
 def test_trace_and_table(tmp_path, capsys):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from dataclasses import replace
 
 import pytest
@@ -13,8 +12,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import masa
-from masa.cli import main
-from masa.result import Picture, read_settings, wrap
+from masa.cli.commands import main
+from masa.output.result import Picture, read_settings, wrap
 from masa.settings import describe, restore
 
 SETTINGS = {"steps": 3, "height": 64, "width": 64, "progress": False}
@@ -176,7 +175,7 @@ def test_another_device_or_dtype_keeps_the_checks(tiny_folder, tiny, tmp_path, m
         masa.rerun(source, tiny, device="cpu")
     capsys.readouterr()
     loads = []
-    monkeypatch.setattr(sys.modules["masa.rerun"], "load", lambda *args, **settings: loads.append(settings) or sd)
+    monkeypatch.setattr("masa.workflows.rerun.load", lambda *args, **settings: loads.append(settings) or sd)
     assert main(["rerun", str(source), "--device", "cpu", "-q", "-o", "out"]) == 0
     assert [settings["progress"] for settings in loads] == [False]
     assert capsys.readouterr().err == ""
@@ -233,7 +232,7 @@ def test_no_picture_is_saved_without_the_rest(out, tmp_path, monkeypatch):
     def fail(*args):
         raise OSError("disk full")
 
-    monkeypatch.setattr("masa.result.save_tensors", fail)
+    monkeypatch.setattr("masa.output.result.save_tensors", fail)
     with pytest.raises(OSError, match="disk full"):
         out.save(tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -294,7 +293,7 @@ def test_a_failed_save_loses_nothing_of_an_older_result(out, tmp_path, monkeypat
 
     out.save(tmp_path)
     alone = replace(out, images=out.images[:1], settings={**out.settings, "target": []})
-    monkeypatch.setattr("masa.result.save_tensors", fail)
+    monkeypatch.setattr("masa.output.result.save_tensors", fail)
     with pytest.raises(OSError, match="disk full"):
         alone.save(tmp_path)
     assert masa.Result.load(tmp_path).settings == out.settings

@@ -91,7 +91,7 @@ def test_parameters_change_the_picture(tiny, picture, change):
 
 
 def test_an_sdedit_runs_again_from_its_picture(tiny, tmp_path):
-    from masa.image import to_pil
+    from masa.io.pictures import to_pil
 
     to_pil(torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)))[0].save(tmp_path / "real.png")
     out = masa.sdedit(tiny, tmp_path / "real.png", TARGET, 0.5, steps=4, progress=False)
@@ -177,7 +177,7 @@ def test_blending_parameters_change_the_picture(tiny, picture, change):
 
 
 def test_a_blend_runs_again(tiny, tmp_path):
-    from masa.image import to_pil
+    from masa.io.pictures import to_pil
 
     to_pil(torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)))[0].save(tmp_path / "real.png")
     settings = {"controls": masa.BlendedLatents(half()), "steps": 3, "progress": False}

@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 
 import masa
-from masa.arguments import parse_sweep
-from masa.cli import main
-from masa.result import read_settings
-from masa.sheets import CELL, PARAMETERS, label_sheet, serves
+from masa.cli.arguments import parse_sweep
+from masa.cli.commands import main
+from masa.output.result import read_settings
+from masa.workflows.sheets import CELL, PARAMETERS, label_sheet, serves
 
 SOURCE, TARGET = "a photo of a sitting cat", "a photo of a running cat"
 SETTINGS = {"steps": 2, "height": 64, "width": 64, "seed": 3, "progress": False}
@@ -69,7 +69,7 @@ def test_a_sweep_over_a_picture_inverts_once(tiny, picture, monkeypatch):
         calls.append(kwargs["method"])
         return masa.invert(*args, **kwargs)
 
-    monkeypatch.setattr("masa.sheets.invert", invert)
+    monkeypatch.setattr("masa.workflows.sheets.invert", invert)
     settings = {"steps": 3, "height": 64, "width": 64, "seed": 3, "progress": False}
     rows, columns = ("start_step", [0, 2]), ("start_layer", [0, 12])
     sheet = masa.sweep(tiny, SOURCE, TARGET, rows, columns, image=picture, method="noise", **settings)
@@ -196,7 +196,7 @@ def test_a_grid_refuses_before_the_first_inversion(tiny, monkeypatch):
     def invert(*args, **kwargs):
         raise AssertionError("inverted")
 
-    monkeypatch.setattr("masa.sheets.invert", invert)
+    monkeypatch.setattr("masa.workflows.sheets.invert", invert)
     picture = torch.zeros(3, 64, 64)
     with pytest.raises(masa.MasaError, match="guidance"):
         masa.grid(tiny, picture, "a cat", "a dog", methods=["ddim", "null-text"], guidance_scale=1.0, progress=False)

@@ -119,7 +119,7 @@ def test_an_absent_network_given_weights_keeps_them(offloaded, tiny, change):
 
 def test_memory_that_lacks_for_the_unet_loses_no_picture(offloaded, monkeypatch):
     sd, _ = offloaded
-    shelf, fill = sys.modules["masa.shelf"], sys.modules["masa.shelf"].fill
+    shelf, fill = sys.modules["masa.runtime.offload"], sys.modules["masa.runtime.offload"].fill
 
     def filled(opened, networks, *more):
         if networks == [sd.unet]:
@@ -246,7 +246,7 @@ def test_a_picture_is_not_lost_for_the_unet(offloaded, monkeypatch, how):
 
 def test_vae_and_unet_are_read_once_for_the_pictures(offloaded, monkeypatch):
     sd, _ = offloaded
-    shelf, read = sys.modules["masa.shelf"], []
+    shelf, read = sys.modules["masa.runtime.offload"], []
     fill = shelf.fill
     monkeypatch.setattr(
         shelf, "fill", lambda opened, networks, *more: read.extend(networks) or fill(opened, networks, *more)

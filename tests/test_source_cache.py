@@ -13,9 +13,9 @@ from rounding import products_are_rowwise, same
 
 import masa
 from masa.attention import Call, Edit, Lent, Record, Site, attend
+from masa.cache.storage import choose_store
 from masa.controls.base import ActiveControl
 from masa.kernels.mutual_attention import MaskPlan
-from masa.storage import choose_store
 
 SOURCE, TARGETS = "a photo of a sitting cat", ["a photo of a running cat", "a red cat in the snow", "a cat on a mat"]
 STEPS = 5

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from masa.config import ModelConfig
-from masa.files import replacing
+from masa.io.files import replacing
 
 # Repositories and mail both dislike larger files; diffusers and masa read sharded folders like whole ones.
 SHARD_SIZE = "14MB"

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from masa.files import replacing
+from masa.io.files import replacing
 
 from .cases import Individual
 from .report import Outcome, Row, both_right, summarise, write_csv

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 import masa
-from masa.files import replacing
+from masa.io.files import replacing
 from masa.weights.demo.pose_classifier import PoseClassifier
 
 from .cases import Individual

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 import masa
-from masa.files import replacing
+from masa.io.files import replacing
 from masa.weights.demo.world import render
 
 from .cases import CALIBRATION_SEEDS, MODEL_SEEDS, SWEEP_SEEDS, TABLE_SEEDS, Individual

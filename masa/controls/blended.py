@@ -14,7 +14,7 @@ from masa.branches import Branches
 from masa.controls.base import ActiveControl, Run
 from masa.controls.checks import is_number
 from masa.errors import MasaError
-from masa.image import ImageLike, load_mask
+from masa.io.pictures import ImageLike, load_mask
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,7 @@ from masa.branches import SOURCE, Branches
 from masa.controls.base import Run
 from masa.controls.checks import check_fraction
 from masa.errors import MasaError
-from masa.image import ImageLike, load_mask
+from masa.io.pictures import ImageLike, load_mask
 
 # Cross-attention maps are read where the grid is the latents' divided by 4: 16x16 at 512x512.
 MAP_DOWNSAMPLE = 4

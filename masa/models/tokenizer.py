@@ -7,6 +7,7 @@ import re
 import unicodedata
 import warnings
 from collections.abc import Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ class Tokenizer:
     @classmethod
     def clip(cls) -> Tokenizer:
         """The vocabulary of CLIP ViT-L/14, which ships with the library."""
-        path = Path(__file__).parent.parent / "weights" / "clip" / "merges.txt"
+        path = Path(str(files("masa.weights") / "clip" / "merges.txt"))
         merges = read_merges(path)
         bytes_ = list(byte_symbols().values())
         symbols = [*bytes_, *(b + "</w>" for b in bytes_), *(a + b for a, b in merges), START, END]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,8 +18,7 @@ from masa.errors import CheckpointError, MasaError
 from masa.models.clip import TextEncoder
 from masa.models.unet import UNet
 from masa.models.vae import VAE
-from masa.networks import Network, checkpoint_parts, ends, fill, meta_models
-from masa.storage import release_freed
+from masa.runtime.networks import Network, checkpoint_parts, ends, fill, meta_models
 from masa.weights.checkpoint import check_parts
 from masa.weights.model_files import Checkpoint, open_checkpoint
 
@@ -163,3 +164,11 @@ def _empty(network: Network) -> None:
 
 def _is_empty(network: Network) -> bool:
     return any(weight.is_meta for weight in network.parameters())
+
+
+def release_freed() -> None:
+    """Give the system back what this process has freed; glibc would keep most of it for later."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # not every C library has it
+        if trim is not None:
+            trim(0)

@@ -8,8 +8,8 @@ from PIL import Image
 
 from masa.controls.masactrl import MasaCtrl
 from masa.inversion import invert
+from masa.output.result import Picture, label_row
 from masa.pipeline import load
-from masa.result import Picture, label_row
 from masa.sampling import sample
 from masa.weights.demo.world import Sample, caption, render
 from masa.weights.demo.world import sample as draw_sample

@@ -10,13 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from masa.arguments import build_parser
-from masa.control_arguments import build_controls, build_start, check_picture, given
+from masa.cli.arguments import build_parser
+from masa.cli.control_arguments import build_controls, build_start, check_picture, given
+from masa.cli.idle_options import refuse_idle
 from masa.errors import MasaError
-from masa.files import check_folder, check_free, replacing
-from masa.idle_options import refuse_idle
-from masa.result import file_names
-from masa.sheets import comparison
+from masa.io.files import check_folder, check_free, replacing
+from masa.output.result import file_names
+from masa.workflows.sheets import comparison
 
 OUT = Path("masa-out")
 
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
     command = COMMANDS[args.command]
     if getattr(args, "profile", None) is None:
         return command(args)
-    from masa.profiling import profiled
+    from masa.cli.profiling import profiled
 
     with profiled(args.profile, args.overwrite):
         return command(args)
@@ -66,7 +66,7 @@ def interrupted(error: BaseException | None) -> bool:
 
 
 def run_demo(args: argparse.Namespace) -> None:
-    from masa import demo
+    from masa.workflows import demo
 
     folder = choose_folder(args.out, ["synthesis.png", "editing.png", "picture.png"], args.overwrite)
     for path in demo.run(folder, seed=args.seed, progress=not args.quiet):
@@ -224,8 +224,8 @@ def run_sweep(args: argparse.Namespace) -> None:
 
 
 def run_inspect(args: argparse.Namespace) -> None:
-    from masa.networks import check_keys
     from masa.pipeline import locate
+    from masa.runtime.networks import check_keys
     from masa.weights.model_files import summarise
 
     rows = summarise(locate(args.checkpoint, prefer_half=False), check=check_keys)
@@ -236,7 +236,7 @@ def run_inspect(args: argparse.Namespace) -> None:
 
 def run_rerun(args: argparse.Namespace) -> None:
     import masa
-    from masa.result import read_settings
+    from masa.output.result import read_settings
 
     settings = read_settings(args.picture)
     folder = choose_folder(args.out, file_names(len(settings.get("target", []))), args.overwrite)
@@ -254,7 +254,7 @@ def run_rerun(args: argparse.Namespace) -> None:
 
 def run_plot(args: argparse.Namespace) -> None:
     import masa
-    from masa import plots
+    from masa.output import plots
 
     kinds: Mapping[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
         "word-maps": (plots.word_maps, ("words",)),
@@ -296,7 +296,7 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace], None]] = {
 def load_model(args: argparse.Namespace):  # type: ignore[no-untyped-def]
     import masa
     from masa.attention import check_backend
-    from masa.image import check_size
+    from masa.io.pictures import check_size
     from masa.pipeline import choose_device
 
     # What can be refused without the model is refused before its minutes are spent.

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from masa.errors import MasaError
-from masa.files import load_tensors, replacing, save_tensors
+from masa.io.files import load_tensors, replacing, save_tensors
 
 KEY = "masa"  # the text chunks of a PNG that hold its settings: masa, masa.1, ..
 TENSORS = "result.safetensors"  # what is not a picture, beside the pictures

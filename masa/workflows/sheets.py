@@ -18,12 +18,12 @@ from masa.controls.plug_and_play import PlugAndPlay
 from masa.controls.prompt_to_prompt import PromptToPrompt
 from masa.controls.style import StyleTransfer
 from masa.errors import MasaError
-from masa.image import ImageLike
 from masa.inversion import METHODS, check_method, invert
+from masa.io.pictures import ImageLike
 from masa.noise import Noise
 from masa.null_text import MAX_STEPS
+from masa.output.result import Picture, wrap
 from masa.pipeline import StableDiffusion
-from masa.result import Picture, wrap
 from masa.sampling import sample
 from masa.settings import describe
 from masa.trajectory import default_skip

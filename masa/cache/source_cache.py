@@ -16,13 +16,13 @@ from torch import Tensor
 
 from masa.attention import Edit, Lent, Site
 from masa.branches import Branches
+from masa.cache.storage import Store, check_store, choose_store, keep
 from masa.controls.base import ActiveControl
 from masa.errors import MasaError
-from masa.files import replacing
+from masa.io.files import replacing
+from masa.io.tensor_file import TensorFile, TensorWriter
 from masa.pipeline import StableDiffusion
 from masa.schedule import Schedule
-from masa.storage import Store, check_store, choose_store, keep
-from masa.tensor_file import TensorFile, TensorWriter
 from masa.trajectory import Trajectory
 
 FORMAT = "masa source cache 1"

@@ -15,7 +15,7 @@ from masa.controls.prompt_to_prompt import PromptToPrompt
 from masa.controls.record import RecordAttention, RecordPredictions, RecordQueries
 from masa.controls.style import StyleTransfer
 from masa.errors import MasaError
-from masa.image import open_picture
+from masa.io.pictures import open_picture
 
 CONTROLS = ("masactrl", "prompt-to-prompt", "plug-and-play", "style")
 

@@ -6,9 +6,9 @@ import argparse
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from masa.control_arguments import add_control, add_record, add_start, parse_numbers, parse_words
+from masa.cli.control_arguments import add_control, add_record, add_start, parse_numbers, parse_words
 from masa.inversion import METHODS
-from masa.sheets import PARAMETERS
+from masa.workflows.sheets import PARAMETERS
 
 PLOTS = ("word-maps", "self-attention", "masks", "queries", "predictions")
 

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from masa.errors import MasaError
-from masa.files import reading
+from masa.io.files import reading
 
 DTYPES = {
     torch.float32: "F32",

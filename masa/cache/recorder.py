@@ -17,16 +17,16 @@ from torch import Tensor
 
 from masa.attention import Edit, Part, Record, Site, Tape
 from masa.branches import Branches
+from masa.cache.source_cache import EXTRAS, FORMAT, SourceCache, finish_file, name_of
+from masa.cache.storage import Store, check_store, choose_store, keep
 from masa.controls.base import ActiveControl, Run, choose_layers, choose_steps
 from masa.controls.masactrl import MasaCtrl
 from masa.controls.masks import MAP_DOWNSAMPLE, WordMasks
 from masa.controls.style import StyleTransfer
 from masa.errors import MasaError
-from masa.files import replacing
+from masa.io.files import replacing
+from masa.io.tensor_file import TensorFile, TensorWriter
 from masa.pipeline import StableDiffusion
-from masa.source_cache import EXTRAS, FORMAT, SourceCache, finish_file, name_of
-from masa.storage import Store, check_store, choose_store, keep
-from masa.tensor_file import TensorFile, TensorWriter
 from masa.trajectory import Trajectory
 
 SUFFIX = ".safetensors"

@@ -9,10 +9,10 @@ import torch
 from masa.attention import Backend
 from masa.controls.base import Control
 from masa.errors import MasaError
-from masa.image import ImageLike
 from masa.inversion import invert
+from masa.io.pictures import ImageLike
+from masa.output.result import Result
 from masa.pipeline import StableDiffusion
-from masa.result import Result
 from masa.sampling import Callback, sample
 from masa.schedule import Schedule
 

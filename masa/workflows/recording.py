@@ -8,15 +8,15 @@ from pathlib import Path
 from torch import Tensor
 
 from masa.attention import Backend
+from masa.cache.recorder import Recorder, Recording
+from masa.cache.source_cache import SourceCache
+from masa.cache.storage import Store
 from masa.controls.masactrl import MasaCtrl
 from masa.controls.style import StyleTransfer
 from masa.errors import MasaError
 from masa.pipeline import StableDiffusion
-from masa.recorder import Recorder, Recording
 from masa.sampling import sample
 from masa.schedule import Schedule
-from masa.source_cache import SourceCache
-from masa.storage import Store
 from masa.trajectory import Trajectory
 
 

@@ -11,11 +11,11 @@ import torch
 
 from masa import __version__
 from masa.errors import MasaError
-from masa.files import file_digest, find_near
 from masa.inversion import invert
+from masa.io.files import file_digest, find_near
 from masa.null_text import INNER_STEPS
+from masa.output.result import Result, read_settings
 from masa.pipeline import StableDiffusion, choose_device, load
-from masa.result import Result, read_settings
 from masa.sampling import sample
 from masa.schedule import Schedule
 from masa.settings import restore, unpack

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from masa.controls.record import SELF, spread
 from masa.errors import MasaError
-from masa.result import Result
+from masa.output.result import Result
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -11,7 +11,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from masa.errors import MasaError
-from masa.files import check_free, replacing
+from masa.io.files import check_free, replacing
 
 ROWS = 15
 

@@ -1,0 +1,5 @@
+"""The command line."""
+
+from masa.cli.commands import main
+
+__all__ = ["main"]

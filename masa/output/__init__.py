@@ -1,0 +1,1 @@
+"""What a run gives: results and plots."""
