@@ -8,10 +8,11 @@ from rounding import same
 from torch import nn
 
 import masa
-from masa.attention import take
+from masa.edits import take
 from masa.models import rowwise
+from masa.models.batch_rows import Retirement
 from masa.models.rowwise import Conv2d, GroupNorm, Linear
-from masa.models.unet import Retirement, UNet
+from masa.models.unet import UNet
 from masa.models.winograd import Conv3x3
 
 ROWS = 5
