@@ -85,6 +85,13 @@ def tiny(tiny_folder: Path):
     return masa.load(tiny_folder, device="cpu", dtype="fp32")
 
 
+@pytest.fixture(params=["float32", "bfloat16"])
+def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+    """As if on a CPU that does not multiply bfloat16, and on one that does: the dtype that `load` then defaults to."""
+    monkeypatch.setattr("masa.pipeline.cpu_has_bf16", lambda: request.param == "bfloat16")
+    return getattr(torch, request.param)
+
+
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
