@@ -316,3 +316,11 @@ def test_embeddings_of_another_model_are_refused(tiny, trajectories):
     wide = masa.Trajectory(t.latents, t.prompt, t.settings, torch.zeros(STEPS, 77, 768))
     with pytest.raises(masa.MasaError, match="invert with the model that edits"):
         edit(tiny, wide)
+
+
+def test_guidance_has_no_say_in_a_negative_prompt_inversion(tiny, picture, trajectories):
+    """Both halves have the picture's prompt: one row, and the trajectory of guidance 1."""
+    settings = {"steps": STEPS, "progress": False, **SIZE}
+    guided = masa.invert(tiny, picture, SOURCE, method="negative-prompt", guidance_scale=5.0, **settings)
+    assert torch.equal(guided.latents, trajectories["negative-prompt"].latents)
+    assert not torch.equal(masa.invert(tiny, picture, SOURCE, guidance_scale=5.0, **settings).latents, guided.latents)

@@ -178,6 +178,26 @@ def test_plan_knows_binary_weights() -> None:
     assert not MaskPlan.build(region, torch.tensor([[0.0, 0.5]])).binary
 
 
+def test_plan_keeps_weights_between_0_and_1() -> None:
+    plan = MaskPlan.build(torch.rand(1, 8) < 0.5, torch.tensor([[-0.5, 0.25, 1.5, 1.0]]))
+    assert plan.query_weight.tolist() == [[0.0, 0.25, 1.0, 1.0]]
+    assert plan.query_order.tolist() == [[2, 3, 1, 0]]
+    assert MaskPlan.build(torch.rand(1, 8) < 0.5, torch.tensor([[-2.0, 3.0]])).binary
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_blending_rounds_once(dtype: torch.dtype) -> None:
+    """Of two regions' answers in a narrow dtype: within half a unit in the last place of the exact blend."""
+    generator = torch.Generator().manual_seed(0)
+    foreground, background = (torch.randn(4096, generator=generator).to(dtype) for _ in range(2))
+    weight = torch.rand(4096, generator=generator)
+    wide = background.double() + weight.double() * (foreground.double() - background.double())
+    out = reference._blend(foreground, background, weight)
+    assert out.dtype == dtype
+    # 1e-7: what float32 adds before the one rounding.
+    assert ((out.double() - wide).abs() <= torch.finfo(dtype).eps / 2 * wide.abs() + 1e-7).all()
+
+
 def test_plan_tensors_are_contiguous_whatever_came_in() -> None:
     plan = MaskPlan.build((torch.rand(9, 2) < 0.5).T, torch.rand(7, 2).T, torch.zeros(1, dtype=torch.bool).expand(2))
     tensors = (plan.query_weight, plan.full_rows, plan.key_order, plan.key_count, plan.query_order)

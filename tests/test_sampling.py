@@ -140,6 +140,19 @@ def test_edit_is_invert_then_sample(tiny, generator):
     assert torch.equal(parts.latents, whole.latents)
 
 
+def test_edit_inverts_and_samples_with_its_schedule_and_backend(tiny, generator):
+    picture = torch.rand(3, 64, 64, generator=generator) * 2 - 1
+    settings = {"steps": 3, "controls": masa.MasaCtrl(1), "height": 64, "width": 64, "progress": False}
+    schedule = masa.Schedule(masa.ScheduleConfig(beta_end=0.02), offset=0)
+    out = masa.edit(tiny, picture, TARGET, schedule=schedule, backend="reference", **settings)
+    for made_with in (out.settings, out.settings["trajectory"]):
+        assert made_with["schedule"] == schedule.describe()
+        assert made_with["backend"] == "reference"
+    trajectory = masa.invert(tiny, picture, steps=3, height=64, width=64, schedule=schedule, progress=False)
+    again = masa.sample(tiny, target=TARGET, trajectory=trajectory, controls=masa.MasaCtrl(1), progress=False)
+    same(out.latents, again.latents)
+
+
 @pytest.mark.parametrize("steps", [1, 7, 30, 999])
 def test_timesteps_match_the_published_ones(tiny, oracle, steps):
     assert list(tiny.schedule.timesteps(steps)) == oracle.timesteps(steps)
@@ -323,6 +336,7 @@ def test_callback_sees_and_may_change_latents(tiny, noise):
         ({"targets": (3,)}, "a target is 3"),
         ({"backend": "triton"}, "backend 'triton' cannot serve"),
         ({"callback": lambda step, timestep, x: 3}, "the callback returned int"),
+        ({"callback": lambda step, timestep, x: x[:1]}, r"the callback returned \(1, 4, 16, 24\); .* \(2, 4, 16, 24\)"),
         ({"backend": "cuda"}, "backend"),
     ],
 )
@@ -342,8 +356,20 @@ def test_latents_that_are_no_numbers_are_refused(tiny):
 
 
 def test_results_that_are_no_numbers_are_refused(tiny, noise):
-    with pytest.raises(masa.MasaError, match="became NaN or infinite"):
-        run(tiny, noise, callback=lambda step, timestep, x: x * torch.inf)
+    def spoil_one(step: int, timestep: int, x: torch.Tensor) -> None:
+        if step == STEPS - 1:
+            x[1, 2, 3, 4] = torch.nan
+
+    for callback in (lambda step, timestep, x: x * torch.inf, spoil_one):
+        with pytest.raises(masa.MasaError, match="became NaN or infinite"):
+            run(tiny, noise, callback=callback)
+
+
+def test_whole_numbers_may_be_latents(tiny, noise):
+    whole = (noise * 2).round()
+    out = run(tiny, whole.to(torch.int64), controls=[])
+    assert out.latents.dtype == torch.float32
+    assert torch.equal(out.latents, run(tiny, whole, controls=[]).latents)
 
 
 def test_arguments_that_contradict_the_trajectory_are_refused(tiny, generator):

@@ -203,6 +203,13 @@ def test_a_small_vocabulary_with_its_own_padding(tmp_path):
     assert tokenizer.vocab_size == 7
 
 
+def test_tokenizer_json_has_its_own_padding_too(tmp_path):
+    model = {"vocab": SMALL["vocab.json"], "merges": ["a b</w>"]}
+    folder = write(tmp_path, {"tokenizer.json": {"model": model}, "tokenizer_config.json": {"pad_token": "!"}})
+    assert Tokenizer.from_folder(folder)(["ab"])[0, :4].tolist() == [4, 3, 5, 6]
+    assert Tokenizer.from_folder(write(folder, {"tokenizer_config.json": {}}))(["ab"])[0, :4].tolist() == [4, 3, 5, 5]
+
+
 @pytest.mark.parametrize(
     ("files", "reason"),
     [
