@@ -94,6 +94,18 @@ def test_word_masks_are_those_of_this_step_or_of_the_last(run_info):
             assert plan.query_weight[1].bool().tolist() == expected
 
 
+@pytest.mark.parametrize(("constant", "full"), [((0,), [True, True]), ((1,), [True, True]), ((), [True, False])])
+def test_a_row_whose_source_has_no_map_sees_every_key(run_info, constant, full):
+    """A constant map says nothing of where a subject is: the source's own, or the row's."""
+    active = masa.WordMasks("cat", "cat", threshold=0.5).begin(run_info, frozenset({8}))
+    branches = Branches.build(1, guided=False)
+    maps = torch.arange(24.0).expand(2, 1, 24).clone()
+    maps[list(constant)] = 1.0
+    sites = active.records(branches)
+    tape = {(edit.records[0].key, site): maps for site, edit in sites.items()}
+    assert active.source(branches, (0,))(tape, (4, 6)).full_rows.tolist() == full
+
+
 def test_one_target_mask_each(tiny, run_info):
     mask = torch.ones(4, 4)
     with pytest.raises(masa.MasaError, match="2 target masks for 1 targets"):
