@@ -357,7 +357,7 @@ def test_a_temporary_file_goes_with_its_cache(tiny, small):
 
 def test_an_interrupted_recording_leaves_nothing(tiny, small, tmp_path, monkeypatch):
     _, settings, _, _ = small
-    monkeypatch.setattr(masa.recorder, "finish_file", lambda *args: 1 / 0)
+    monkeypatch.setattr(masa.cache.recorder, "finish_file", lambda *args: 1 / 0)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     for place in ({"path": tmp_path / "cache.safetensors"}, {"store": "disk"}):
         with pytest.raises(ZeroDivisionError):
@@ -367,7 +367,7 @@ def test_an_interrupted_recording_leaves_nothing(tiny, small, tmp_path, monkeypa
 
 def test_a_file_that_cannot_be_read_back_leaves_nothing(tiny, small, tmp_path, monkeypatch):
     _, settings, _, _ = small
-    monkeypatch.setattr(masa.recorder, "FORMAT", "another format")
+    monkeypatch.setattr(masa.cache.recorder, "FORMAT", "another format")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with pytest.raises(masa.MasaError, match="is no source cache"):
         masa.record(tiny, store="disk", **settings)
@@ -403,7 +403,7 @@ def test_files_are_let_go(tiny, small, trajectory, tmp_path):
 
 def test_the_store_goes_by_size(monkeypatch):
     free = {"cuda": 1000, "cpu": 3000}
-    monkeypatch.setattr(masa.storage, "free_memory", lambda device: free[device.type])
+    monkeypatch.setattr(masa.cache.storage, "free_memory", lambda device: free[device.type])
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     assert [choose_store("auto", n, cuda) for n in (500, 501, 1500, 1501)] == ["device", "host", "host", "disk"]
     assert [choose_store("auto", n, cpu) for n in (1500, 1501)] == ["device", "disk"]
