@@ -662,19 +662,19 @@ MODELS = [
     ),
     mutant(
         "winograd",
-        "is_the_convolution doubled_it_is_the_convolution_of_the_doubled_map the_size_of_a_pass_changes_nothing_but_rounding",
+        "is_the_convolution the_size_of_a_pass_changes_nothing_but_rounding",
         "above, below = TILE * top - 1,",
         "above, below = TILE * top,",
     ),
     mutant(
         "winograd",
-        "is_the_convolution doubled_it_is_the_convolution_of_the_doubled_map the_size_of_a_pass_changes_nothing_but_rounding",
+        "is_the_convolution the_size_of_a_pass_changes_nothing_but_rounding",
         "if some.start == 0:",
         "if True:",
     ),
     mutant(
         "winograd",
-        "is_the_convolution doubled_it_is_the_convolution_of_the_doubled_map the_size_of_a_pass_changes_nothing_but_rounding",
+        "is_the_convolution the_size_of_a_pass_changes_nothing_but_rounding",
         "begin, end = max(0, above), min(height, below)",
         "begin, end = max(0, above), min(height, below - 1)",
     ),

@@ -58,7 +58,7 @@ def oracle():
 
 
 def merges() -> list[tuple[str, str]]:
-    return read_merges(Path(masa.__file__).parent / "weights" / "clip" / "merges.txt")
+    return read_merges(Path(__file__).parent.parent / "weights" / "clip" / "merges.txt")
 
 
 def vocabulary() -> dict[str, int]:
