@@ -125,6 +125,8 @@ def test_timesteps_may_differ_by_row(tiny):
         Conv2d(6, 4, 1),
         Conv2d(6, 4, 1, bias=False),
         Conv2d(6, 4, 1, padding=1),
+        Conv2d(6, 4, 1, stride=2),
+        Conv2d(6, 4, 3, stride=2, padding=1),
         Conv2d(6, 4, 1, groups=2),
         GroupNorm(2, 6),
         Linear(6, 4),

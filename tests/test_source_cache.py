@@ -140,6 +140,65 @@ def test_a_cached_source_serves_parts(tiny, guidance_scale):
     same(parts.latents, together.latents)
 
 
+@pytest.mark.parametrize("start", ["latents", "pinned", "free"])
+def test_a_cache_recorded_from_a_later_step_serves(tiny, trajectory, generator, start):
+    """What it holds is counted from the first step that was run."""
+    if start == "latents":
+        run = {"source": SOURCE, "latents": torch.randn(1, 4, 16, 16, generator=generator), **SETTINGS}
+    else:
+        run = {"trajectory": trajectory, "pin_source": start == "pinned", "progress": False}
+    run |= {"skip_steps": 2, "controls": masa.MasaCtrl(3, 10)}
+    cache = masa.record(tiny, **run)
+    assert len(cache.latents) == STEPS - 2 + 1
+    cached = masa.sample(tiny, target=TARGETS[0], cache=cache, controls=run["controls"], progress=False)
+    compare(cached, masa.sample(tiny, target=TARGETS[0], **run))
+    if start == "pinned":  # and a run may start later still
+        later = masa.sample(tiny, target=TARGETS[0], **(run | {"skip_steps": 3}))
+        cached = masa.sample(
+            tiny, target=TARGETS[0], cache=cache, controls=run["controls"], skip_steps=3, progress=False
+        )
+        compare(cached, later)
+
+
+def test_the_seed_of_an_edit_s_noise_is_the_recorded_one(tiny, trajectory):
+    run = {"trajectory": trajectory, "pin_source": False, "eta": 0.6, "seed": 5, "controls": masa.MasaCtrl(2, 10)}
+    cache = masa.record(tiny, progress=False, **run)
+    use = {"target": TARGETS[0], "cache": cache, "controls": run["controls"], "progress": False}
+    compare(masa.sample(tiny, **use), masa.sample(tiny, target=TARGETS[0], progress=False, **run))
+    with pytest.raises(masa.MasaError, match="seed is 6, but the cache was recorded with 5"):
+        masa.sample(tiny, seed=6, **use)
+    with pytest.raises(masa.MasaError, match="generator and cache"):
+        masa.sample(tiny, generator=torch.Generator(), **use)
+
+
+def test_noise_that_a_trajectory_brings_is_kept(tiny, tmp_path):
+    """It serves from the file as from memory, and asks for no seed: another may be given for what targets draw."""
+    picture = torch.rand(3, 128, 128, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    trajectory = masa.invert(tiny, picture, SOURCE, method="edit-friendly", seed=2, **SETTINGS)
+    control = masa.MasaCtrl(2, 10)
+    cache = masa.record(tiny, controls=control, trajectory=trajectory, progress=False)
+    cache.save(tmp_path / "cache.safetensors")
+    plain = masa.sample(tiny, target=TARGETS[0], controls=control, trajectory=trajectory, progress=False)
+    for kept in (cache, masa.SourceCache.load(tmp_path / "cache.safetensors", tiny)):
+        use = {"target": TARGETS[0], "cache": kept, "controls": control, "progress": False}
+        compare(masa.sample(tiny, **use), plain)
+        assert torch.equal(kept.trajectory.noise, trajectory.noise)
+        masa.sample(tiny, seed=9, **use)
+
+
+def test_targets_may_start_from_latents_of_their_own(tiny, generator):
+    noise = torch.randn(2, 4, 16, 16, generator=generator)
+    control = masa.MasaCtrl(2, 10)
+    cache = masa.record(tiny, SOURCE, controls=control, latents=noise[:1], **SETTINGS)
+    use = {"target": TARGETS[0], "controls": control, "cache": cache, "progress": False}
+    plain = masa.sample(tiny, SOURCE, TARGETS[0], controls=control, latents=noise, **SETTINGS)
+    same(masa.sample(tiny, latents=noise, **use).latents, plain.latents)
+    other = noise.clone()
+    other[0, 0, 0, 0] += 1e-3
+    with pytest.raises(masa.MasaError, match="not what the cache was recorded from"):
+        masa.sample(tiny, latents=other, **use)
+
+
 def test_recorded_maps_have_the_cached_source(tiny, caches):
     cache, start = caches["synthesis"]
     controls = [masa.MasaCtrl(2, 10), masa.RecordAttention(words=["cat"])]
@@ -387,6 +446,8 @@ def test_the_size_is_as_said(tiny, small):
         ({"controls": masa.PromptToPrompt("refine")}, "PromptToPrompt reads the source's"),
         ({"controls": masa.PlugAndPlay()}, "PlugAndPlay reads the source's features"),
         ({"controls": masa.RecordAttention(layers=[13])}, "RecordAttention reads the source's attention maps"),
+        ({"controls": masa.RecordQueries()}, "RecordQueries keeps what only a computed source has"),
+        ({"controls": masa.RecordPredictions()}, "RecordPredictions keeps what only a computed source has"),
     ],
 )
 def test_what_contradicts_the_cache_is_refused(tiny, caches, monkeypatch, settings, message):
@@ -435,6 +496,11 @@ def test_what_agrees_with_the_cache_is_taken(tiny, caches, trajectory):
     masa.sample(tiny, target=TARGETS[1], cache=cache, controls=[], **start)
     with pytest.raises(masa.MasaError, match="of different sources"):
         masa.sample(tiny, target=TARGETS[1], cache=cache, trajectory=trajectory)
+    cache, start = caches["pinned"]
+    masa.sample(tiny, target=TARGETS[1], cache=cache, controls=[], **start)
+    other = replace(trajectory, latents=trajectory.latents + 1e-3)
+    with pytest.raises(masa.MasaError, match="of different sources"):
+        masa.sample(tiny, target=TARGETS[1], cache=cache, trajectory=other)
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,36 @@ def test_rows_may_take_the_features_of_others(tiny, inputs):
     assert relative_error(swapped[:1], plain[:1]) > 1e-2
 
 
+TIMES = torch.tensor([900, 300, 20])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("features_from", [(1, 1, 2), (2, 2, 2), (2, 1, 1)])
+def test_features_are_those_of_the_row_s_own_timestep(tiny, inputs, features_from):
+    x, context = inputs
+    site = next(site for site in tiny.unet.sites if site.name == "up_blocks.1.resnets.1")
+    plain, _ = tiny.unet(x, TIMES, context)
+    swapped, _ = tiny.unet(x, TIMES, context, {site.index: Edit(features_from=features_from)})
+    for row, read in enumerate(features_from):
+        if row == read:
+            assert relative_error(swapped[row], plain[row]) < 1e-5
+        else:
+            assert relative_error(swapped[row], plain[row]) > 1e-2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("copies", [None, (0, 1, 1)])
+@pytest.mark.parametrize("layer", [0, 6, 15])
+def test_rows_that_stay_keep_their_timesteps(tiny, inputs, layer, copies):
+    x, context = inputs
+    times = TIMES if copies is None else TIMES[:2]
+    given = x if copies is None else x[:2]
+    full, _ = tiny.unet(given, times, context, copies=copies)
+    for keep in ((1, 2), (2, 0)):
+        kept, _ = tiny.unet(given, times, context, retire=Retirement(layer, keep), copies=copies)
+        assert relative_error(kept, full[list(keep)]) < 1e-5
+
+
 def test_norm_eps_are_the_checkpoints():
     with torch.device("meta"):
         unet = UNet(SD_V1.unet)
