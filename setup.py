@@ -17,6 +17,7 @@ FOLDERS = {
     "masa.models": "masa/models",
     "masa.output": "masa/output",
     "masa.runtime": "masa/runtime",
+    "masa.samplers": "masa/samplers",
     "masa.weights": "weights",
     "masa.weights.demo": "weights/demo",
     "masa.workflows": "masa/workflows",

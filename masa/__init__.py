@@ -20,12 +20,17 @@ from masa.controls.prompt_to_prompt import PromptToPrompt
 from masa.controls.record import RecordAttention, RecordPredictions, RecordQueries
 from masa.controls.style import StyleTransfer
 from masa.errors import CheckpointError, MasaError
+from masa.guidance import ClassifierFree, Guidance, GuidanceInterval, RescaledGuidance
 from masa.inversion import invert
 from masa.output import plots
 from masa.output.result import Result
 from masa.pipeline import StableDiffusion, load
+from masa.samplers.base import Sampler
+from masa.samplers.ddim import DDIM
+from masa.samplers.dpm_solver import DPMSolverPP
 from masa.sampling import edit, sample
 from masa.schedule import Schedule
+from masa.settings import register
 from masa.trajectory import Trajectory
 from masa.workflows.recording import record
 from masa.workflows.rerun import rerun
@@ -33,10 +38,15 @@ from masa.workflows.sdedit import sdedit
 from masa.workflows.sheets import grid, sweep
 
 __all__ = [
+    "DDIM",
     "BlendedLatents",
     "CheckpointError",
+    "ClassifierFree",
+    "DPMSolverPP",
     "FreeU",
     "GivenMasks",
+    "Guidance",
+    "GuidanceInterval",
     "LocalBlend",
     "MasaCtrl",
     "MasaError",
@@ -46,7 +56,9 @@ __all__ = [
     "RecordAttention",
     "RecordPredictions",
     "RecordQueries",
+    "RescaledGuidance",
     "Result",
+    "Sampler",
     "Schedule",
     "ScheduleConfig",
     "SourceCache",
@@ -60,6 +72,7 @@ __all__ = [
     "load",
     "plots",
     "record",
+    "register",
     "rerun",
     "sample",
     "sdedit",

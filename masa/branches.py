@@ -6,7 +6,6 @@ One source and N targets are denoised together. With guidance each needs two row
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,7 +28,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Branches:
-    """The batch's rows, and how latents become rows and predictions become one eps per branch.
+    """The batch's rows, and what they are rows of.
 
     cached: rows that are not in the batch, of which a source cache holds what an edit may read; they are indexed
     behind the batch's own.
@@ -39,15 +38,16 @@ class Branches:
     cached: tuple[Row, ...] = ()
 
     @classmethod
-    def build(cls, targets: int, *, guided: bool, merge_source: bool = False) -> Branches:
+    def build(cls, targets: int, *, guided: bool, merge_source: bool = False, source_guided: bool = False) -> Branches:
         """Rows for one source and `targets` targets.
 
         guided: two halves (guidance_scale > 1), else the conditional one alone. merge_source: the source's two
-        prompts are equal: one row serves both.
+        prompts are equal: one row serves both. source_guided: the source has two halves where the targets have one.
         """
         branches = range(targets + 1)
         if not guided:
-            return cls(tuple(Row(branch, ("cond",)) for branch in branches))
+            uncond = (Row(SOURCE, ("uncond",)),) if source_guided and not merge_source else ()
+            return cls((*uncond, *(Row(branch, ("cond",)) for branch in branches)))
         rows: list[Row] = []
         for half in ("uncond", "cond"):
             for branch in branches:
@@ -129,26 +129,3 @@ class Branches:
         """Prompt embeddings: uncond (1, 77, width) for all, cond (1 + N, 77, width) -> (rows, 77, width)."""
         parts = [cond[row.branch : row.branch + 1] if "cond" in row.halves else uncond for row in self.rows]
         return torch.cat(parts)
-
-    def guide(self, eps: Tensor, guidance_scale: float, source_scale: float | None = None) -> Tensor:
-        """Classifier-free guidance (2207.12598, eq. 6): eps (rows, ..) -> (branches present, ..).
-
-        e_u + s (e_c - e_u); a branch of one row gives that row, and so does s <= 1, its conditional one.
-        source_scale: s of the source, by default guidance_scale.
-        """
-        guided = []
-        for branch in self.present:
-            uncond, cond = self.row(branch, "uncond"), self.row(branch, "cond")
-            assert cond is not None
-            scale = guidance_scale if branch != SOURCE or source_scale is None else source_scale
-            if uncond is None or uncond == cond or scale <= 1.0:
-                guided.append(eps[cond])
-            else:
-                guided.append(eps[uncond] + scale * (eps[cond] - eps[uncond]))
-        return torch.stack(guided)
-
-
-def check_guidance(guidance_scale: float) -> None:
-    """MasaError unless a guidance scale is a finite number."""
-    if not isinstance(guidance_scale, int | float) or not math.isfinite(guidance_scale):
-        raise MasaError(f"guidance_scale is {guidance_scale!r}; expected a number such as 7.5, or 1 to switch it off")

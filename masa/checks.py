@@ -10,13 +10,19 @@ import torch
 from torch import Tensor
 
 from masa.attention import check_backend
-from masa.branches import Branches, check_guidance
+from masa.branches import Branches
+from masa.cache.recorder import Recorder
+from masa.cache.source_cache import SourceCache
 from masa.controls.base import Control, Run, begin_all, check_together
 from masa.edits import Grid
 from masa.errors import MasaError
+from masa.guidance import ClassifierFree, check_guidance, check_guidance_scale
 from masa.io.pictures import ImageLike, check_size, load_image
 from masa.pipeline import StableDiffusion
+from masa.samplers.base import Levels, Sampler
+from masa.samplers.ddim import DDIM
 from masa.schedule import Schedule
+from masa.settings import RunSettings
 from masa.trajectory import EDIT_FRIENDLY_ETA, Trajectory
 
 
@@ -42,12 +48,22 @@ def check_numbers(
     sd: StableDiffusion, guidance_scale: float, eta: float, backend: str, latents: Tensor | None = None
 ) -> None:
     """MasaError for values that no run can use."""
-    check_guidance(guidance_scale)
+    check_guidance_scale(guidance_scale)
     if not isinstance(eta, int | float) or not 0.0 <= eta <= 1.0:
         raise MasaError(f"eta is {eta!r}; expected a number from 0 (deterministic) to 1")
     if latents is not None and (not isinstance(latents, Tensor) or not bool(torch.isfinite(latents).all())):
         raise MasaError("latents hold NaN or infinite values, or are no tensor; expected a float tensor of noise")
     check_backend(backend, sd.device)
+
+
+def check_settings(sd: StableDiffusion, asked: RunSettings) -> None:
+    """MasaError for values that no run can use, whatever it starts from."""
+    check_targets_at_once(asked.targets_at_once)
+    check_tiled(asked.tiled)
+    scale = 7.5 if asked.guidance_scale is None else asked.guidance_scale
+    check_numbers(sd, scale, asked.eta, asked.backend, asked.latents)
+    if asked.guidance is not None:
+        check_guidance(asked.guidance)
 
 
 def check_targets_at_once(targets_at_once: int | None) -> None:
@@ -78,7 +94,7 @@ def picture_size(
 def check_controls(
     sd: StableDiffusion,
     controls: Control | Sequence[Control],
-    steps: int,
+    levels: Levels,
     prompts: tuple[str, ...],
     *,
     size: tuple[int, int],
@@ -89,21 +105,21 @@ def check_controls(
 
     size (height, width): of the pictures. real: whether the source is a real picture.
     """
-    sd.schedule.timesteps(steps)
     grid = (size[0] // sd.config.vae.downsample, size[1] // sd.config.vae.downsample)
-    info = replace(describe_run(sd, sd.schedule, steps, prompts, grid), first_step=first_step)
+    info = replace(describe_run(sd, levels, prompts, grid), first_step=first_step)
     if real:
         latents = torch.zeros(1, sd.config.unet.in_channels, *grid, device=sd.device)
         info = replace(info, source_latents=latents, draw_noise=lambda: latents)
     active = begin_all(as_controls(controls), info)
     # Which prompts share a row does not matter to what controls set.
-    check_together(active, first_step, [Branches.build(len(prompts) - 1, guided=True)] * steps, sd.unet.sites)
+    rows = [Branches.build(len(prompts) - 1, guided=True)] * levels.steps
+    check_together(active, first_step, rows, sd.unet.sites)
 
 
-def describe_run(sd: StableDiffusion, schedule: Schedule, steps: int, prompts: tuple[str, ...], grid: Grid) -> Run:
+def describe_run(sd: StableDiffusion, levels: Levels, prompts: tuple[str, ...], grid: Grid) -> Run:
     """What controls may know of a run, but for where it starts."""
     return Run(
-        steps=steps,
+        steps=levels.steps,
         sites=sd.unet.sites,
         prompts=prompts,
         grid=grid,
@@ -112,8 +128,83 @@ def describe_run(sd: StableDiffusion, schedule: Schedule, steps: int, prompts: t
         token_positions=sd.tokenizer.token_positions,
         encode=sd.tokenizer.encode,
         tokens=sd.config.text.tokens,
-        alphas=(*(schedule.alpha(timestep) for timestep in schedule.timesteps(steps)), 1.0),
+        alphas=(*levels.alphas[:-1], 1.0),
     )
+
+
+def choose_levels(
+    sampler: Sampler, schedule: Schedule, steps: int, *, method: str | None, eta: float, free: bool
+) -> Levels:
+    """The noise levels of a run. MasaError where its sampler cannot serve it.
+
+    method: the inversion of the trajectory that it starts from, or None. free: its source runs by itself.
+    """
+    name = type(sampler).__name__
+    if method == "edit-friendly" and not sampler.takes_eta:
+        raise MasaError(f"edit-friendly noise was made for DDIM's steps, and the sampler is {name}; use sampler='ddim'")
+    if eta and not sampler.takes_eta:
+        raise MasaError(
+            f"eta is {eta}, which is DDIM's, and the sampler is {name}; leave it out, or use sampler='ddim'"
+        )
+    if method not in (None, "noise") and free and not sampler.retraces:
+        raise MasaError(
+            f"{name} adds noise, with which a source that runs by itself does not retrace its inversion; pin it "
+            "(pin_source=True, with targets), or use a sampler without noise such as 'dpm++2m' or 'ddim'"
+        )
+    return sampler.levels(schedule, steps, None if method is None else Levels.of_schedule(schedule, steps))
+
+
+# Settings that a run shares with the recording of its source.
+AGREED = ("pin_source", "steps", "guidance_scale", "guidance", "height", "width", "schedule", "sampler", "tiled")
+EMPTY_ASKS_NOTHING = ("source", "negative_prompt", "eta")
+
+
+def agree(asked: RunSettings, cache: SourceCache) -> RunSettings:
+    """The settings with those that the cache was recorded with. MasaError where others are asked."""
+    agreed = {name: cache.agree(name, getattr(asked, name)) for name in AGREED}
+    agreed |= {name: cache.agree(name, getattr(asked, name) or None) for name in EMPTY_ASKS_NOTHING}
+    if asked.skip_steps is None or not cache.pinned or asked.skip_steps < cache.first_step:
+        agreed["skip_steps"] = cache.agree("skip_steps", asked.skip_steps)
+    if cache.seeded:
+        agreed["seed"] = cache.agree("seed", asked.seed)
+    return replace(asked, **agreed, latents=cache.start(asked.latents))
+
+
+def grid_of(sd: StableDiffusion, settings: RunSettings) -> Grid:
+    """(height, width) of a run's latents."""
+    assert settings.height is not None
+    assert settings.width is not None
+    return settings.height // sd.config.vae.downsample, settings.width // sd.config.vae.downsample
+
+
+def settle(sd: StableDiffusion, asked: RunSettings, trajectory: Trajectory | None) -> tuple[RunSettings, Levels]:
+    """The settings with nothing left out, and the run's noise levels. MasaError for what contradicts another."""
+    check_settings(sd, asked)
+    steps, schedule, size = steps_and_size(sd, trajectory, asked.steps, asked.schedule, asked.height, asked.width)
+    schedule.timesteps(steps)  # refuses a number of steps that is none
+    usual = 0 if trajectory is None else trajectory.skip_steps
+    # A source alone denoises freely, unless it is recorded for targets to come.
+    read = bool(asked.target) or any(isinstance(control, Recorder) for control in asked.controls)
+    pinned = asked.pin_source in (None, True) and read
+    sampler = asked.sampler or DDIM()
+    method = None if trajectory is None else trajectory.method
+    levels = choose_levels(sampler, schedule, steps, method=method, eta=asked.eta, free=not pinned)
+    from_noise = trajectory is None and asked.latents is None
+    settled = replace(
+        asked,
+        source=asked.source or (trajectory.prompt if trajectory is not None else ""),
+        pin_source=pinned,
+        steps=steps,
+        skip_steps=choose_first_step(asked.skip_steps, steps, usual, from_noise=from_noise),
+        guidance_scale=7.5 if asked.guidance_scale is None else asked.guidance_scale,
+        guidance=asked.guidance or ClassifierFree(),
+        height=size[0],
+        width=size[1],
+        eta=check_start(asked.latents, trajectory, asked.eta, asked.negative_prompt),
+        schedule=schedule,
+        sampler=sampler,
+    )
+    return settled, levels
 
 
 def steps_and_size(

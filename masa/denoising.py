@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 
 from masa.attention import Backend
-from masa.branches import Branches
+from masa.branches import SOURCE, Branches
 from masa.cache.source_cache import SourceCache
 from masa.controls.base import ActiveControl, resolve
 from masa.edits import Edit, Residuals, Tape, take
 from masa.errors import MasaError
+from masa.guidance import Guidance, guide
 from masa.models.batch_rows import Retirement
 from masa.pipeline import StableDiffusion
-from masa.schedule import Schedule, predict_x0
+from masa.samplers.base import History, Levels, Solver
+from masa.schedule import find_eps, predict_x0
 
 Callback = Callable[[int, int, Tensor], "Tensor | None"]
 
@@ -26,10 +28,11 @@ class Denoising:
     """One run, ready to go: everything `denoise` needs, checked."""
 
     sd: StableDiffusion
-    schedule: Schedule
-    steps: int
+    levels: Levels
+    solver: Solver
     latents: Tensor  # (1 + N, 4, h, w): the start
     contexts: tuple[Context, ...]  # of each step
+    guidance: Guidance
     guidance_scale: float
     draw_noise: Callable[[], Tensor]  # (1, 4, h, w)
     source_guidance: float | None = None  # None: guidance_scale
@@ -37,12 +40,15 @@ class Denoising:
     controls: tuple[ActiveControl, ...] = ()
     pinned: Tensor | None = None  # a trajectory's latents, which the source's are replaced by
     retraces: bool = True  # a pinned source is computed at the last step: its reconstruction
-    eta: float = 0.0
     noise: Tensor | None = None  # (steps, 4, h, w), added by each step instead of fresh noise
     backend: Backend = "auto"
     callback: Callback | None = None
     cache: SourceCache | None = None  # has what the targets read of the source, which is not computed
     targets_at_once: int | None = None
+
+    @property
+    def steps(self) -> int:
+        return self.levels.steps
 
 
 @dataclass(frozen=True)
@@ -67,26 +73,37 @@ class Context:
 def denoise(run: Denoising) -> Iterator[Tensor]:
     """The latents (1 + N, 4, h, w) after each step; the caller owns the progress. MasaCtrl algorithm 1."""
     x = run.latents
-    for step, timestep in list(enumerate(run.schedule.timesteps(run.steps)))[run.first_step :]:
+    history: History = ()
+    for step, timestep in list(enumerate(run.levels.timesteps))[run.first_step :]:
         last = step == run.steps - 1
         if run.pinned is not None:
-            x = torch.cat([run.pinned[run.steps - step][None], x[1:]])
+            x = torch.cat([_pinned_at(run, step), x[1:]])
         eps, present, tape, branches = _predict(run, x, step, timestep, _plan_step(run, step, last))
-        noise = _step_noise(run, step).to(x.device) if run.eta > 0 else None
-        before = take(x, present)  # indexing by a list would copy it to the device and wait
-        x0 = predict_x0(eps, before, run.schedule.alpha(timestep))
-        moved = run.schedule.step(eps, before, timestep, run.steps, run.eta, noise)
-        if len(moved) < len(x):
-            # A source that was not computed stands where its trajectory does, or where it was recorded.
-            moved = torch.cat([_source_after(run, step).to(x.device), moved])
-            x0 = torch.cat([_source_after(run, run.steps - 1).to(x.device), x0])
-        x = moved
+        eps, x0 = _complete(run, x, eps, present, step)
+        noise = _step_noise(run, step).to(x.device) if run.solver.draws_noise else None
+        moved, history = run.solver.step(step, x, eps, x0, history, noise)
+        x = torch.cat([_source_after(run, x0, moved, present, step).to(x.device), moved[1:]])
         for control in run.controls:
             control.see_prediction(step, x0)
             x = control.after_step(step, x, tape, branches)
+            history = tuple(control.blend(kept) for kept in history)
         if run.callback is not None:
             x = _call_back(run.callback, step, timestep, x)
         yield x
+
+
+def _complete(run: Denoising, x: Tensor, eps: Tensor, present: tuple[int, ...], step: int) -> tuple[Tensor, Tensor]:
+    """Guided eps and clean latents (1 + N, 4, h, w) of all branches, from the eps of those present.
+
+    A source that was not computed counts as predicted to be where it ends: its trajectory's picture, or what its
+    recording predicted.
+    """
+    a = run.levels.alphas[step]
+    x0 = predict_x0(eps, take(x, present), a)  # indexing by a list would copy it to the device and wait
+    if len(present) == len(x):
+        return eps, x0
+    known = (run.cache.predicted(step) if run.cache is not None else _pinned_at(run, run.steps)).to(x.device)
+    return torch.cat([find_eps(known, x[:1], a), eps]), torch.cat([known, x0])
 
 
 def _plan_step(run: Denoising, step: int, last: bool) -> list[Batch]:
@@ -148,7 +165,7 @@ def _predict(
             wanted = branches.select(batch.wanted)
             eps = (eps if batch.retire is not None else take(eps, batch.wanted)).float()
             if len(wanted):
-                guided = wanted.guide(eps, run.guidance_scale, run.source_guidance)
+                guided = guide(wanted, eps, run.guidance, step, run.guidance_scale, run.source_guidance)
                 predicted.update(zip(wanted.present, guided, strict=True))
         tapes.append(tape)
     present = tuple(sorted(predicted))
@@ -180,12 +197,18 @@ def _join_tapes(batches: Sequence[Batch], tapes: Sequence[Tape]) -> tuple[Tape, 
     return joined, Branches(rows, cached)
 
 
-def _source_after(run: Denoising, step: int) -> Tensor:
-    """The latents (1, 4, h, w) of a source that was not computed, when a step is done."""
-    if run.cache is not None:
-        return run.cache.source_after(step)
+def _source_after(run: Denoising, x0: Tensor, moved: Tensor, present: tuple[int, ...], step: int) -> Tensor:
+    """The source's latents (1, 4, h, w) when a step is done; moved (1 + N, 4, h, w): where the sampler puts them."""
+    if SOURCE not in present:  # where it was recorded, or where its trajectory is
+        return run.cache.source_after(step) if run.cache is not None else _pinned_at(run, step + 1)
+    # A pinned source has no history to go on with: its reconstruction is what it is predicted to be.
+    return x0[:1] if run.pinned is not None and run.solver.keeps_history else moved[:1]
+
+
+def _pinned_at(run: Denoising, step: int) -> Tensor:
+    """The trajectory's latents (1, 4, h, w) before a step."""
     assert run.pinned is not None
-    return run.pinned[run.steps - step - 1][None]
+    return run.pinned[run.steps - step][None]
 
 
 def _step_noise(run: Denoising, step: int) -> Tensor:

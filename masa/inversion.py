@@ -12,15 +12,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from masa.attention import Backend, check_backend
-from masa.branches import Branches, check_guidance
+from masa.branches import Branches
 from masa.checks import check_tiled
 from masa.errors import MasaError
+from masa.guidance import ClassifierFree, check_guidance_scale, guide
 from masa.io.files import file_digest
 from masa.io.pictures import ImageLike, load_image
 from masa.noise import Noise
 from masa.null_text import INNER_STEPS, MAX_STEPS, null_text
 from masa.pipeline import StableDiffusion
 from masa.schedule import Schedule
+from masa.settings import describe_schedule
 from masa.trajectory import EDIT_FRIENDLY_ETA, Method, Trajectory
 
 METHODS: tuple[str, ...] = get_args(Method)
@@ -71,8 +73,8 @@ def invert(
     """
     schedule = schedule or sd.schedule
     timesteps = schedule.timesteps(steps)
-    check_guidance(guidance_scale)
-    check_guidance(edit_guidance_scale)
+    check_guidance_scale(guidance_scale)
+    check_guidance_scale(edit_guidance_scale)
     check_method(method, prompt, steps, schedule, edit_guidance_scale)
     if not isinstance(inner_steps, int | np.integer) or isinstance(inner_steps, bool) or inner_steps < 1:
         raise MasaError(f"inner_steps is {inner_steps}; expected a whole number, 1 or more")
@@ -89,7 +91,7 @@ def invert(
 
     def predict(x: Tensor, timestep: int) -> Tensor:
         eps, _ = sd.unet(x.to(sd.dtype), timestep, context, backend=backend, copies=rows.copies)
-        return rows.guide(eps.float(), guidance_scale)
+        return guide(rows, eps.float(), ClassifierFree(), 0, guidance_scale)
 
     z0 = sd.encode_image(picture, height=picture.shape[2], width=picture.shape[3], tiled=tiled)
     bar = tqdm(timesteps[::-1], desc="invert", disable=not progress or method == "noise")
@@ -124,12 +126,13 @@ def invert(
         "inner_steps": int(inner_steps) if method == "null-text" else None,
         "seed": noise.seed,
         "generator_state": noise.generator_state,
-        "schedule": schedule.describe(),
+        "schedule": describe_schedule(schedule),
         "tiled": tiled,
         "backend": backend,
         "checkpoint": sd.origin.checkpoint,
     }
-    return Trajectory(latents.cpu(), prompt, settings, embeddings, added)
+    own = None if type(schedule) is Schedule else schedule
+    return Trajectory(latents.cpu(), prompt, settings, embeddings, added, own)
 
 
 def _ddim(predict: Predict, z0: Tensor, schedule: Schedule, steps: int, timesteps: Sequence[int] | tqdm) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,34 +14,36 @@ from tqdm import tqdm
 from masa import __version__
 from masa.attention import Backend
 from masa.branches import Branches
-from masa.cache.recorder import Recorder
 from masa.cache.source_cache import SourceCache
 from masa.checks import (
+    agree,
     as_controls,
     as_prompts,
     check_controls,
     check_inversion,
-    check_numbers,
-    check_start,
-    check_targets_at_once,
-    check_tiled,
+    check_settings,
     choose_first_step,
+    choose_levels,
     describe_run,
+    grid_of,
     picture_size,
-    steps_and_size,
+    settle,
 )
-from masa.controls.base import Control, begin_all, check_together
+from masa.controls.base import ActiveControl, Control, begin_all, check_together
 from masa.controls.masactrl import MasaCtrl
 from masa.denoising import Callback, Context, Denoising, check_cache, denoise
 from masa.errors import MasaError
+from masa.guidance import Guidance
 from masa.inversion import invert
 from masa.io.pictures import ImageLike
 from masa.noise import Noise
 from masa.null_text import INNER_STEPS
 from masa.output.result import Picture, Result
 from masa.pipeline import StableDiffusion
+from masa.samplers import choose_sampler
+from masa.samplers.base import Levels, Sampler
 from masa.schedule import Schedule
-from masa.settings import describe, pack
+from masa.settings import RunSettings, describe
 from masa.trajectory import Trajectory, default_skip
 
 
@@ -57,6 +60,7 @@ def sample(
     steps: int | None = None,
     skip_steps: int | None = None,
     guidance_scale: float | None = None,
+    guidance: Guidance | None = None,
     negative_prompt: str = "",
     height: int | None = None,
     width: int | None = None,
@@ -65,6 +69,7 @@ def sample(
     latents: Tensor | None = None,
     eta: float = 0.0,
     schedule: Schedule | None = None,
+    sampler: str | Sampler | None = None,
     targets_at_once: int | None = None,
     tiled: bool | None = None,
     backend: Backend = "auto",
@@ -82,93 +87,132 @@ def sample(
     pin_source: put the source's latents back on the trajectory before each step (2310.01506), the default, else it
     drifts; without targets it always denoises freely. steps: default 50. skip_steps: how
     many of the noisiest are left out, starting from the trajectory's (or the given) latents there; default 0,
-    for an edit-friendly trajectory 12 of 50. guidance_scale: default 7.5; 1 or less switches guidance off.
+    for an edit-friendly trajectory 12 of 50. guidance_scale: default 7.5; 1 or less switches guidance off. guidance:
+    what it means, default masa.ClassifierFree(); RescaledGuidance(phi) and GuidanceInterval(start, end) are others.
     height, width: multiples of 64, default the model's training size. Starting noise: `latents` (1, 4, h, w)
     shared or (1 + N, 4, h, w), else drawn from `generator`, else from `seed` on the CPU, the same on every
-    device. eta: DDIM's, 0 is deterministic. schedule: default the model's. targets_at_once: how many targets one
-    call of the UNet takes, where memory is short; further calls in a step compute the source again where their
-    targets read it, unless it is cached. tiled: decode in overlapping tiles, which takes less memory and changes the
-    pictures a little; default where a side is over 768 pixels. backend: of controlled attention,
-    "auto", "triton", "sdpa" or "reference". callback(step, timestep, latents) may return other latents.
+    device. eta: DDIM's, 0 is deterministic. schedule: default the model's. sampler: "ddim" (default), "dpm++2m",
+    "dpm++2m-sde" or a value such as DPMSolverPP(karras=True); one that adds noise takes it from the same seed or
+    generator, after the start's. On a trajectory it visits the trajectory's levels. targets_at_once: how many
+    targets one call of the UNet takes, where memory is short; further calls in a step compute the source again where
+    their targets read it, unless it is cached. tiled: decode in overlapping tiles, which takes less memory and changes
+    the pictures a little; default where a side is over 768 pixels. backend: of controlled attention, "auto", "triton",
+    "sdpa" or "reference". callback(step, timestep, latents) may return other latents.
 
     Raises MasaError for bad input, before any long work. MasaCtrl (2304.08465), algorithm 1.
     """
-    targets, chosen = as_prompts(target), as_controls(controls)
-    check_targets_at_once(targets_at_once)
-    check_tiled(tiled)
-    described = [describe(control) for control in chosen]
-    if not targets and described == [describe(MasaCtrl())]:
-        chosen, described = (), []  # the default, which has nothing to act on
+    asked = RunSettings(
+        source=source,
+        target=as_prompts(target),
+        controls=as_controls(controls),
+        pin_source=pin_source,
+        steps=steps,
+        skip_steps=skip_steps,
+        guidance_scale=guidance_scale,
+        guidance=guidance,
+        negative_prompt=negative_prompt,
+        height=height,
+        width=width,
+        seed=seed,
+        latents=latents,
+        eta=eta,
+        schedule=schedule,
+        sampler=None if sampler is None else choose_sampler(sampler),
+        targets_at_once=targets_at_once,
+        tiled=tiled,
+        backend=backend,
+    )
+    return run(sd, asked, Given(trajectory, cache, generator, callback, progress))
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """What a run is given beside its settings."""
+
+    trajectory: Trajectory | None = None
+    cache: SourceCache | None = None
+    generator: torch.Generator | None = None
+    callback: Callback | None = None
+    progress: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A run that is checked and ready, and what tells how it was made."""
+
+    denoising: Denoising
+    described: Mapping[str, Any]  # the settings as JSON, as they were before the run
+    noise: Noise
+    given: Given
+
+
+@torch.no_grad()
+def run(sd: StableDiffusion, asked: RunSettings, given: Given) -> Result:
+    """What `sample` does with its arguments: prepare, denoise, collect."""
+    prepared = prepare(sd, asked, given)
+    denoising = prepared.denoising
+    x, total = denoising.latents, denoising.steps - denoising.first_step
+    for x in tqdm(denoise(denoising), desc="sample", total=total, disable=not given.progress):  # noqa: B007
+        pass
+    return collect(prepared, x)
+
+
+def prepare(sd: StableDiffusion, asked: RunSettings, given: Given) -> Prepared:
+    """Check all that a run is given, fill in what was left out, bind its controls. MasaError before any long work."""
+    cache = given.cache
+    if not asked.target and [describe(control) for control in asked.controls] == [describe(MasaCtrl())]:
+        asked = replace(asked, controls=())  # the default, which has nothing to act on
     if cache is not None:
         cache.check(sd)
-        trajectory = cache.agree_trajectory(trajectory, generator)
-        source = cache.agree("source", source or None)
-        pin_source = cache.agree("pin_source", pin_source)
-        steps = cache.agree("steps", steps)
-        if skip_steps is None or not cache.pinned or skip_steps < cache.first_step:
-            skip_steps = cache.agree("skip_steps", skip_steps)
-        guidance_scale = cache.agree("guidance_scale", guidance_scale)
-        negative_prompt = cache.agree("negative_prompt", negative_prompt or None)
-        height, width = cache.agree("height", height), cache.agree("width", width)
-        seed = cache.agree("seed", seed) if cache.seeded else seed
-        latents = cache.start(latents)
-        eta = cache.agree("eta", eta or None)
-        schedule = cache.agree("schedule", schedule)
-        tiled = cache.agree("tiled", tiled)
-    pin_source = True if pin_source is None else pin_source
-    guidance_scale = 7.5 if guidance_scale is None else guidance_scale
-    check_numbers(sd, guidance_scale, eta, backend, latents)
-    steps, schedule, size = steps_and_size(sd, trajectory, steps, schedule, height, width)
-    schedule.timesteps(steps)
-    noise = Noise(seed, generator)
-    eta = check_start(latents, trajectory, eta, negative_prompt)
-    usual = 0 if trajectory is None else trajectory.skip_steps
-    first_step = choose_first_step(skip_steps, steps, usual, from_noise=trajectory is None and latents is None)
-    source = source or (trajectory.prompt if trajectory is not None else "")
-    shape = (sd.config.unet.in_channels, *(side // sd.config.vae.downsample for side in size))
-    info = describe_run(sd, schedule, steps, (source, *targets), (shape[1], shape[2]))
-    info = replace(
-        info,
-        first_step=first_step,
-        source_latents=None if trajectory is None else trajectory.latents[:1].to(sd.device),
-        draw_noise=lambda: noise.draw((1, *shape)).to(sd.device),
-    )
-    active = begin_all(chosen, info)
-    first_step = max(first_step, *(control.first_step for control in active), 0)
-    start = _start(1 + len(targets), shape, latents, trajectory, steps - first_step, noise).to(sd.device)
+        given = replace(given, trajectory=cache.agree_trajectory(given.trajectory, given.generator))
+        asked = agree(asked, cache)
+    trajectory = given.trajectory
+    settings, levels = settle(sd, asked, trajectory)
+    assert settings.sampler is not None
+    assert settings.guidance is not None
+    assert settings.guidance_scale is not None
+    noise = Noise(settings.seed, given.generator)
+    shape = (sd.config.unet.in_channels, *grid_of(sd, settings))
+
+    def draw() -> Tensor:
+        return noise.draw((1, *shape))
+
+    active, first_step = _begin(sd, settings, levels, trajectory, lambda: draw().to(sd.device))
+    start = _start(settings, trajectory, first_step, shape, draw).to(sd.device)
     for control in active:
         start = control.start(start)
-    source_guidance = None if trajectory is None else trajectory.source_guidance
-    guided = max(guidance_scale, source_guidance or 0.0) > 1.0
-    # A source alone denoises freely, unless it is recorded for targets to come.
-    pin_source = pin_source and (bool(targets) or any(isinstance(control, Recorder) for control in chosen))
-    run = Denoising(
+    denoising = Denoising(
         sd=sd,
-        schedule=schedule,
-        steps=steps,
+        levels=levels,
+        solver=settings.sampler.start(levels, settings.eta),
         latents=start,
-        contexts=_contexts(sd, steps, source, targets, negative_prompt, trajectory, guided),
-        guidance_scale=guidance_scale,
-        draw_noise=lambda: noise.draw((1, *shape)),
-        source_guidance=source_guidance,
+        contexts=_contexts(sd, settings, trajectory, first_step),
+        guidance=settings.guidance,
+        guidance_scale=settings.guidance_scale,
+        draw_noise=draw,
+        source_guidance=None if trajectory is None else trajectory.source_guidance,
         first_step=first_step,
         controls=active,
-        pinned=trajectory.latents.to(sd.device) if trajectory is not None and pin_source else None,
+        pinned=trajectory.latents.to(sd.device) if trajectory is not None and settings.pin_source else None,
         retraces=trajectory is None or trajectory.method != "noise",
-        eta=eta,
         noise=None if trajectory is None else trajectory.noise,
-        backend=backend,
-        callback=callback,
+        backend=settings.backend,
+        callback=given.callback,
         cache=cache,
-        targets_at_once=targets_at_once,
+        targets_at_once=settings.targets_at_once,
     )
     if cache is not None:
-        check_cache(run, cache)
-    rows = [context.branches if cache is None else context.branches.cache_source() for context in run.contexts]
+        check_cache(denoising, cache)
+    rows = [context.branches if cache is None else context.branches.cache_source() for context in denoising.contexts]
     check_together(active, first_step, rows, sd.unet.sites)
-    x = run.latents
-    for x in tqdm(denoise(run), desc="sample", total=steps - first_step, disable=not progress):  # noqa: B007
-        pass
+    settings = replace(settings, skip_steps=first_step, generator_state=noise.generator_state)
+    return Prepared(denoising, settings.describe(), noise, given)
+
+
+def collect(prepared: Prepared, x: Tensor) -> Result:
+    """The final latents (1 + N, 4, h, w) decoded, with all that controls kept and the run's settings."""
+    run, given = prepared.denoising, prepared.given
+    sd = run.sd
     if not bool(torch.isfinite(x).all()):
         raise MasaError(
             f"the latents became NaN or infinite in {str(sd.dtype).removeprefix('torch.')}; load with dtype='fp32', "
@@ -186,36 +230,22 @@ def sample(
         "offload": sd.offload,
         "compiled": sd.compiled,
         "cuda_graphs": sd.cuda_graphs,
-        "source": source,
-        "target": list(targets),
-        "controls": described,
-        "trajectory": None if trajectory is None else dict(trajectory.settings),
-        "pin_source": pin_source,
-        "steps": steps,
-        "skip_steps": first_step,
-        "guidance_scale": guidance_scale,
-        "negative_prompt": negative_prompt,
-        "height": size[0],
-        "width": size[1],
-        "seed": noise.seed,  # drawn, where none was given: any run can be repeated
-        "generator_state": noise.generator_state,
-        "latents": None if latents is None else pack(latents),
-        "eta": eta,
-        "schedule": schedule.describe(),
-        "targets_at_once": targets_at_once,
-        "tiled": tiled,
-        "backend": backend,
-        "callback": callback is not None,
+        **prepared.described,
+        "seed": prepared.noise.seed,  # drawn, where none was given: any run can be repeated
+        "trajectory": None if given.trajectory is None else dict(given.trajectory.settings),
+        "callback": given.callback is not None,
     }
-    if cache is None:
-        pictures = sd.decode_latents(x, progress=progress, tiled=tiled)
+    tiled = prepared.described["tiled"]
+    if given.cache is None:
+        pictures = sd.decode_latents(x, progress=given.progress, tiled=tiled)
     else:
-        pictures = [cache.picture, *sd.decode_latents(x[1:], progress=progress, tiled=tiled)]
+        pictures = [given.cache.picture, *sd.decode_latents(x[1:], progress=given.progress, tiled=tiled)]
+    active = run.controls
     masks = {i: {s: m.cpu() for s, m in c.masks().items()} for i, c in enumerate(active) if c.masks()}
     attention = {i: {n: m.cpu() for n, m in c.attention().items()} for i, c in enumerate(active) if c.attention()}
     queries = {i: c.queries() for i, c in enumerate(active) if c.queries()}
     predicted = {i: c.predictions() for i, c in enumerate(active) if c.predictions()}
-    predictions = {i: _decode_all(sd, latents, progress, tiled) for i, latents in predicted.items()}
+    predictions = {i: _decode_all(sd, latents, given.progress, tiled) for i, latents in predicted.items()}
     images = [Picture.of(picture, settings | {"branch": i}) for i, picture in enumerate(pictures)]
     return Result(images, x.cpu(), settings, masks, attention, queries, predictions)
 
@@ -240,6 +270,7 @@ def edit(
     steps: int = 50,
     skip_steps: int | None = None,
     guidance_scale: float = 7.5,
+    guidance: Guidance | None = None,
     invert_guidance_scale: float = 1.0,
     method: str = "ddim",
     inner_steps: int = INNER_STEPS,
@@ -250,6 +281,7 @@ def edit(
     seed: int | None = None,
     generator: torch.Generator | None = None,
     schedule: Schedule | None = None,
+    sampler: str | Sampler = "ddim",
     targets_at_once: int | None = None,
     tiled: bool | None = None,
     backend: Backend = "auto",
@@ -262,16 +294,23 @@ def edit(
     generator: of the inversion's noise, then of the sampling's. Everything else as in `invert` and `sample`.
     MasaCtrl section 4.
     """
-    targets = as_prompts(target)
-    if not targets:
-        raise MasaError("edit needs at least one target prompt")
-    check_targets_at_once(targets_at_once)
-    check_tiled(tiled)
-    check_numbers(sd, guidance_scale, eta, backend)
-    check_inversion(method, negative_prompt, eta)
-    size = picture_size(sd, image, height, width)
-    first_step = choose_first_step(skip_steps, steps, default_skip(method, steps), from_noise=False)
-    check_controls(sd, controls, steps, (source, *targets), size=size, first_step=first_step)
+    asked = RunSettings(
+        source=source,
+        target=as_prompts(target),
+        controls=as_controls(controls),
+        pin_source=pin_source,
+        skip_steps=skip_steps,
+        guidance_scale=guidance_scale,
+        guidance=guidance,
+        negative_prompt=negative_prompt,
+        seed=seed,
+        eta=eta,
+        sampler=choose_sampler(sampler),
+        targets_at_once=targets_at_once,
+        tiled=tiled,
+        backend=backend,
+    )
+    _check_edit(sd, image, asked, method, steps, schedule or sd.schedule, (height, width))
     trajectory = invert(
         sd,
         image,
@@ -290,40 +329,61 @@ def edit(
         backend=backend,
         progress=progress,
     )
-    return sample(
-        sd,
-        source,
-        targets,
-        controls=controls,
-        trajectory=trajectory,
-        pin_source=pin_source,
-        skip_steps=skip_steps,
-        guidance_scale=guidance_scale,
-        negative_prompt=negative_prompt,
-        eta=eta,
-        seed=seed,
-        generator=generator,
-        targets_at_once=targets_at_once,
-        tiled=tiled,
-        backend=backend,
-        progress=progress,
-        callback=callback,
+    return run(sd, asked, Given(trajectory, None, generator, callback, progress))
+
+
+def _check_edit(
+    sd: StableDiffusion,
+    image: ImageLike,
+    asked: RunSettings,
+    method: str,
+    steps: int,
+    schedule: Schedule,
+    asked_size: tuple[int | None, int | None],
+) -> None:
+    """Refuse an edit before its inversion's minutes are spent."""
+    assert asked.sampler is not None
+    if not asked.target:
+        raise MasaError("edit needs at least one target prompt")
+    check_settings(sd, asked)
+    check_inversion(method, asked.negative_prompt, asked.eta)
+    size = picture_size(sd, image, *asked_size)
+    first_step = choose_first_step(asked.skip_steps, steps, default_skip(method, steps), from_noise=False)
+    free = not asked.pin_source
+    levels = choose_levels(asked.sampler, schedule, steps, method=method, eta=asked.eta, free=free)
+    check_controls(sd, asked.controls, levels, (asked.source, *asked.target), size=size, first_step=first_step)
+
+
+def _begin(
+    sd: StableDiffusion,
+    settings: RunSettings,
+    levels: Levels,
+    trajectory: Trajectory | None,
+    draw_noise: Callable[[], Tensor],
+) -> tuple[tuple[ActiveControl, ...], int]:
+    """The controls bound to the run, and its first step: as asked, or the latest that a control wants."""
+    assert settings.skip_steps is not None
+    info = replace(
+        describe_run(sd, levels, (settings.source, *settings.target), grid_of(sd, settings)),
+        first_step=settings.skip_steps,
+        source_latents=None if trajectory is None else trajectory.latents[:1].to(sd.device),
+        draw_noise=draw_noise,
     )
+    active = begin_all(settings.controls, info)
+    return active, max(settings.skip_steps, *(control.first_step for control in active), 0)
 
 
 def _contexts(
-    sd: StableDiffusion,
-    steps: int,
-    source: str,
-    targets: tuple[str, ...],
-    negative_prompt: str,
-    trajectory: Trajectory | None,
-    guided: bool,
+    sd: StableDiffusion, settings: RunSettings, trajectory: Trajectory | None, first_step: int
 ) -> tuple[Context, ...]:
     """Every step's rows and embeddings; the source has one row where its two embeddings are equal."""
-    cond = torch.cat([sd.encode_prompt(list(prompts)) for prompts in ((source,), targets) if prompts])
+    steps, targets, rule = settings.steps, settings.target, settings.guidance
+    assert steps is not None
+    assert rule is not None
+    assert settings.guidance_scale is not None
+    cond = torch.cat([sd.encode_prompt(list(prompts)) for prompts in ((settings.source,), targets) if prompts])
     if trajectory is None or trajectory.context is None:
-        unconds = [sd.encode_prompt([negative_prompt])] * steps
+        unconds = [sd.encode_prompt([settings.negative_prompt])] * steps
     elif trajectory.context.shape != (steps, *cond.shape[1:]):
         raise MasaError(
             f"the trajectory's unconditional embeddings are {tuple(trajectory.context.shape)}; this model's would be "
@@ -331,23 +391,34 @@ def _contexts(
         )
     else:
         unconds = list(trajectory.context.to(cond).split(1))
-    rows = {merged: Branches.build(len(targets), guided=guided, merge_source=merged) for merged in (False, True)}
-    return tuple(Context(rows[torch.equal(uncond, cond[:1])], uncond, cond) for uncond in unconds)
+    source_scale = (trajectory.source_guidance if trajectory is not None else None) or 0.0
+    guided = max(settings.guidance_scale, source_scale) > 1.0
+    if settings.guidance_scale > 1.0 and first_step < steps:
+        rule.check(range(first_step, steps))
+
+    def rows(step: int, merged: bool) -> Branches:
+        # A replayed source keeps its guidance where the targets have none, in the steps that read its prediction.
+        replayed = source_scale > 1.0 and (not settings.pin_source or step == steps - 1)
+        both = guided and rule.guides(step)
+        return Branches.build(len(targets), guided=both, merge_source=merged, source_guided=replayed)
+
+    equal = [torch.equal(uncond, cond[:1]) for uncond in unconds]
+    return tuple(Context(rows(step, equal[step]), uncond, cond) for step, uncond in enumerate(unconds))
 
 
 def _start(
-    branches: int,
-    shape: tuple[int, ...],
-    latents: Tensor | None,
+    settings: RunSettings,
     trajectory: Trajectory | None,
-    level: int,
-    noise: Noise,
+    first_step: int,
+    shape: tuple[int, ...],
+    draw_noise: Callable[[], Tensor],
 ) -> Tensor:
-    """The first latents (branches, 4, h, w): one noise for all, unless given one each; `level` steps to clean."""
+    """The first latents (1 + N, 4, h, w): one noise for all, unless given one each."""
+    branches, latents = 1 + len(settings.target), settings.latents
     if trajectory is not None:
-        return trajectory.latents[level][None].expand(branches, -1, -1, -1)
+        return trajectory.latents[trajectory.steps - first_step][None].expand(branches, -1, -1, -1)
     if latents is None:
-        return noise.draw((1, *shape)).expand(branches, -1, -1, -1)
+        return draw_noise().expand(branches, -1, -1, -1)
     if latents.shape[1:] != shape or len(latents) not in (1, branches):
         raise MasaError(
             f"latents are {tuple(latents.shape)}; expected (1, {', '.join(map(str, shape))}), or {branches} of them"

@@ -94,6 +94,11 @@ def predict_x0(eps: Tensor, x: Tensor, a_t: float) -> Tensor:
     return (x - math.sqrt(1.0 - a_t) * eps) / math.sqrt(a_t)
 
 
+def find_eps(x0: Tensor, x: Tensor, a_t: float) -> Tensor:
+    """The noise in x at level a_t if x0 are its clean latents: (x - sqrt(a_t) x0) / sqrt(1 - a_t)."""
+    return (x - math.sqrt(a_t) * x0) / math.sqrt(1.0 - a_t)
+
+
 def ddim_step(
     eps: Tensor, x: Tensor, a_t: float, a_prev: float, eta: float = 0.0, noise: Tensor | None = None
 ) -> Tensor:

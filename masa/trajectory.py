@@ -12,6 +12,7 @@ from torch import Tensor
 
 from masa.io.files import file_digest, load_tensors, save_tensors
 from masa.schedule import Schedule
+from masa.settings import check_kept, restore_schedule
 
 FORMAT = "masa trajectory 1"
 Method = Literal["ddim", "negative-prompt", "null-text", "edit-friendly", "noise"]
@@ -31,7 +32,7 @@ class Trajectory:
     it was inverted with. settings: JSON values that tell how it was made. context (steps, 77, width), float32:
     the unconditional embedding of each denoising step, the noisiest step's first; None where the negative
     prompt's serves. noise (steps, 4, h, w), float32: the noise that each denoising step adds, in the same
-    order; None where steps are deterministic.
+    order; None where steps are deterministic. own_schedule: one of a user's class, which settings may not restore.
     """
 
     latents: Tensor
@@ -39,6 +40,7 @@ class Trajectory:
     settings: Mapping[str, Any]
     context: Tensor | None = None
     noise: Tensor | None = None
+    own_schedule: Schedule | None = None
 
     @property
     def steps(self) -> int:
@@ -52,7 +54,7 @@ class Trajectory:
     @property
     def schedule(self) -> Schedule:
         """The schedule that it was made with."""
-        return Schedule.restore(self.settings["schedule"])
+        return restore_schedule(self.settings["schedule"]) if self.own_schedule is None else self.own_schedule
 
     @property
     def eta(self) -> float:
@@ -71,7 +73,8 @@ class Trajectory:
         return default_skip(self.method, self.steps)
 
     def save(self, path: str | Path) -> None:
-        """Write all of it as one safetensors file."""
+        """Write all of it as one safetensors file. MasaError for a schedule that could not be read back."""
+        check_kept(schedule=self.schedule)
         metadata = {"format": FORMAT, "prompt": self.prompt, "settings": json.dumps(dict(self.settings))}
         tensors = {"latents": self.latents, "context": self.context, "noise": self.noise}
         save_tensors(path, {name: t for name, t in tensors.items() if t is not None}, metadata)

@@ -47,23 +47,12 @@ def test_contexts_follow_the_halves():
     assert branches.contexts(uncond, cond)[:, 0, 0].tolist() == [0, 0, 0, 1, 2, 3]
 
 
-def test_guidance_moves_away_from_uncond():
-    eps = torch.tensor([0.0, 10.0, 1.0, 12.0]).reshape(4, 1, 1, 1)
-    guided = Branches.build(1, guided=True).guide(eps, 3.0)
-    assert guided.flatten().tolist() == [3.0, 16.0]
-
-
-def test_a_branch_of_one_row_is_taken_as_it_is():
-    eps = torch.tensor([5.0, 10.0, 12.0]).reshape(3, 1, 1, 1)
-    guided = Branches.build(1, guided=True, merge_source=True).guide(eps, 3.0)
-    assert guided.flatten().tolist() == [5.0, 16.0]
-    assert Branches.build(1, guided=False).guide(eps[:2], 3.0).flatten().tolist() == [5.0, 10.0]
-
-
-def test_source_and_targets_may_be_guided_by_different_scales():
-    """Up to 1 a branch is its conditional half alone, whatever the other's scale."""
-    eps = torch.tensor([0.0, 10.0, 1.0, 12.0]).reshape(4, 1, 1, 1)
-    branches = Branches.build(1, guided=True)
-    assert branches.guide(eps, 0.5, source_scale=3.0).flatten().tolist() == [3.0, 12.0]
-    assert branches.guide(eps, 3.0, source_scale=0.5).flatten().tolist() == [1.0, 16.0]
-    assert branches.guide(eps, 2.0, source_scale=3.0).flatten().tolist() == [3.0, 14.0]
+def test_a_source_may_be_guided_alone():
+    """A replayed source keeps its two halves where the targets have one."""
+    branches = Branches.build(2, guided=False, source_guided=True)
+    assert [(row.branch, row.halves) for row in branches.rows] == [
+        (0, ("uncond",)), (0, ("cond",)), (1, ("cond",)), (2, ("cond",))
+    ]  # fmt: skip
+    assert branches.source_rows == (0, 1, 1, 1)
+    merged = Branches.build(2, guided=False, merge_source=True, source_guided=True)
+    assert merged == Branches.build(2, guided=False)

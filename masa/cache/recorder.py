@@ -48,6 +48,7 @@ class Recording:
         self.writer: TensorWriter | None = None
         self.tensors: dict[str, Tensor] = {}
         self.latents: list[Tensor] = []
+        self.predictions: list[Tensor] = []
         self.nbytes = 0
 
     def open(self, entries: int, nbytes: int, device: torch.device) -> None:
@@ -78,15 +79,15 @@ class Recording:
             self.tensors[name] = store_tensor(tensor, self.store, self.device)
 
     def finish(self, settings: Mapping[str, Any], picture: Image.Image, trajectory: Trajectory | None) -> SourceCache:
-        latents = torch.cat(self.latents)
+        latents, predictions = torch.cat(self.latents), torch.cat(self.predictions)
         tensors: Mapping[str, Tensor] = self.tensors
         if self.writer is not None and self.path is not None:
-            finish_file(self.writer, settings, latents, picture, trajectory)
+            finish_file(self.writer, settings, latents, picture, trajectory, predictions)
             self.writing.close()
             file = TensorFile(self.path, FORMAT, "source cache", "record it again")
             tensors = file.only([name for name in file if not name.startswith(EXTRAS)])
         path = self.path if self.store == "disk" else None
-        cache = SourceCache(settings, latents, picture, trajectory, tensors, self.store, path, self.nbytes)
+        cache = SourceCache(settings, latents, picture, trajectory, tensors, self.store, path, self.nbytes, predictions)
         if self.folder is not None:  # the file goes when the cache does
             weakref.finalize(cache, shutil.rmtree, self.folder, ignore_errors=True)
         return cache
@@ -189,6 +190,9 @@ class _Active(ActiveControl):
         for site in self.maps:
             edits[site] = edits.get(site, PLAIN).merge(Edit(records=(record,)))
         return edits
+
+    def see_prediction(self, step: int, x0: Tensor) -> None:
+        self.recording.predictions.append(x0[:1].float().cpu())
 
     def after_step(self, step: int, latents: Tensor, tape: Tape, branches: Branches) -> Tensor:
         for site in self.maps:

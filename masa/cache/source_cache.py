@@ -22,7 +22,7 @@ from masa.errors import MasaError
 from masa.io.files import replacing
 from masa.io.tensor_file import TensorFile, TensorWriter
 from masa.pipeline import StableDiffusion
-from masa.schedule import Schedule
+from masa.settings import restore_setting
 from masa.trajectory import Trajectory
 
 FORMAT = "masa source cache 1"
@@ -36,7 +36,8 @@ class SourceCache:
     settings: of the run that recorded it, as `Result.settings`. latents (steps run + 1, 4, h, w), float32 on the
     CPU: the source's, from the start to the last step. picture: the source. trajectory: that it was recorded from,
     or None. tensors: by "step/site/part", as in `masa.edits.CachePart`, but queries, keys and values (rows, h*w, heads,
-    d). store: where they live, "device", "host" or "disk". nbytes: their size.
+    d). store: where they live, "device", "host" or "disk". nbytes: their size. predictions (steps run, 4, h, w),
+    float32 on the CPU: what each step took the source's clean latents to be; None in older files.
     """
 
     settings: Mapping[str, Any]
@@ -47,6 +48,7 @@ class SourceCache:
     store: str
     path: Path | None
     nbytes: int
+    predictions: Tensor | None = None
 
     def __repr__(self) -> str:
         place = {"device": f"on {self.settings['device']}", "host": "in host memory", "disk": f"in {self.path}"}
@@ -78,11 +80,14 @@ class SourceCache:
         """The source's latents (1, 4, h, w) when a step is done."""
         return self.latents[step + 1 - self.first_step][None]
 
+    def predicted(self, step: int) -> Tensor:
+        """What a step took the source's clean latents (1, 4, h, w) to be."""
+        # Earlier versions recorded under DDIM alone, which remembers nothing that could be blended with them.
+        return self.latents[-1:] if self.predictions is None else self.predictions[step - self.first_step][None]
+
     def agree(self, name: str, asked: Any) -> Any:
         """The recorded value of a setting. MasaError where another one is asked for; None asks for none."""
-        recorded = self.settings.get(name)  # a file of an earlier version has fewer
-        if name == "schedule" and recorded is not None:
-            recorded = Schedule.restore(recorded)
+        recorded = restore_setting(name, self.settings.get(name))  # a file of an earlier version has fewer
         if asked is not None and asked != recorded:
             raise MasaError(
                 f"{name} is {asked!r}, but the cache was recorded with {recorded!r}; leave it out, or record anew"
@@ -140,7 +145,7 @@ class SourceCache:
         with replacing(path) as temporary, TensorWriter(temporary, len(self.tensors)) as writer:
             for name in self.tensors:
                 writer.append(name, self.tensors[name])
-            finish_file(writer, self.settings, self.latents, self.picture, self.trajectory)
+            finish_file(writer, self.settings, self.latents, self.picture, self.trajectory, self.predictions)
 
     @classmethod
     def load(cls, path: str | Path, sd: StableDiffusion, *, store: Store = "auto") -> SourceCache:
@@ -165,7 +170,8 @@ class SourceCache:
         trajectory = None
         if run["trajectory"] is not None:
             parts = {n: file[f"{EXTRAS}{n}"].clone() for n in TRAJECTORY if f"{EXTRAS}{n}" in file}
-            trajectory = Trajectory(prompt=run["trajectory"]["prompt"], settings=run["trajectory"]["settings"], **parts)
+            prompt, about = run["trajectory"]["prompt"], run["trajectory"]["settings"]
+            trajectory = Trajectory(parts["latents"], prompt, about, parts.get("context"), parts.get("noise"))
         settings = run["settings"] | {"device": str(sd.device)}
         names = [name for name in file if not name.startswith(EXTRAS)]
         nbytes = sum(file.sizes[name] for name in names)
@@ -177,7 +183,9 @@ class SourceCache:
         )
         picture = Image.fromarray(file[f"{EXTRAS}picture"].numpy().copy())
         latents = file[f"{EXTRAS}source latents"].clone()
-        return cls(settings, latents, picture, trajectory, tensors, store, path if store == "disk" else None, nbytes)
+        predictions = file[f"{EXTRAS}predictions"].clone() if f"{EXTRAS}predictions" in file else None
+        path_kept = path if store == "disk" else None
+        return cls(settings, latents, picture, trajectory, tensors, store, path_kept, nbytes, predictions)
 
 
 TRAJECTORY = ("latents", "context", "noise")
@@ -213,6 +221,7 @@ def finish_file(
     latents: Tensor,
     picture: Image.Image,
     trajectory: Trajectory | None,
+    predictions: Tensor | None,
 ) -> None:
     """Write what is not read step by step, and close the file."""
     about: dict[str, Any] = {"settings": dict(settings), "trajectory": None}
@@ -223,6 +232,8 @@ def finish_file(
             if tensor is not None:
                 writer.append(f"{EXTRAS}{name}", tensor)
     writer.append(f"{EXTRAS}source latents", latents)
+    if predictions is not None:
+        writer.append(f"{EXTRAS}predictions", predictions)
     writer.append(f"{EXTRAS}picture", torch.from_numpy(np.array(picture.convert("RGB"))))
     writer.append(f"{EXTRAS}settings", torch.frombuffer(bytearray(json.dumps(about).encode()), dtype=torch.uint8))
     writer.finish({"format": FORMAT})

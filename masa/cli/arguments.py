@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from masa.cli.control_arguments import add_control, add_record, add_start, parse_numbers, parse_words
+from masa.cli.registered_arguments import add_fields, add_plugins, add_sampler, choose
+from masa.controls.masactrl import MasaCtrl
 from masa.inversion import METHODS
-from masa.workflows.sheets import PARAMETERS
+from masa.settings import registered
+from masa.workflows.sheets import parameters_of
 
 PLOTS = ("word-maps", "self-attention", "masks", "queries", "predictions")
 
@@ -42,6 +45,7 @@ def build_parser() -> Parser:
             'masa sample "a sitting cat" "a standing cat" -c v1-5-pruned-emaonly.safetensors --seed 0 -o cats',
             'masa sample "a cat sitting" "a cat standing" --record-words cat --record-queries --record-x0 -o cats',
             'masa sample "" "a running corgi" --trajectory corgi.safetensors -c v1-5-pruned-emaonly.safetensors',
+            'masa sample "a cat sitting" "a cat standing" --sampler dpm++2m --steps 15 --guidance-rescale 0.7',
         ],
     )
     sample.add_argument("source", help="the source's prompt")
@@ -104,6 +108,9 @@ def build_parser() -> Parser:
     add_guidance_and_seed(group)
     group.add_argument("--negative-prompt", default="", help="what to be guided away from")
     add_tiled(group)
+    add_sampler(group)
+    add_fields(group)
+    add_plugins(sdedit)
     add_model(sdedit)
     add_output(sdedit)
 
@@ -144,7 +151,12 @@ def build_parser() -> Parser:
     default = "start_layer=0,4,8,10,14"
     sweep.add_argument("--columns", type=parse_sweep, default=default, help=f"another (default: {default})")
     add_guidance_and_seed(add_steps_and_size(sweep, steps=None), guidance=None)
-    add_start(sweep.add_argument_group("control (MasaCtrl)"))
+    group = sweep.add_argument_group("control")
+    text = "a registered control's class name (default: MasaCtrl)"
+    group.add_argument("--control", type=parse_control, default="MasaCtrl", metavar="NAME", help=text)
+    add_start(group)
+    add_fields(group)
+    add_plugins(sweep)
     add_model(sweep)
     add_output(sweep)
 
@@ -185,6 +197,7 @@ def build_parser() -> Parser:
         ["masa rerun masa-out/0001/target_0.png"],
     )
     rerun.add_argument("picture", help="a PNG that masa saved")
+    add_plugins(rerun)
     add_model(rerun, speed=False)
     add_output(rerun)
     return parser
@@ -244,6 +257,9 @@ def add_sampling(parser: Parser, steps: int | None = 50) -> None:
     group.add_argument("--free-source", action="store_true", help="let a real source drift instead of pinning it")
     group.add_argument("--targets-at-once", type=int, metavar="N", help="where memory is short (default: all)")
     add_tiled(group)
+    add_sampler(group)
+    add_fields(group)
+    add_plugins(parser)
 
 
 def add_guidance_and_seed(group: argparse._ArgumentGroup, guidance: float | None = 7.5) -> None:
@@ -280,11 +296,17 @@ def add_output(parser: Parser, text: str = "the folder to write into (default: t
 def parse_sweep(text: str) -> tuple[str, list[Any]]:
     """ "start_layer=0,6,10" -> ("start_layer", [0, 6, 10]), "layers=8-9,10" -> ("layers", [[8, 9], [10]])."""
     name, equals, values = text.partition("=")
-    names = [name for name in PARAMETERS if name != "mask"]  # which has no form on the command line
+    kinds = (MasaCtrl, *registered("begin").values())
+    # A mask has no form on the command line.
+    names = list(dict.fromkeys(name for kind in kinds for name in parameters_of(kind) if name != "mask"))
     if not equals or name not in names:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUES with a name of {', '.join(names)}")
     parse = parse_numbers if name == "layers" else parse_value
     return name, [parse(value.strip()) for value in values.split(",")]
+
+
+def parse_control(text: str) -> str:
+    return choose(text, list(registered("begin")), "control")
 
 
 def parse_value(text: str) -> int | float | bool | str:

@@ -7,15 +7,18 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from masa.cli.arguments import build_parser
-from masa.cli.control_arguments import build_controls, build_start, check_picture, given
+from masa.cli.control_arguments import build_controls, build_start, build_swept, check_picture, given
 from masa.cli.idle_options import refuse_idle
+from masa.cli.registered_arguments import build_guidance, build_sampler, check_used, load_plugins, with_fields
 from masa.errors import MasaError
 from masa.io.files import check_folder, check_free, replacing
 from masa.output.result import file_names
+from masa.settings import RunSettings
 from masa.workflows.sheets import comparison
 
 OUT = Path("masa-out")
@@ -24,8 +27,9 @@ OUT = Path("masa-out")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 2 for bad input (one line on stderr), 130 after Ctrl-C."""
     warnings.formatwarning = lambda message, *_: f"masa: {message}\n"
-    args = build_parser().parse_args(argv)
     try:
+        load_plugins(sys.argv[1:] if argv is None else argv)
+        args = build_parser().parse_args(argv)
         refuse_idle(args)
         run(args)
     except (Exception, KeyboardInterrupt) as error:
@@ -89,24 +93,9 @@ def run_sample(args: argparse.Namespace) -> None:
     import masa
 
     folder = choose_folder(args.out, file_names(len(args.target)), args.overwrite)
-    controls = build_controls(args)
+    settings = sampling_settings(args)
     trajectory = masa.Trajectory.load(args.trajectory) if args.trajectory else None
-    result = masa.sample(
-        load_model(args),
-        args.source,
-        args.target,
-        controls=controls,
-        trajectory=trajectory,
-        pin_source=not args.free_source,
-        steps=args.steps,
-        skip_steps=args.skip_steps,
-        targets_at_once=args.targets_at_once,
-        tiled=args.tiled,
-        guidance_scale=args.guidance,
-        negative_prompt=args.negative_prompt,
-        eta=args.eta,
-        **size_and_seed(args),
-    )
+    result = masa.sample(load_model(args), args.source, args.target, trajectory=trajectory, **settings)
     report(result.save(folder))
 
 
@@ -114,25 +103,11 @@ def run_edit(args: argparse.Namespace) -> None:
     import masa
 
     folder = choose_folder(args.out, file_names(len(args.target)), args.overwrite)
-    controls = build_controls(args)
+    settings = sampling_settings(args)
     check_picture(args.image)
+    inversion = given(invert_guidance_scale=args.invert_guidance, inner_steps=args.inner_steps)
     result = masa.edit(
-        load_model(args),
-        args.image,
-        args.target,
-        args.source,
-        controls=controls,
-        pin_source=not args.free_source,
-        steps=args.steps,
-        skip_steps=args.skip_steps,
-        targets_at_once=args.targets_at_once,
-        tiled=args.tiled,
-        guidance_scale=args.guidance,
-        method=args.method,
-        negative_prompt=args.negative_prompt,
-        eta=args.eta,
-        **given(invert_guidance_scale=args.invert_guidance, inner_steps=args.inner_steps),
-        **size_and_seed(args),
+        load_model(args), args.image, args.target, args.source, method=args.method, **inversion, **settings
     )
     report(result.save(folder))
 
@@ -168,17 +143,8 @@ def run_sdedit(args: argparse.Namespace) -> None:
 
     folder = choose_folder(args.out, file_names(len(args.target)), args.overwrite)
     check_picture(args.image)
-    result = masa.sdedit(
-        load_model(args),
-        args.image,
-        args.target,
-        args.strength,
-        steps=args.steps,
-        guidance_scale=args.guidance,
-        negative_prompt=args.negative_prompt,
-        tiled=args.tiled,
-        **size_and_seed(args),
-    )
+    settings = sampling_settings(args)
+    result = masa.sdedit(load_model(args), args.image, args.target, args.strength, **settings)
     report(result.save(folder))
 
 
@@ -208,6 +174,7 @@ def run_sweep(args: argparse.Namespace) -> None:
     folder = choose_folder(args.out, ["sweep.png"], args.overwrite)
     if args.image is not None:
         check_picture(args.image)
+    control = build_swept(args)
     sheet = masa.sweep(
         load_model(args),
         args.source,
@@ -215,7 +182,7 @@ def run_sweep(args: argparse.Namespace) -> None:
         args.rows,
         args.columns,
         image=args.image,
-        control=build_start(args),
+        control=control,
         **given(method=args.method, steps=args.steps, guidance_scale=args.guidance),
         **size_and_seed(args),
     )
@@ -316,6 +283,23 @@ def load_model(args: argparse.Namespace):  # type: ignore[no-untyped-def]
         progress=not args.quiet,
     )
     return sd.compile() if args.compile else sd
+
+
+# The options that are a run's settings under another name, or in another sense.
+OPTIONS = {"guidance_scale": "guidance"}
+
+
+def sampling_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """A run's settings as the command's options give them: what sample, edit and sdedit share."""
+    controls = {"controls": build_controls(args)} if "control" in args else {}
+    made = {"sampler": build_sampler(args), "guidance": build_guidance(args)}
+    used = [*controls.get("controls", ()), *made.values()]
+    check_used(args.set, [*used, getattr(made["guidance"], "within", None)])
+    names = [f.name for f in fields(RunSettings) if f.name not in ("source", "target", *made)]
+    plain = {name: getattr(args, OPTIONS.get(name, name)) for name in names if OPTIONS.get(name, name) in args}
+    pinned = {"pin_source": not args.free_source} if "free_source" in args else {}
+    made = {name: with_fields(value, args.set) for name, value in made.items() if value is not None}
+    return {**plain, **pinned, **controls, **made, "progress": not args.quiet}
 
 
 def size_and_seed(args: argparse.Namespace) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from masa.cli.registered_arguments import check_used, make, with_fields
 from masa.controls.base import Control
 from masa.controls.blended import BlendedLatents
 from masa.controls.local_blend import LocalBlend
@@ -16,6 +17,7 @@ from masa.controls.record import RecordAttention, RecordPredictions, RecordQueri
 from masa.controls.style import StyleTransfer
 from masa.errors import MasaError
 from masa.io.pictures import open_picture
+from masa.settings import registered
 
 CONTROLS = ("masactrl", "prompt-to-prompt", "plug-and-play", "style")
 
@@ -39,7 +41,7 @@ def add_control(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--source-weight", type=float, help="of the source in a --union (default: 1)")
 
     group = parser.add_argument_group("which controls, and those beside MasaCtrl")
-    form = f"some of {', '.join(CONTROLS)} (default: masactrl)"
+    form = f"some of {', '.join(CONTROLS)}, or registered classes' names (default: masactrl)"
     either = group.add_mutually_exclusive_group()
     either.add_argument("--control", type=parse_controls, metavar="LIST", help=form)
     text = "none of them: the fixed-seed baseline"
@@ -73,7 +75,7 @@ def build_controls(args: argparse.Namespace) -> list[Control]:
 
     What is not given is as in Python.
     """
-    names = (["masactrl"] if args.control is None else args.control) if args.target else []
+    names = (["masactrl"] if args.target else []) if args.control is None else args.control
     where = given(
         start_step=args.start_step, start_layer=args.start_layer, steps=args.control_steps, layers=args.control_layers
     )
@@ -92,17 +94,25 @@ def build_controls(args: argparse.Namespace) -> list[Control]:
         controls.append(PlugAndPlay(**shares))
     if "style" in names:
         controls.append(StyleTransfer(**where))
+    controls += [make(name, args.set) for name in names if name not in CONTROLS]
     if args.local_blend is not None:
         controls.append(LocalBlend(as_words(args.local_blend[0]), as_words(args.local_blend[1])))
     if args.blend is not None:
         check_picture(args.blend)
         controls.append(BlendedLatents(args.blend))
-    return [*controls, *build_recorders(args)]
+    return [with_fields(control, args.set) for control in (*controls, *build_recorders(args))]
 
 
 def build_start(args: argparse.Namespace) -> MasaCtrl:
-    """MasaCtrl of a grid or sweep."""
+    """MasaCtrl of a grid."""
     return MasaCtrl(**given(start_step=args.start_step, start_layer=args.start_layer))
+
+
+def build_swept(args: argparse.Namespace) -> Control:
+    """The control of a sweep."""
+    control: Control = build_start(args) if args.control == "MasaCtrl" else make(args.control, args.set)
+    check_used(args.set, [control])
+    return with_fields(control, args.set)
 
 
 def given(**options: Any) -> dict[str, Any]:
@@ -176,8 +186,9 @@ def parse_words(text: str) -> list[str]:
 def parse_controls(text: str) -> list[str]:
     """ "masactrl,style" -> ["masactrl", "style"]."""
     names = parse_words(text)
-    if not set(names) <= set(CONTROLS):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of {', '.join(CONTROLS)}")
+    known = (*CONTROLS, *registered("begin"))
+    if not set(names) <= set(known):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of {', '.join(known)}")
     if len(set(names)) < len(names):
         raise argparse.ArgumentTypeError(f"{text!r} names a control twice; name each once")
     return names

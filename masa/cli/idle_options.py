@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from masa.errors import MasaError
+from masa.settings import KINDS
+from masa.workflows.sheets import parameters_of
 
 # Options that only some controls read; they are None, or False, where they are not given.
 OWNERS: Mapping[str, tuple[str, ...]] = {
@@ -57,8 +59,9 @@ def refuse_idle(args: argparse.Namespace) -> None:
 def check_controls(args: argparse.Namespace) -> None:
     """Options of controls that are not in use, or that others of the same control leave without a say."""
     names = ["masactrl"] if args.control is None else args.control
+    alone = all(not getattr(KINDS.get(name), "needs_targets", True) for name in names)  # those serve a source too
     for option in ("control", *OWNERS):
-        if is_given(args, option) and not args.target:
+        if is_given(args, option) and not args.target and not (option == "control" and alone):
             raise MasaError(
                 f"{shown(args, option)} is about targets, and there are none; give a target, or leave it out"
             )
@@ -84,6 +87,9 @@ def check_guided(args: argparse.Namespace) -> None:
     # An edit-friendly source that was inverted under guidance is replayed under guidance; a trajectory may be one.
     replayed = getattr(args, "method", None) == "edit-friendly" and (args.invert_guidance or 1.0) > 1.0
     off = args.guidance <= 1.0 and getattr(args, "trajectory", None) is None and not replayed
+    if args.guidance <= 1.0:
+        for option in ("guidance_rescale", "guidance_interval", "guidance_rule"):
+            refuse(args, option, True, f"--guidance {args.guidance:g} switches guidance off; raise it above 1")
     refuse(args, "negative_prompt", off, f"--guidance {args.guidance:g} switches guidance off; raise it above 1")
 
 
@@ -103,6 +109,13 @@ def check_fitting(args: argparse.Namespace) -> None:
 
 def check_sweep(args: argparse.Namespace) -> None:
     refuse(args, "method", args.image is None, "it inverts a picture; give --image")
+    for option in ("start_step", "start_layer"):
+        reason = f"it is MasaCtrl's, and --control {args.control} is swept; use --set"
+        refuse(args, option, args.control != "MasaCtrl", reason)
+    known = parameters_of(KINDS[args.control])
+    for name in (args.rows[0], args.columns[0]):
+        if name not in known:
+            raise MasaError(f"a sweep of {args.control} cannot vary {name!r}; expected one of {', '.join(known)}")
     for flag, (name, _) in (("--rows", args.rows), ("--columns", args.columns)):
         for option, parameter in FIXED.items():
             idle = parameter == name and args.method not in FITTED.get(option, ())

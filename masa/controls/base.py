@@ -79,10 +79,19 @@ class ActiveControl:
         """The latents (1 + N, 4, h, w) that the next step starts from."""
         return latents
 
+    def blend(self, history: Tensor) -> Tensor:
+        """What `after_step` has just done to the latents, done to what the sampler remembers of them.
+
+        history (1 + N, 4, h, w): clean latents that a step predicted. A control that puts a region of the targets
+        back on the source does so here too: else a solver of second order goes on along the target's slope there.
+        """
+        return history
+
     def see_prediction(self, step: int, x0: Tensor) -> None:
         """What this step takes the clean latents to be: (1 + N, 4, h, w), from the guided prediction.
 
-        Of a pinned source that the step does not compute, the trajectory's clean latents.
+        Of a pinned source that the step does not compute, the trajectory's clean latents; of one that a cache lends,
+        those that its recording saw.
         """
 
     def masks(self) -> dict[int, Tensor]:

@@ -70,6 +70,13 @@ class _Active(ActiveControl):
         # The level that this step has reached: after the last one the source itself.
         background = self.noised(self.alphas[step + 1])
         self.used[step] = self.mask[0].expand(len(latents), -1, -1)
+        return self._put_back(latents, background)
+
+    def blend(self, history: Tensor) -> Tensor:
+        return self._put_back(history, self.source)
+
+    def _put_back(self, latents: Tensor, background: Tensor) -> Tensor:
+        """Latents (1 + N, 4, h, w) with the targets' outside the mask from background (1, 4, h, w)."""
         latents = latents.clone()
         latents[1:] = self.mask * latents[1:] + (1.0 - self.mask) * background
         return latents

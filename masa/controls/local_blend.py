@@ -87,6 +87,7 @@ class ActiveBlend(ActiveControl):
         self.grid = run.grid_at(MAP_DOWNSAMPLE)
         self.key = ("local blend", id(self))
         self.sum: Tensor | None = None
+        self.region: Tensor | None = None  # (1 + N, 1, h, w) of the last step, once blending has begun
         self.used: dict[int, Tensor] = {}
 
     def edits(self, step: int, branches: Branches) -> Mapping[int, Edit]:
@@ -103,7 +104,11 @@ class ActiveBlend(ActiveControl):
         if self.sum.shape[1] > 1:
             region = region & ~self._region(self.sum[:, 1:], latents, self.control.subtract_threshold, pool=False)
         self.used[step] = region[:, 0].float()
-        return latents[:1] + region * (latents - latents[:1])
+        self.region = region
+        return self.blend(latents)
+
+    def blend(self, history: Tensor) -> Tensor:
+        return history if self.region is None else history[:1] + self.region * (history - history[:1])
 
     def _region(self, maps: Tensor, latents: Tensor, threshold: float, pool: bool) -> Tensor:
         """Maps (1 + N, 1, h, w) -> (1 + N, 1, H, W) bool of the latents' size, joined with the source's."""

@@ -84,9 +84,9 @@ class PromptToPrompt:
         self_steps = range(int(run.steps * start), int(run.steps * end))
         active = _Active(self._maps(run), self._schedule(run), self_steps, self._self_sites(run), run)
         if self.local_blend is not None:
-            active.blend = self.local_blend.begin(run)
+            active.local_blend = self.local_blend.begin(run)
         last = max((*active.self_steps, *active.cross_steps), default=-1)
-        if last < run.first_step and active.blend is None:
+        if last < run.first_step and active.local_blend is None:
             raise MasaError(
                 f"PromptToPrompt(edit={self.edit!r}, cross_replace_steps={self.cross_replace_steps}, "
                 f"self_replace_steps={self.self_replace_steps}) changes no step of a run of {run.steps}; raise the "
@@ -149,7 +149,7 @@ class _Active(ActiveControl):
         self.self_steps = self_steps if self_sites else range(0)
         self.self_sites = self_sites
         self.cross_sites = tuple(site.index for site in run.sites if site.kind == "cross")
-        self.blend: ActiveControl | None = None
+        self.local_blend: ActiveControl | None = None
         # What the host must know is read here, before the tensors go to the device.
         self.cross_steps: frozenset[int] = frozenset()
         self.own_steps: frozenset[int] = frozenset()
@@ -177,16 +177,19 @@ class _Active(ActiveControl):
                 own = take(self.own[step], of_targets) if step in self.own_steps else None
                 mix = Mix(targets, (source,) * len(targets), from_source, own)
                 edits.update(dict.fromkeys(self.cross_sites, Edit(mix=mix)))
-        if self.blend is not None:
-            for site, edit in self.blend.edits(step, branches).items():
+        if self.local_blend is not None:
+            for site, edit in self.local_blend.edits(step, branches).items():
                 edits[site] = edits[site].merge(edit) if site in edits else edit
         return edits
 
     def after_step(self, step: int, latents: Tensor, tape: Tape, branches: Branches) -> Tensor:
-        return latents if self.blend is None else self.blend.after_step(step, latents, tape, branches)
+        return latents if self.local_blend is None else self.local_blend.after_step(step, latents, tape, branches)
+
+    def blend(self, history: Tensor) -> Tensor:
+        return history if self.local_blend is None else self.local_blend.blend(history)
 
     def masks(self) -> dict[int, Tensor]:
-        return {} if self.blend is None else self.blend.masks()
+        return {} if self.local_blend is None else self.local_blend.masks()
 
 
 def _bounds(bounds: Bounds, name: str) -> tuple[float, float]:

@@ -15,9 +15,13 @@ from masa.checks import as_controls
 from masa.controls.base import Control
 from masa.controls.masactrl import MasaCtrl
 from masa.errors import MasaError
+from masa.guidance import Guidance
 from masa.pipeline import StableDiffusion
+from masa.samplers import choose_sampler
+from masa.samplers.base import Sampler
 from masa.sampling import sample
 from masa.schedule import Schedule
+from masa.settings import check_kept
 from masa.trajectory import Trajectory
 
 
@@ -31,6 +35,7 @@ def record(
     steps: int | None = None,
     skip_steps: int | None = None,
     guidance_scale: float = 7.5,
+    guidance: Guidance | None = None,
     negative_prompt: str = "",
     height: int | None = None,
     width: int | None = None,
@@ -38,6 +43,7 @@ def record(
     latents: Tensor | None = None,
     eta: float = 0.0,
     schedule: Schedule | None = None,
+    sampler: str | Sampler = "ddim",
     tiled: bool | None = None,
     backend: Backend = "auto",
     store: Store = "auto",
@@ -71,6 +77,9 @@ def record(
         raise MasaError("record's controls are empty; give those that will read the cache")
     if latents is not None and isinstance(latents, Tensor) and len(latents) != 1:
         raise MasaError(f"latents are {tuple(latents.shape)}; record takes the source's, (1, 4, h, w)")
+    solver = choose_sampler(sampler)
+    own = trajectory.schedule if trajectory is not None else schedule or sd.schedule
+    check_kept(schedule=own, sampler=solver, guidance=guidance)  # the cache keeps them by name
     source_guidance = None if trajectory is None else trajectory.source_guidance
     # A source whose two prompts are equal has one row.
     prompt = source or ("" if trajectory is None else trajectory.prompt)
@@ -87,6 +96,7 @@ def record(
             steps=steps,
             skip_steps=skip_steps,
             guidance_scale=guidance_scale,
+            guidance=guidance,
             negative_prompt=negative_prompt,
             height=height,
             width=width,
@@ -94,6 +104,7 @@ def record(
             latents=latents,
             eta=eta,
             schedule=schedule,
+            sampler=solver,
             tiled=tiled,
             backend=backend,
             progress=progress,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,8 @@ from masa.io.files import file_digest, find_near
 from masa.null_text import INNER_STEPS
 from masa.output.result import Result, read_settings
 from masa.pipeline import StableDiffusion, choose_device, load
-from masa.sampling import sample
-from masa.schedule import Schedule
-from masa.settings import restore, unpack
+from masa.sampling import Given, run
+from masa.settings import RunSettings, restore_schedule, unpack
 from masa.trajectory import Trajectory
 
 
@@ -53,6 +53,7 @@ def rerun(
         warnings.warn(f"{picture} was made by masa {settings['version']}, this is {__version__}", stacklevel=2)
     if settings["callback"]:
         warnings.warn(f"a callback took part in making {picture}; it is not repeated", stacklevel=2)
+    asked = RunSettings.restored(settings)
     made_from = settings["trajectory"]
     source = None if made_from is None else find_source(made_from, picture)
     if sd is None:
@@ -62,29 +63,10 @@ def rerun(
             check_weights(sd, settings, picture)
     trajectory = None if made_from is None or source is None else restore_trajectory(sd, made_from, source, progress)
 
-    return sample(
-        sd,
-        settings["source"],
-        settings["target"],
-        controls=[restore(control) for control in settings["controls"]],
-        trajectory=trajectory,
-        pin_source=settings["pin_source"],
-        steps=settings["steps"],
-        skip_steps=settings["skip_steps"],
-        guidance_scale=settings["guidance_scale"],
-        negative_prompt=settings["negative_prompt"],
-        height=settings["height"],
-        width=settings["width"],
-        seed=None if settings["generator_state"] is not None else settings["seed"],
-        generator=restore_generator(settings["generator_state"]),
-        latents=None if settings["latents"] is None else unpack(settings["latents"]),
-        eta=settings["eta"],
-        schedule=Schedule.restore(settings["schedule"]),
-        targets_at_once=settings.get("targets_at_once"),
-        tiled=settings.get("tiled"),
-        backend=settings["backend"],
-        progress=progress,
-    )
+    generator = restore_generator(asked.generator_state)
+    if generator is not None:
+        asked = replace(asked, seed=None)
+    return run(sd, asked, Given(trajectory, generator=generator, progress=progress))
 
 
 def restore_generator(state: Mapping[str, str] | None) -> torch.Generator | None:
@@ -175,7 +157,7 @@ def restore_trajectory(sd: StableDiffusion, settings: Mapping[str, Any], source:
         generator=generator,
         height=settings["height"],
         width=settings["width"],
-        schedule=Schedule.restore(settings["schedule"]),
+        schedule=restore_schedule(settings["schedule"]),
         tiled=settings.get("tiled"),
         backend=settings["backend"],
         progress=progress,

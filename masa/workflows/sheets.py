@@ -24,15 +24,22 @@ from masa.noise import Noise
 from masa.null_text import MAX_STEPS
 from masa.output.result import Picture, wrap
 from masa.pipeline import StableDiffusion
+from masa.samplers.base import Levels
 from masa.sampling import sample
-from masa.settings import describe
+from masa.settings import describe, is_registered
 from masa.trajectory import default_skip
 
-# What a sweep may vary beside MasaCtrl's own parameters.
+# What a sweep may vary beside its control's own fields.
 SAMPLING = ("guidance_scale", "negative_prompt", "seed", "eta", "steps", "skip_steps", "pin_source")
-# MasaCtrl's list of steps is not among them: here as in `sample`, steps are the run's.
-PARAMETERS = tuple(dict.fromkeys((*(field.name for field in fields(MasaCtrl) if field.name != "steps"), *SAMPLING)))
 FIXED_BY_TRAJECTORY = ("steps",)
+
+
+def parameters_of(control: type) -> tuple[str, ...]:
+    """What a sweep of a control may vary: its fields, and those of the sampling; steps are the run's."""
+    return tuple(dict.fromkeys((*(field.name for field in fields(control) if field.name != "steps"), *SAMPLING)))
+
+
+PARAMETERS = parameters_of(MasaCtrl)
 
 CELL = 192  # pixels: pictures are shown with at least this short side
 
@@ -82,9 +89,10 @@ def grid(
     for method in methods:
         check_method(method, source, steps, sd.schedule, guidance_scale)
     size = picture_size(sd, image, height, width)
+    levels = Levels.of_schedule(sd.schedule, steps)
     for first_step in {default_skip(method, steps) for method in methods}:
         for control in columns.values():
-            check_controls(sd, control, steps, (source, target), size=size, first_step=first_step)
+            check_controls(sd, control, levels, (source, target), size=size, first_step=first_step)
     seed = secrets.randbelow(2**32) if seed is None else seed
     rows = []
     for method in tqdm(methods, desc="inversions", disable=not progress):
@@ -136,7 +144,7 @@ def sweep(
     *,
     image: ImageLike | None = None,
     method: str = "ddim",
-    control: MasaCtrl = MasaCtrl(),
+    control: Control = MasaCtrl(),
     steps: int = 50,
     guidance_scale: float = 7.5,
     height: int | None = None,
@@ -147,14 +155,20 @@ def sweep(
 ) -> Picture:
     """One picture of a target under every pair of values of two parameters: MasaCtrl's ablation (figure 8).
 
-    rows, columns: a parameter's name, of MasaCtrl or sampling (PARAMETERS), and its values. image: edit this real
-    picture, inverted once by `method`; default: synthesise the source too, from one seed. control: what the
-    other parameters of MasaCtrl are. The first column shows the source. All else as in `sample` and `invert`.
+    rows, columns: a parameter's name, a field of the control or one of SAMPLING, and its values. image: edit this
+    real picture, inverted once by `method`; default: synthesise the source too, from one seed. control: MasaCtrl, or
+    any other of a registered class, whose fields are what is not varied. The first column shows the source. All else
+    as in `sample` and `invert`.
     Raises MasaError for bad input, before any long work.
     """
+    if not is_registered(control):
+        raise MasaError(
+            f"a sweep varies fields of a registered control, and {type(control).__name__} is none; use masa.register"
+        )
+    parameters = parameters_of(type(control))
     for name, values in (rows, columns):
-        if name not in PARAMETERS:
-            raise MasaError(f"a sweep cannot vary {name!r}; expected one of {', '.join(PARAMETERS)}")
+        if name not in parameters:
+            raise MasaError(f"a sweep cannot vary {name!r}; expected one of {', '.join(parameters)}")
         if not values:
             raise MasaError(f"a sweep over {name} needs values")
         if image is not None and name in FIXED_BY_TRAJECTORY:
@@ -177,7 +191,8 @@ def sweep(
         Noise(settings["seed"])
         first_step = choose_first_step(skipped, own_steps, usual, from_noise=image is None)
         prompts, real = (source, target), image is not None
-        check_controls(sd, settings["controls"], own_steps, prompts, size=size, first_step=first_step, real=real)
+        levels = Levels.of_schedule(sd.schedule, own_steps)
+        check_controls(sd, settings["controls"], levels, prompts, size=size, first_step=first_step, real=real)
     _check_matters(dict([rows, columns]), control, guidance_scale, method if image is not None else None)
     if image is None:
         start: dict[str, Any] = {"steps": steps, "height": height, "width": width}
@@ -223,17 +238,12 @@ def serves(method: str, source: str, steps: int, guidance_scale: float) -> bool:
 
 
 def _check_matters(
-    swept: Mapping[str, Sequence[Any]], control: MasaCtrl, guidance_scale: float, method: str | None
+    swept: Mapping[str, Sequence[Any]], control: Control, guidance_scale: float, method: str | None
 ) -> None:
     """MasaError for a parameter that no cell reads; method: the picture's inversion, None for synthesis."""
-    lists = swept.get("layers", [control.layers])
-    unions = swept.get("union", [control.union])
     guided = max(swept.get("guidance_scale", [guidance_scale])) > 1.0
     drawn = method != "edit-friendly" and max(swept.get("eta", [0.0])) > 0.0
     reasons = {
-        "start_step": (control.steps is not None, "the control lists its steps; leave steps out"),
-        "start_layer": (all(listed is not None for listed in lists), "the layers are listed; leave layers out"),
-        "source_weight": (not any(unions), "it is of the source in a union; set union=True, or sweep it too"),
         "negative_prompt": (not guided, "guidance is off in every cell; raise guidance_scale above 1"),
         "pin_source": (method is None, "only a real source is pinned; give image"),
         "seed": (
@@ -241,17 +251,24 @@ def _check_matters(
             "the picture is inverted once and no step adds noise; sweep eta too",
         ),
     }
+    if isinstance(control, MasaCtrl):
+        lists, unions = swept.get("layers", [control.layers]), swept.get("union", [control.union])
+        reasons |= {
+            "start_step": (control.steps is not None, "the control lists its steps; leave steps out"),
+            "start_layer": (all(listed is not None for listed in lists), "the layers are listed; leave layers out"),
+            "source_weight": (not any(unions), "it is of the source in a union; set union=True, or sweep it too"),
+        }
     for name in swept:
         idle, reason = reasons.get(name, (False, ""))
         if idle:
             raise MasaError(f"a sweep over {name} would change nothing: {reason}")
 
 
-def _cell(control: MasaCtrl, fixed: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+def _cell(control: Control, fixed: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of `sample` in one cell."""
     of_control = {name: value for name, value in values.items() if name not in SAMPLING}
     of_sampling = {name: value for name, value in values.items() if name in SAMPLING}
-    return {**fixed, **of_sampling, "controls": replace(control, **of_control)}
+    return {**fixed, **of_sampling, "controls": replace(control, **of_control)}  # type: ignore[type-var]
 
 
 def _listed(control: Control | Sequence[Control]) -> list[Control]:

@@ -1,0 +1,468 @@
+"""Samplers: trajectories equal diffusers', histories belong to branches, and every way to run a model keeps them."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from rounding import same
+
+import masa
+from masa.controls.base import ActiveControl
+from masa.controls.local_blend import ActiveBlend
+from masa.output.result import read_settings
+from masa.samplers import NAMES, choose_sampler
+from masa.samplers.base import Levels
+from masa.schedule import find_eps, predict_x0
+
+SOURCE, TARGETS = "a photo of a sitting cat", ["a photo of a running cat", "a red cat in the snow"]
+SETTINGS = {"steps": 4, "height": 128, "width": 128, "progress": False}
+CONTROL = masa.MasaCtrl(1, 8)
+SAMPLERS = {
+    "2m": masa.DPMSolverPP(),
+    "2m karras": masa.DPMSolverPP(karras=True, end="sigma_min"),
+    "2m sde": masa.DPMSolverPP(sde=True),
+}
+# Float32 rounding of two ways to write the same step, grown over a whole trajectory.
+TOLERANCE = 1e-5
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers'
+
+
+def oracle(sampler: masa.DPMSolverPP, steps: int | None, timesteps: list[int] | None = None):
+    from diffusers import DPMSolverMultistepScheduler
+
+    scheduler = DPMSolverMultistepScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        algorithm_type="sde-dpmsolver++" if sampler.sde else "dpmsolver++",
+        use_karras_sigmas=sampler.karras,
+        timestep_spacing=sampler.spacing or "trailing",
+        final_sigmas_type=sampler.end or "zero",
+        steps_offset=1,
+    )
+    scheduler.set_timesteps(steps, timesteps=timesteps)
+    return scheduler
+
+
+def every_grid() -> list[tuple[bool, str | None, str]]:
+    spacings = ("leading", "trailing", "linspace")
+    plain = [(False, spacing, end) for spacing, end in itertools.product(spacings, ("zero", "sigma_min"))]
+    return [*plain, (True, None, "zero"), (True, None, "sigma_min")]
+
+
+def made_up_eps(x: torch.Tensor, timestep: int) -> torch.Tensor:
+    """Smooth in x, and different at every timestep."""
+    mixed = torch.einsum("ij,bjhw->bihw", torch.arange(16.0).reshape(4, 4).sin() * 0.3, x)
+    return torch.tanh(mixed) * 0.7 + x * 0.5 * (timestep / 1000) + 0.05 * torch.sin(3 * x)
+
+
+def difference(out: torch.Tensor, ref: torch.Tensor) -> float:
+    return ((out - ref).abs().max() / ref.std()).item()
+
+
+# ---------------------------------------------------------------------------------------- against diffusers
+
+
+@pytest.mark.parametrize(("karras", "spacing", "end"), every_grid())
+def test_grids_equal_diffusers(karras, spacing, end):
+    sampler = masa.DPMSolverPP(karras=karras, spacing=spacing, end=end)
+    for steps in (1, 2, 3, 7, 12, 20, 25, 30, 50, 99, 333):
+        levels, scheduler = sampler.levels(masa.Schedule(), steps), oracle(sampler, steps)
+        assert list(levels.timesteps) == scheduler.timesteps.tolist(), steps
+        sigmas = torch.tensor([((1 - a) / a) ** 0.5 for a in levels.alphas])
+        assert torch.allclose(sigmas, scheduler.sigmas, rtol=1e-5, atol=0), steps
+
+
+@pytest.mark.parametrize("sde", [False, True], ids=["ode", "sde"])
+@pytest.mark.parametrize(("karras", "spacing", "end"), every_grid())
+def test_whole_trajectories_equal_diffusers(sde, karras, spacing, end):
+    sampler = masa.DPMSolverPP(sde=sde, karras=karras, spacing=spacing, end=end)
+    for steps in (1, 2, 3, 8, 14, 15, 16, 30, 99):
+        levels, scheduler = sampler.levels(masa.Schedule(), steps), oracle(sampler, steps)
+        assert follow(sampler, levels, scheduler) < TOLERANCE, steps
+
+
+@pytest.mark.parametrize("sde", [False, True], ids=["ode", "sde"])
+@pytest.mark.parametrize(("steps", "first_step"), [(20, 0), (20, 7), (8, 3)])
+def test_on_a_trajectorys_levels_it_equals_diffusers(sde, steps, first_step):
+    """Also from a later step on, where its history is empty."""
+    sampler = masa.DPMSolverPP(sde=sde, end="sigma_min")
+    fixed = Levels.of_schedule(masa.Schedule(), steps)
+    levels = sampler.levels(masa.Schedule(), steps, fixed)
+    assert levels is fixed
+    scheduler = oracle(sampler, None, list(levels.timesteps))
+    assert follow(sampler, levels, scheduler, first_step) < TOLERANCE
+
+
+def follow(sampler, levels, scheduler, first_step: int = 0) -> float:
+    """The greatest difference in any step of two runs of a made-up network."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 4, 8, 8, generator=generator)
+    ours, theirs, history, worst = x, x, (), 0.0
+    solver = sampler.start(levels, 0.0)
+    scheduler.set_begin_index(first_step)
+    for step in range(first_step, levels.steps):
+        timestep = levels.timesteps[step]
+        noise = torch.randn(1, 4, 8, 8, generator=generator)
+        eps = made_up_eps(ours, timestep)
+        x0 = predict_x0(eps, ours, levels.alphas[step])
+        ours, history = solver.step(step, ours, eps, x0, history, noise if solver.draws_noise else None)
+        eps, shared = made_up_eps(theirs, timestep), noise.expand_as(theirs)
+        theirs = scheduler.step(eps, scheduler.timesteps[step], theirs, variance_noise=shared).prev_sample
+        worst = max(worst, difference(ours, theirs))
+    return worst
+
+
+@pytest.mark.parametrize("sampler", [*SAMPLERS.values(), masa.DPMSolverPP(spacing="linspace")])
+@torch.no_grad()
+def test_guided_runs_equal_diffusers(tiny, sampler):
+    """Of the network itself, and with the noise drawn after the start's."""
+    steps = 16
+    out = masa.sample(tiny, SOURCE, sampler=sampler, seed=5, **(SETTINGS | {"steps": steps}))
+    scheduler, generator = oracle(sampler, steps), torch.Generator().manual_seed(5)
+    context = tiny.encode_prompt(["", SOURCE])
+    x = torch.randn(1, 4, 16, 16, generator=generator)
+    for timestep in scheduler.timesteps:
+        eps_u, eps_c = tiny.unet(x.expand(2, -1, -1, -1), int(timestep), context)[0].chunk(2)
+        noise = torch.randn(1, 4, 16, 16, generator=generator) if sampler.sde else None
+        x = scheduler.step(eps_u + 7.5 * (eps_c - eps_u), timestep, x, variance_noise=noise).prev_sample
+    # The random network multiplies float32 rounding, and guidance does again.
+    assert difference(out.latents, x) < 5e-4
+
+
+# ----------------------------------------------------------------------------------------------------- whole runs
+
+
+def run(tiny, targets=TARGETS, **settings):
+    return masa.sample(tiny, SOURCE, targets, **({"controls": CONTROL, "seed": 3} | SETTINGS | settings))
+
+
+@pytest.fixture(scope="module")
+def plain(tiny):
+    return run(tiny)
+
+
+@pytest.fixture(scope="module")
+def sampled(tiny):
+    return {name: run(tiny, sampler=sampler) for name, sampler in SAMPLERS.items()}
+
+
+@pytest.fixture(scope="module")
+def trajectory(tiny):
+    picture = torch.rand(3, 128, 128, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    return masa.invert(tiny, picture, SOURCE, **SETTINGS)
+
+
+def test_each_field_changes_the_result(tiny, plain, sampled):
+    changed = [masa.DPMSolverPP(karras=True), masa.DPMSolverPP(spacing="leading"), masa.DPMSolverPP(end="sigma_min")]
+    results = [plain, *sampled.values(), *(run(tiny, sampler=sampler) for sampler in changed)]
+    for i, one in enumerate(results):
+        for other in results[:i]:
+            assert difference(one.latents, other.latents) > 1e-3
+
+
+def test_names_and_defaults_stand_for_values(tiny, plain, sampled):
+    assert torch.equal(run(tiny, sampler="dpm++2m").latents, sampled["2m"].latents)
+    explicit = masa.DPMSolverPP(spacing="trailing", end="zero")
+    assert torch.equal(run(tiny, sampler=explicit).latents, sampled["2m"].latents)
+    assert torch.equal(run(tiny, sampler="dpm++2m-sde").latents, sampled["2m sde"].latents)
+    for sampler in ("ddim", masa.DDIM()):
+        assert torch.equal(run(tiny, sampler=sampler).latents, plain.latents)
+    assert set(NAMES) == {"ddim", "dpm++2m", "dpm++2m-sde"}
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 7.5])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_targets_together_in_parts_and_alone_agree(tiny, name, guidance_scale):
+    settings = {"sampler": SAMPLERS[name], "guidance_scale": guidance_scale}
+    together = run(tiny, **settings).latents
+    same(run(tiny, targets_at_once=1, **settings).latents, together)
+    same(run(tiny, TARGETS[1:], **settings).latents, together[[0, 2]])
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_cached_source_serves_it(tiny, sampled, name, tmp_path):
+    made = {"controls": CONTROL, "seed": 3, "sampler": SAMPLERS[name], **SETTINGS}
+    cache = masa.record(tiny, SOURCE, path=tmp_path / "cache.safetensors", **made)
+    loaded = masa.SourceCache.load(tmp_path / "cache.safetensors", tiny)
+    cached = masa.sample(tiny, target=TARGETS, controls=CONTROL, cache=loaded, progress=False)
+    same(cached.latents, sampled[name].latents)
+    assert cached.settings == sampled[name].settings
+    # LocalBlend puts a region back on the source, in what the sampler remembers too: that is recorded.
+    controls = [CONTROL, masa.LocalBlend("cat", "cat", threshold=0.95)]
+    parts = masa.sample(tiny, target=TARGETS, controls=controls, cache=cache, targets_at_once=1, progress=False)
+    same(parts.latents, run(tiny, controls=controls, sampler=SAMPLERS[name]).latents)
+    with pytest.raises(masa.MasaError, match=r"sampler is DDIM\(\), but the cache was recorded with DPMSolverPP"):
+        masa.sample(tiny, target=TARGETS, cache=cache, sampler="ddim")
+
+
+@pytest.mark.parametrize(("name", "pinned"), [("2m", True), ("2m", False), ("2m sde", True)])
+def test_a_pictures_cache_serves_it(tiny, trajectory, name, pinned):
+    sampler = masa.DPMSolverPP(sde=SAMPLERS[name].sde)
+    start = {"trajectory": trajectory, "pin_source": pinned, "sampler": sampler, "seed": 2, "progress": False}
+    controls = [CONTROL, masa.LocalBlend("cat", "cat", threshold=0.95)]
+    uncached = masa.sample(tiny, target=TARGETS, controls=controls, **start)
+    cache = masa.record(tiny, controls=CONTROL, **start)
+    cached = masa.sample(tiny, target=TARGETS, controls=controls, cache=cache, seed=2, progress=False)
+    same(cached.latents, uncached.latents)
+
+
+@torch.no_grad()
+def test_a_pinned_source_has_no_history(tiny, trajectory):
+    """Its reconstruction is what its last step predicts, whatever came before."""
+    out = masa.sample(tiny, target=TARGETS[0], trajectory=trajectory, sampler="dpm++2m", controls=[], progress=False)
+    eps = tiny.unet(trajectory.latents[1][None].expand(2, -1, -1, -1), 1, tiny.encode_prompt(["", SOURCE]))[0]
+    guided = eps[0] + 7.5 * (eps[1] - eps[0])
+    m = predict_x0(guided, trajectory.latents[1], tiny.schedule.alpha(1))
+    assert difference(out.latents[0], m) < 1e-4
+    skipped = masa.sample(
+        tiny, target=TARGETS[0], trajectory=trajectory, sampler="dpm++2m", controls=[], skip_steps=2, progress=False
+    )
+    same(skipped.latents[0], out.latents[0])
+
+
+def test_a_free_source_may_run_under_2m(tiny, trajectory):
+    free = masa.sample(tiny, trajectory=trajectory, sampler="dpm++2m", progress=False)
+    assert not torch.equal(free.latents, masa.sample(tiny, trajectory=trajectory, progress=False).latents)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_compiled_model_agrees(tiny, sampled, name):
+    compiled = run(tiny.compile(compiler="eager"), sampler=SAMPLERS[name])
+    # Compiled convolutions are summed in another order: float32 rounding, grown over four steps.
+    assert difference(compiled.latents, sampled[name].latents) < 1e-4
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_it_is_written_down_and_runs_again(tiny, sampled, name, tmp_path):
+    sampled[name].source.save(tmp_path / "source.png")
+    again = masa.rerun(tmp_path / "source.png", tiny, progress=False)
+    assert torch.equal(again.latents, sampled[name].latents)
+    assert again.settings == sampled[name].settings
+    written = read_settings(tmp_path / "source.png")["sampler"]
+    assert written == {"kind": "DPMSolverPP"} | {
+        f: getattr(SAMPLERS[name], f) for f in ("sde", "karras", "spacing", "end")
+    }
+
+
+def test_edits_take_it(tiny):
+    picture = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    settings = {"steps": 4, "height": 64, "width": 64, "progress": False}
+    for make in (
+        lambda **kept: masa.edit(tiny, picture, TARGETS, controls=masa.MasaCtrl(1), **kept),
+        lambda **kept: masa.sdedit(tiny, picture, TARGETS, 0.7, seed=0, **kept),
+    ):
+        out = make(sampler="dpm++2m", **settings)
+        assert out.settings["sampler"]["kind"] == "DPMSolverPP"
+        assert not torch.equal(out.latents[1:], make(**settings).latents[1:])
+
+
+# ------------------------------------------------------------------------------------------------- noise and levels
+
+
+def test_one_noise_a_step_serves_all_branches(tiny):
+    """Drawn after the start's, and also in the last step, which adds none."""
+    generator = torch.Generator().manual_seed(3)
+    out = run(tiny, sampler="dpm++2m-sde", seed=None, generator=generator, targets_at_once=1)
+    same(out.latents, run(tiny, sampler="dpm++2m-sde").latents)
+    counted = torch.Generator().manual_seed(3)
+    for _ in range(1 + SETTINGS["steps"]):
+        torch.randn(1, 4, 16, 16, generator=counted)
+    assert torch.equal(generator.get_state(), counted.get_state())
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3))
+    given = [run(tiny, sampler="dpm++2m-sde", latents=noise, seed=seed).latents for seed in (1, 2)]
+    assert not torch.equal(*given)
+
+
+class Probe:
+    """A control that sees the run, and may blend as told."""
+
+    needs_targets = False
+
+    def __init__(self, active: ActiveControl | None = None) -> None:
+        self.active = active or ActiveControl()
+
+    def begin(self, run):
+        self.run = run
+        return self.active
+
+
+def test_controls_see_the_samplers_levels(tiny, trajectory):
+    settings = {"controls": (probe := Probe()), "targets": (), "guidance_scale": 1.0}
+    run(tiny, sampler="dpm++2m", **settings)
+    trailing = [999, 749, 499, 249]
+    assert probe.run.alphas == (*(tiny.schedule.alpha(t) for t in trailing), 1.0)
+    run(tiny, **settings)
+    assert probe.run.alphas == (*(tiny.schedule.alpha(t) for t in tiny.schedule.timesteps(4)), 1.0)
+    masa.sample(tiny, target="a cat", trajectory=trajectory, sampler="dpm++2m", controls=probe, progress=False)
+    assert probe.run.alphas == (*(tiny.schedule.alpha(t) for t in tiny.schedule.timesteps(4)), 1.0)
+
+
+def test_eps_and_clean_latents_imply_each_other(generator):
+    x, x0 = torch.randn(2, 1, 4, 8, 8, generator=generator)
+    assert torch.allclose(predict_x0(find_eps(x0, x, 0.3), x, 0.3), x0, atol=1e-6)
+
+
+# --------------------------------------------------------------------------------------- blending what is remembered
+
+
+class PutBack(ActiveControl):
+    """After step 1 the targets are where the source is."""
+
+    def __init__(self, remembered: bool) -> None:
+        self.step, self.remembered = -1, remembered
+
+    def after_step(self, step, latents, tape, branches):
+        self.step = step
+        return self._put_back(latents)
+
+    def blend(self, history):
+        return self._put_back(history) if self.remembered else history
+
+    def _put_back(self, latents):
+        return latents[:1].expand_as(latents) if self.step == 1 else latents
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_what_is_put_back_goes_on_as_the_source_does(tiny, name):
+    noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    kept, forgotten = (
+        run(tiny, SOURCE, sampler=SAMPLERS[name], latents=noise, controls=Probe(PutBack(remembered))).latents
+        for remembered in (True, False)
+    )
+    same(kept[1], kept[0])
+    assert difference(forgotten[1], forgotten[0]) > 0.01
+
+
+@pytest.mark.parametrize("control", ["alone", "in Prompt-to-Prompt"])
+def test_local_blend_blends_the_history_alike(tiny, monkeypatch, control):
+    calls = []
+    blend = ActiveBlend.blend
+
+    def spy(self, history):
+        out = blend(self, history)
+        calls.append((history, out))
+        return out
+
+    monkeypatch.setattr(ActiveBlend, "blend", spy)
+    blending = masa.LocalBlend("cat", "cat", threshold=0.98, start=0.5)
+    chosen = blending if control == "alone" else masa.PromptToPrompt("replace", local_blend=blending)
+    out = run(tiny, TARGETS[0], sampler="dpm++2m", controls=chosen)
+    assert sorted(out.masks[0]) == [2, 3]
+    mask = out.masks[0][3][1].bool()
+    assert 0 < mask.float().mean() < 1
+    history, blended = calls[-1]
+    assert not torch.equal(history[1], history[0])
+    assert torch.equal(blended[1][:, ~mask], history[0][:, ~mask])
+    assert torch.allclose(blended[1][:, mask], history[1][:, mask], atol=1e-5)
+    early, unchanged = calls[0]  # the first step's history, before blending begins
+    assert unchanged is early
+
+
+def test_blended_latents_blend_the_history_with_the_clean_picture(tiny, trajectory, generator):
+    mask = torch.zeros(16, 16)
+    mask[:, 5:] = 1.0
+    probe = Probe()
+    masa.sample(tiny, target="a cat", trajectory=trajectory, controls=probe, progress=False)
+    active = masa.BlendedLatents(mask).begin(probe.run)
+    history = torch.randn(2, 4, 16, 16, generator=generator)
+    blended = active.blend(history)
+    assert torch.equal(blended[1, :, :, :5], trajectory.latents[0, :, :, :5])
+    assert torch.equal(blended[1, :, :, 5:], history[1, :, :, 5:])
+    assert torch.equal(blended[0], history[0])
+
+
+def test_a_callback_leaves_the_history_alone(tiny):
+    """Moving the latents in step 0 changes step 1 by the solver's own formula, from the prediction before the move."""
+    seen = []
+
+    def move(step, timestep, x):
+        seen.append(x)
+        return x + 1.0 if step == 0 else None
+
+    recorder = masa.RecordPredictions([0])
+    run(tiny, (), sampler="dpm++2m", controls=recorder, guidance_scale=1.0, callback=move)
+    with torch.no_grad():
+        levels = masa.DPMSolverPP().levels(tiny.schedule, 4)
+        context, solver = tiny.encode_prompt([SOURCE]), masa.DPMSolverPP().start(levels, 0.0)
+        x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3))
+        eps = tiny.unet(x, levels.timesteps[0], context)[0]
+        x, history = solver.step(0, x, eps, predict_x0(eps, x, levels.alphas[0]), (), None)
+        moved = x + 1.0
+        eps = tiny.unet(moved, levels.timesteps[1], context)[0]
+        x, _ = solver.step(1, moved, eps, predict_x0(eps, moved, levels.alphas[1]), history, None)
+    assert difference(seen[1], x) < 1e-4
+
+
+# ------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"sampler": "unipc"},
+            "sampler is 'unipc'; expected one of 'ddim', 'dpm\\+\\+2m', 'dpm\\+\\+2m-sde', or a value",
+        ),
+        ({"sampler": masa.DDIM}, "sampler is <class"),
+        ({"sampler": 3}, "sampler is 3"),
+        (
+            {"sampler": "dpm++2m", "eta": 0.5},
+            r"eta is 0\.5, which is DDIM's, and the sampler is DPMSolverPP; leave it out",
+        ),
+        ({"sampler": "dpm++2m", "steps": 0}, "steps is 0"),
+        ({"sampler": masa.DPMSolverPP(karras=True), "steps": 1000}, "steps is 1000"),
+        ({"sampler": masa.DPMSolverPP(spacing="leading"), "steps": 999}, "steps is 999; expected at most 998"),
+    ],
+)
+def test_bad_settings_are_named(tiny, settings, message):
+    with pytest.raises(masa.MasaError, match=message):
+        run(tiny, **settings)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"sde": 1}, "sde is 1; expected True or False"),
+        ({"karras": "yes"}, "karras is 'yes'"),
+        ({"spacing": "even"}, "spacing is 'even'; expected one of 'leading', 'trailing', 'linspace'"),
+        ({"end": 0}, "end is 0; expected one of 'zero', 'sigma_min'"),
+        ({"karras": True, "spacing": "leading"}, "leave spacing='leading' out"),
+    ],
+)
+def test_bad_fields_are_named(fields, message):
+    with pytest.raises(masa.MasaError, match=message):
+        masa.DPMSolverPP(**fields)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sampler": masa.DPMSolverPP(karras=True)}, r"DPMSolverPP\(karras=True\) asks for noise levels of its own"),
+        ({"sampler": masa.DPMSolverPP(spacing="trailing")}, "spacing='trailing'"),
+        ({"sampler": masa.DPMSolverPP(end="zero")}, "end='zero'"),
+        ({"sampler": "dpm++2m-sde", "pin_source": False}, "DPMSolverPP adds noise, .* pin it"),
+        ({"sampler": "dpm++2m", "method": "edit-friendly"}, "edit-friendly noise was made for DDIM's steps"),
+        ({"sampler": "dpm++2m", "eta": 1.0}, r"eta is 1\.0, which is DDIM's"),
+    ],
+)
+def test_what_a_trajectory_does_not_allow_is_named_before_inverting(tiny, monkeypatch, settings, message):
+    monkeypatch.setattr(masa.sampling, "invert", lambda *args, **kwargs: pytest.fail("inverted first"))
+    with pytest.raises(masa.MasaError, match=message):
+        masa.edit(tiny, torch.zeros(3, 64, 64), "a cat", controls=[], steps=4, **settings)
+
+
+def test_a_trajectory_refuses_the_same(tiny, trajectory):
+    for settings, message in (
+        ({"sampler": masa.DPMSolverPP(karras=True)}, "asks for noise levels of its own"),
+        ({"sampler": "dpm++2m-sde"}, "DPMSolverPP adds noise"),  # without targets a source is free
+    ):
+        with pytest.raises(masa.MasaError, match=message):
+            masa.sample(tiny, trajectory=trajectory, **settings)
+    ends = masa.DPMSolverPP(end="sigma_min")
+    out = masa.sample(tiny, target="a cat", trajectory=trajectory, sampler=ends, controls=[], progress=False)
+    plain = masa.sample(tiny, target="a cat", trajectory=trajectory, sampler="dpm++2m", controls=[], progress=False)
+    assert torch.equal(out.latents, plain.latents)
+    assert choose_sampler(ends) is ends
