@@ -362,8 +362,9 @@ def test_free_u_equals_diffusers(tiny, tiny_folder, generator):
 
 def describe(sd):
     from masa.checks import describe_run
+    from masa.samplers.base import Levels
 
-    return describe_run(sd, sd.schedule, STEPS, (SOURCE, *TARGETS), (16, 16))
+    return describe_run(sd, Levels.of_schedule(sd.schedule, STEPS), (SOURCE, *TARGETS), (16, 16))
 
 
 def test_every_factor_of_free_u_matters(tiny):
