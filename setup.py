@@ -55,7 +55,7 @@ setup(
         "pillow>=10.1",
         "numpy>=1.26",
         "tqdm>=4.66",
-        # Below 3.4 Triton serialises the products of compute capability 9.x: there "auto" is SDPA, see kernels/launch.py.
+        # Below 3.4 it serialises the products of compute capability 9.x, where "auto" then is SDPA: kernels/launch.py.
         "triton>=3.2,<3.10; sys_platform == 'linux'",
     ],
     extras_require={

@@ -45,7 +45,8 @@ def test_the_newest_environments_are_the_last_within_the_upper_bounds():
         assert numbers(upper[name]) == (major, minor + 1)
 
 
-def test_the_core_names_files():
-    files = re.findall(r"tests/\w+\.py", SCRIPT)
-    assert len(files) == len(set(files)) > 10
-    assert all((ROOT / file).is_file() for file in files)
+def test_the_core_names_tests_that_exist():
+    named = re.findall(r"^ +(tests/\w+\.py)(?:::(\w+))?$", SCRIPT, re.M)
+    assert len(named) == len(set(named)) > 10
+    for file, test in named:
+        assert f"def {test or 'test_'}" in (ROOT / file).read_text(encoding="utf-8"), (file, test)
