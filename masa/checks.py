@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from masa.attention import Grid, check_backend
+from masa.attention import check_backend
 from masa.branches import Branches, check_guidance
 from masa.controls.base import Control, Run, begin_all, check_together
+from masa.edits import Grid
 from masa.errors import MasaError
 from masa.io.pictures import ImageLike, check_size, load_image
 from masa.pipeline import StableDiffusion
@@ -107,6 +108,7 @@ def describe_run(sd: StableDiffusion, schedule: Schedule, steps: int, prompts: t
         prompts=prompts,
         grid=grid,
         device=sd.device,
+        dtype=sd.dtype,
         token_positions=sd.tokenizer.token_positions,
         encode=sd.tokenizer.encode,
         tokens=sd.config.text.tokens,

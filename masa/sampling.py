@@ -164,7 +164,7 @@ def sample(
     )
     if cache is not None:
         check_cache(run, cache)
-    rows = [context.branches if cache is None else context.branches.lend_source() for context in run.contexts]
+    rows = [context.branches if cache is None else context.branches.cache_source() for context in run.contexts]
     check_together(active, first_step, rows, sd.unet.sites)
     x = run.latents
     for x in tqdm(denoise(run), desc="sample", total=steps - first_step, disable=not progress):  # noqa: B007

@@ -29,7 +29,7 @@ def test_every_row_reads_the_source_of_its_half():
 
 def test_without_the_source_only_targets_are_present():
     full = Branches.build(2, guided=True)
-    branches = full.keep(full.without_source())
+    branches = full.select(full.without_source())
     assert branches.present == (1, 2)
     assert len(branches) == 4
 
@@ -37,7 +37,7 @@ def test_without_the_source_only_targets_are_present():
 def test_copies_name_each_rows_branch_among_those_present():
     branches = Branches.build(2, guided=True, merge_source=True)
     assert branches.copies == (0, 1, 2, 1, 2)
-    assert branches.keep(branches.without_source()).copies == (0, 1, 0, 1)
+    assert branches.select(branches.without_source()).copies == (0, 1, 0, 1)
     assert Branches.build(2, guided=False).copies is None
 
 
@@ -58,3 +58,12 @@ def test_a_branch_of_one_row_is_taken_as_it_is():
     guided = Branches.build(1, guided=True, merge_source=True).guide(eps, 3.0)
     assert guided.flatten().tolist() == [5.0, 16.0]
     assert Branches.build(1, guided=False).guide(eps[:2], 3.0).flatten().tolist() == [5.0, 10.0]
+
+
+def test_source_and_targets_may_be_guided_by_different_scales():
+    """Up to 1 a branch is its conditional half alone, whatever the other's scale."""
+    eps = torch.tensor([0.0, 10.0, 1.0, 12.0]).reshape(4, 1, 1, 1)
+    branches = Branches.build(1, guided=True)
+    assert branches.guide(eps, 0.5, source_scale=3.0).flatten().tolist() == [3.0, 12.0]
+    assert branches.guide(eps, 3.0, source_scale=0.5).flatten().tolist() == [1.0, 16.0]
+    assert branches.guide(eps, 2.0, source_scale=3.0).flatten().tolist() == [3.0, 14.0]
