@@ -49,7 +49,7 @@ setup(
         "torch>=2.6,<2.15",  # each pins its Triton: 2.6 has 3.2, 2.14 has 3.8
         "safetensors>=0.6.1",  # the first that lists tensors in the file's order
         "transformers>=4.45",
-        "tokenizers>=0.20",
+        "tokenizers>=0.20.3",  # the first that refuses broken bytes
         "huggingface_hub>=0.26",
         "einops>=0.8",
         "pillow>=10.1",

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 SCRIPT = (ROOT / ".ci" / "versions").read_text(encoding="utf-8")
 SETUP = (ROOT / "setup.py").read_text(encoding="utf-8")
 # What the script does not run: linters and type checkers, pinned to a release.
-TOOLS = {"ruff", "mypy", "pytest-xdist"}
+TOOLS = {"ruff", "mypy"}
 
 
 def pins(name: str) -> dict[str, str]:
