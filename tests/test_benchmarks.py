@@ -6,6 +6,7 @@ import argparse
 import csv
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
 import bench_edit
 import edit_report
+import harness
 from call_timer import CallTimer, Kind, Seconds
 from edit_flows import CACHED, TARGETS, CompiledMasa, DiffusersBest, MasaFlow, Plan, Published
 from profile_unet import COUNTED, attention_operations, group_of, profile_call
@@ -142,6 +144,14 @@ def test_profile_counts_a_convolution_as_a_direct_one(side):
     by_work = {line["work"]: line for line in lines}
     assert by_work["convolutions"]["gflop"] == round(2 * 9 * 256 * 256 * side**2 / 1e9, 1) > 0
     assert not {"linear layers", "attention", "copies"} & set(by_work)
+
+
+def test_exponentials_count_as_free_where_the_clock_is_not_told():
+    told = SimpleNamespace(multi_processor_count=100, clock_rate=2_000_000)  # kHz
+    assert harness.specified_gigaexps(told) == 3200
+    untold = harness.specified_gigaexps(SimpleNamespace(multi_processor_count=100))
+    assert harness.Limits(1.0, 1.0, untold).floor(2e9, 1e6, 1e30) == 2
+    assert harness.Limits(1.0, 1.0, 3200).floor(2e9, 1e6, 3.2e13) == 10
 
 
 def test_operations_of_attention():

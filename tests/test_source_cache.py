@@ -98,9 +98,11 @@ def test_a_cached_picture_is_edited_the_same(tiny, caches, source, control):
 
 
 def test_only_rounding_is_between_them(tiny):
-    """With networks in float64 the latents agree to float32's last places: the arithmetic is the same."""
-    parts = {name: copy.deepcopy(getattr(tiny, name)).double() for name in ("unet", "vae", "text_encoder")}
-    wide = replace(tiny, **parts)
+    """With UNet and VAE in float64 the latents agree to float32's last places: the arithmetic is the same."""
+    parts = {name: copy.deepcopy(getattr(tiny, name)) for name in ("unet", "vae", "text_encoder")}
+    wide = replace(tiny, **parts | {name: parts[name].double() for name in ("unet", "vae")})
+    # Not in float64 itself: transformers 4 makes its mask in float32, which has no room for float64's least number.
+    wide.text_encoder.register_forward_hook(lambda _module, _given, context: context.double())
     control = masa.MasaCtrl(1, 4, mask=masa.WordMasks("cat", "cat", threshold=0.4), union=True)
     cache = masa.record(wide, SOURCE, controls=control, seed=3, **SETTINGS)
     plain = masa.sample(wide, SOURCE, TARGETS[:2], controls=control, seed=3, **SETTINGS)
