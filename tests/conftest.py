@@ -12,9 +12,9 @@ from pathlib import Path
 # Threads that wait sleep: several processes share the cores. Read when torch is first imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from filelock import FileLock  # noqa: E402
+import pytest
+import torch
+from filelock import FileLock
 
 # Tests never reach for the network; hub tests set what they need themselves.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -72,6 +72,7 @@ def test_negative_prompt_equals_the_naive_loop(tiny, oracle, trajectories, pinne
     same(edit(tiny, trajectory, (TARGET, OTHER), pin_source=pinned).latents, reference)
 
 
+@pytest.mark.slow
 def test_null_text_equals_the_naive_loop(tiny, oracle, trajectories):
     trajectory = trajectories["null-text"]
     assert torch.equal(trajectory.latents, trajectories["ddim"].latents)
@@ -209,6 +210,7 @@ def test_parameters_change_the_trajectory(tiny, picture, short, method, change):
     assert not torch.equal(one, other)
 
 
+@pytest.mark.slow
 def test_computing_activations_again_changes_nothing(tiny, picture, short, monkeypatch):
     """As large latents do, which would not all fit into memory."""
     calls = []

@@ -48,6 +48,7 @@ def problems(records: list[dict[str, Any]]) -> dict[str, list[str]]:
     return {record["name"]: record["problems"] for record in records if record["problems"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arch", "width", "form", "keys"), [(arch, *entry) for arch, entries in SELECTED.items() for entry in entries]
 )

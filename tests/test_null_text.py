@@ -16,6 +16,7 @@ from masa.workflows.rerun import restore_trajectory
 STEPS = 50  # the tolerance is made for these
 
 
+@pytest.mark.slow
 def test_20_inner_steps_retrace_a_picture_to_the_tolerance_on_the_demo_model():
     """And at least 3 dB better than DDIM, at guidance 7.5. With the published 10 the end is just above."""
     sd = masa.load(device="cpu", dtype="fp32", progress=False)

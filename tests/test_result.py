@@ -189,6 +189,7 @@ def test_other_weights_are_noticed(tiny, tiny_folder, tmp_path):
         masa.rerun(tmp_path / "other.png", progress=False)
 
 
+@pytest.mark.slow
 def test_another_device_or_dtype_keeps_the_checks(tiny_folder, tiny, tmp_path, monkeypatch, capsys):
     """Weights are compared in the dtype that made the picture, and paths are still found near it."""
     work, elsewhere = tmp_path / "work", tmp_path / "elsewhere"
