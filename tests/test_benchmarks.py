@@ -36,6 +36,7 @@ def free_source(tiny_folder, picture) -> masa.Result:
     return MasaFlow(tiny_folder, "cpu", torch.float32, STEPS).edit(picture, TARGETS[:1], pin_source=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("peer", [Published, DiffusersBest])
 def test_peer_computes_the_same_edit(tiny_folder, picture, free_source, peer):
     flow = peer(tiny_folder, "cpu", torch.float32, STEPS)

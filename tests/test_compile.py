@@ -16,6 +16,8 @@ from masa.models import rowwise
 from masa.models.unet import Retirement
 from masa.runtime.compile import CompiledUNet, join, replayed, split
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = {"steps": 3, "height": 64, "width": 64, "guidance_scale": 3.0, "progress": False}
 SOURCE, TARGET = "a sitting cat", "a running cat"
 CONTROLS = {
@@ -170,7 +172,6 @@ def test_captures_are_dropped_with_the_weights_they_read(tiny, generator):
     assert captures.count == 5
 
 
-@pytest.mark.slow
 def test_an_edit_of_a_real_picture_is_captured_per_structure(tiny, monkeypatch):
     monkeypatch.setattr(rowwise, "applies", lambda x: False)  # compiled blocks take all rows at once
     sd, captures = captured(tiny)
@@ -221,7 +222,6 @@ def test_gradients_flow_through_a_compiled_model(tiny, generator):
     assert relative_error(grads[1], grads[0]) < 1e-4
 
 
-@pytest.mark.slow
 def test_inductor_gives_the_same_block(tiny, generator):
     """One MLP and one residual block; a whole UNet takes the compiler minutes."""
     torch._dynamo.reset()

@@ -202,7 +202,7 @@ def short(tiny, picture):
         ("null-text", {"edit_guidance_scale": 3.0}),
         ("null-text", {"guidance_scale": 3.0}),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else " and ".join(value),
 )
 def test_parameters_change_the_trajectory(tiny, picture, short, method, change):
     parts = [short[method], masa.invert(tiny, picture, **(SHORT | {"method": method} | change))]

@@ -189,6 +189,7 @@ def test_the_command_line_compiles_and_rerun_does_again(tiny_folder, tmp_path, m
     assert pixels("again/target_0.png") == pixels("compiled/target_0.png")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cuda_graphs", [None, False])
 def test_what_was_asked_of_cuda_graphs_is_asked_again(tiny, tmp_path, monkeypatch, quick_compiler, cuda_graphs):
     settings = masa.sample(tiny.compile(cuda_graphs=cuda_graphs), SOURCE, **SETTINGS).settings

@@ -55,6 +55,7 @@ def invert(tiny, picture, **settings) -> masa.Trajectory:
                        width=64, **settings)  # fmt: skip
 
 
+@pytest.mark.slow
 def test_more_inner_steps_come_closer_and_the_published_ten_are_the_default(tiny, picture):
     usual = invert(tiny, picture)
     assert usual.settings["inner_steps"] == INNER_STEPS == 10

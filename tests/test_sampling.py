@@ -372,6 +372,9 @@ def test_whole_numbers_may_be_latents(tiny, noise):
     out = run(tiny, whole.to(torch.int64), controls=[])
     assert out.latents.dtype == torch.float32
     assert torch.equal(out.latents, run(tiny, whole, controls=[]).latents)
+    untouched = run(tiny, whole.to(torch.int64), controls=[], skip_steps=STEPS).latents
+    assert untouched.dtype == torch.float32
+    assert torch.equal(untouched[:1], whole)
 
 
 def test_arguments_that_contradict_the_trajectory_are_refused(tiny, generator):
