@@ -92,6 +92,7 @@ def test_no_links():
     assert not [p for p in ROOT.rglob("*") if p.is_symlink() and ".git" not in p.parts and ".venv" not in p.parts]
 
 
+@pytest.mark.slow
 def test_imports_from_a_copied_tree_and_from_what_is_built(tmp_path):
     copied, built = tmp_path / "copied", tmp_path / "built"
     for folder in ("masa", "kernels", "weights"):

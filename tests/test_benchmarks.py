@@ -38,6 +38,7 @@ def free_source(tiny_folder, picture) -> masa.Result:
     return MasaFlow(tiny_folder, "cpu", torch.float32, STEPS).edit(picture, TARGETS[:1], pin_source=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("peer", [Published, DiffusersBest])
 def test_peer_computes_the_same_edit(tiny_folder, picture, free_source, peer):
     flow = peer(tiny_folder, "cpu", torch.float32, STEPS)
@@ -96,6 +97,7 @@ def test_target_of_a_recorded_source_is_the_same(tiny_folder, picture):
     assert (anew - cached).abs().max() < 1e-4 * anew.abs().max()
 
 
+@pytest.mark.slow
 def test_compiled_flow_is_compiled_timed_and_the_same(tiny_folder, picture):
     compiled = CompiledMasa(tiny_folder, "cpu", torch.float32, STEPS, compiler="eager")
     plain = MasaFlow(tiny_folder, "cpu", torch.float32, STEPS)
@@ -126,6 +128,7 @@ def test_typical_call_is_the_median():
     assert timer.typical(Kind("unet", 1)) == Seconds(2.0, 2.0)
 
 
+@pytest.mark.slow
 def test_profile_groups_all_of_the_time(tiny):
     x, context = torch.randn(2, 4, 16, 16), torch.randn(2, 77, 32)
     lines = profile_call(lambda: tiny.unet(x, 1, context), seconds=2.0, dtype=torch.float32)
@@ -136,6 +139,7 @@ def test_profile_groups_all_of_the_time(tiny):
     assert all(by_work[work]["gflop"] != "" and by_work[work]["limit_gflops"] > 0 for work in COUNTED)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", [8, 16])
 def test_profile_counts_a_convolution_as_a_direct_one(side):
     layer = Conv3x3(256, 256).to(memory_format=torch.channels_last)

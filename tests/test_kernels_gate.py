@@ -51,6 +51,7 @@ def problems(records: list[dict[str, Any]]) -> dict[str, list[str]]:
     return {name: listed for name, listed in found.items() if listed}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arch", "width", "form", "keys"), [(arch, *entry) for arch, entries in SELECTED.items() for entry in entries]
 )

@@ -21,6 +21,7 @@ def absent(network: torch.nn.Module) -> bool:
     return all(tensor.is_meta for tensor in (*network.parameters(), *network.buffers()))
 
 
+@pytest.mark.slow
 def test_on_a_cpu_networks_are_read_for_their_work(tiny_folder, generator, monkeypatch):
     kept = masa.load(tiny_folder, device="cpu", dtype="fp32")
     sd = masa.load(tiny_folder, device="cpu", dtype="fp32", offload=True)

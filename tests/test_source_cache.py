@@ -97,6 +97,7 @@ def test_a_cached_picture_is_edited_the_same(tiny, caches, source, control):
     compare(cached, plain)
 
 
+@pytest.mark.slow
 def test_only_rounding_is_between_them(tiny):
     """With UNet and VAE in float64 the latents agree to float32's last places: the arithmetic is the same."""
     parts = {name: copy.deepcopy(getattr(tiny, name)) for name in ("unet", "vae", "text_encoder")}
@@ -276,6 +277,7 @@ def rows_of(unet: torch.nn.Module, run) -> list[int]:
     return counts
 
 
+@pytest.mark.slow
 def test_a_further_target_costs_its_own_rows(tiny, trajectory):
     settings = {"steps": 50, "height": 64, "width": 64, "progress": False}
     made = {}
