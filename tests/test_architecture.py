@@ -19,7 +19,9 @@ ALLOWED = {
     "weights": ("masa.weights", "masa.config", "masa.errors", "masa.io.files"),
     "masa/attention.py": ("masa.kernels", "masa.errors"),
     "masa/branches.py": ("masa.errors",),
+    "masa/guidance.py": ("masa.branches", "masa.errors"),
     "masa/schedule.py": ("masa.config", "masa.errors"),
+    "masa/samplers": ("masa.samplers", "masa.schedule", "masa.errors"),
     "masa/models": ("masa.config", "masa.attention", "masa.models", "masa.errors"),
     "masa/controls": ("masa.attention", "masa.branches", "masa.controls", "masa.errors", "masa.io.pictures"),
 }
@@ -61,6 +63,21 @@ def test_forward_never_synchronises_or_prints(path):
     text = path.read_text(encoding="utf-8")
     for banned in (".item()", "print(", "register_forward", "global "):
         assert banned not in text, banned
+
+
+# Where a run goes from its arguments to its result.
+ROAD = [p for p in PRODUCT if relative(p) in ("masa/sampling.py", "masa/denoising.py", "masa/checks.py")]
+ROAD += [p for p in PRODUCT if relative(p).startswith(("masa/guidance.py", "masa/samplers/"))]
+
+
+@pytest.mark.parametrize("path", ROAD, ids=relative)
+def test_functions_on_the_main_road_are_short(path):
+    """Their code is: signatures that list every argument, and what these mean, do not count."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef):
+            code = node.body[1:] if ast.get_docstring(node) else node.body
+            lines = node.end_lineno - code[0].lineno + 1 if code else 0
+            assert lines <= 60, f"{node.name} has {lines} lines"
 
 
 def test_no_init_files_that_would_shadow_other_packages():
