@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from masa.guidance import ClassifierFree
 from masa.pipeline import StableDiffusion
 from masa.schedule import Schedule
 
@@ -49,6 +50,7 @@ def null_text(
     """
     steps = len(pivot) - 1
     checkpoint = pivot[0, 0].numel() > KEPT
+    rule = ClassifierFree()
     found = []
     x, embedding = pivot[-1:], uncond.float()
     bar = tqdm(schedule.timesteps(steps), desc="null-text", disable=not progress)
@@ -61,7 +63,7 @@ def null_text(
             adam = torch.optim.Adam([embedding], lr=learning_rate(step))
             for _ in range(inner_steps):
                 eps = sd.unet(x.to(sd.dtype), timestep, embedding.to(sd.dtype), checkpoint=checkpoint)[0].float()
-                reached = schedule.step(eps + guidance_scale * (eps_cond - eps), x, timestep, steps)
+                reached = schedule.step(rule.guide(eps, eps_cond, guidance_scale, step), x, timestep, steps)
                 # Summed, so that no gradient underflows in float16; the mean's gradient after that, in float32.
                 total = F.mse_loss(reached, wanted, reduction="sum")
                 embedding.grad = torch.autograd.grad(total, embedding)[0] / wanted.numel()
@@ -74,5 +76,5 @@ def null_text(
         found.append(embedding.cpu())
         with torch.no_grad():  # once more: the embedding has moved since its last prediction
             eps = sd.unet(x.to(sd.dtype), timestep, embedding.to(sd.dtype))[0].float()
-            x = schedule.step(eps + guidance_scale * (eps_cond - eps), x, timestep, steps)
+            x = schedule.step(rule.guide(eps, eps_cond, guidance_scale, step), x, timestep, steps)
     return torch.cat(found)

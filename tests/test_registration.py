@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from masa.cli.commands import main
 from masa.cli.registered_arguments import parse_field
 from masa.output.result import Picture, read_settings
 from masa.samplers.base import Levels, Solver
-from masa.settings import KINDS, describe, restore
+from masa.settings import KINDS, RunSettings, describe, restore
 
 SETTINGS = {"steps": 3, "height": 64, "width": 64, "seed": 1, "progress": False}
 PROMPTS = ("a photo of a cat", "a dog")
@@ -201,6 +202,31 @@ def test_older_pictures_run_again(tiny, tmp_path):
     assert again.settings["guidance"] == {"kind": "ClassifierFree"}
 
 
+def test_the_arguments_of_sample_are_the_settings():
+    """One list of them serves the checks, the PNG, the rerun and the command line; here is what is no setting."""
+    arguments = set(inspect.signature(masa.sample).parameters)
+    beside = {"sd", "trajectory", "cache", "generator", "progress", "callback"}
+    assert arguments - beside == {f.name for f in fields(RunSettings)} - {"generator_state"}
+
+
+def test_settings_come_back_whole():
+    """Each is another than its default, and is read back from its JSON."""
+    noise = torch.randn(1, 4, 8, 8)
+    asked = RunSettings(
+        source="a", target=("b", "c"), controls=(masa.MasaCtrl(2),), pin_source=False, steps=9, skip_steps=1,
+        guidance_scale=3.0, guidance=masa.RescaledGuidance(0.2), negative_prompt="d", height=64, width=128, seed=5,
+        generator_state={"packed": "e"}, latents=noise, eta=0.5, schedule=masa.Schedule(offset=0),
+        sampler=masa.DPMSolverPP(karras=True), targets_at_once=2, tiled=True, backend="sdpa",
+    )  # fmt: skip
+    back = RunSettings.restored(json.loads(json.dumps(asked.describe())))
+    for f in fields(RunSettings):
+        value, default = getattr(asked, f.name), getattr(RunSettings(), f.name)
+        if f.name == "latents":
+            assert torch.equal(back.latents, noise)
+        else:
+            assert getattr(back, f.name) == value != default, f.name
+
+
 # ---------------------------------------------------------------------------------------------------- what may be
 
 
@@ -351,6 +377,7 @@ SWEEP = ["sweep", *PROMPTS, "--plugin", "mine.py"]
         ([*TWO, "--guidance-rule", "GuidanceInterval"], "GuidanceInterval cannot be made: .* give its fields as --set"),
         ([*TWO, "--guidance-rule", "ClassifierFree", "--guidance-rescale", "0.5"], "leave one out"),
         ([*TWO, "--guidance-rescale", "1.5"], r"phi is 1\.5"),
+        ([*TWO, "--sampler", "dpm++2m", "--eta", "0.5"], r"--eta 0\.5 would do nothing: it is DDIM's"),
         ([*TWO, "--guidance-interval", "3", "3"], "holds no step"),
         ([*TWO, "--set", "MasaCtrl"], "is not CLASS.FIELD=VALUE"),
         ([*TWO, "--set", "MasaCtrl.size=3"], "MasaCtrl has start_step, start_layer"),

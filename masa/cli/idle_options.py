@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from masa.errors import MasaError
+from masa.samplers import NAMES
 from masa.settings import KINDS
 from masa.workflows.sheets import parameters_of
 
@@ -46,8 +47,8 @@ FITTED = {"guidance": ("null-text",), "seed": ("edit-friendly", "noise")}
 def refuse_idle(args: argparse.Namespace) -> None:
     """MasaError for an option of this command that nothing would read, with its value and the remedy."""
     checks: Mapping[str, tuple[Callable[[argparse.Namespace], None], ...]] = {
-        "sample": (check_controls, check_source, check_guided),
-        "edit": (check_controls, check_inversion, check_guided),
+        "sample": (check_controls, check_source, check_guided, check_eta),
+        "edit": (check_controls, check_inversion, check_guided, check_eta),
         "invert": (check_inversion, check_fitting),
         "sdedit": (check_guided,),
         "sweep": (check_sweep,),
@@ -91,6 +92,12 @@ def check_guided(args: argparse.Namespace) -> None:
         for option in ("guidance_rescale", "guidance_interval", "guidance_rule"):
             refuse(args, option, True, f"--guidance {args.guidance:g} switches guidance off; raise it above 1")
     refuse(args, "negative_prompt", off, f"--guidance {args.guidance:g} switches guidance off; raise it above 1")
+
+
+def check_eta(args: argparse.Namespace) -> None:
+    name = "ddim" if args.sampler is None else args.sampler
+    reads = getattr(NAMES.get(name, KINDS.get(name)), "takes_eta", False)
+    refuse(args, "eta", args.eta != 0.0 and not reads, f"it is DDIM's, and --sampler is {name}; leave one out")
 
 
 def check_inversion(args: argparse.Namespace) -> None:

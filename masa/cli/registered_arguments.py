@@ -88,6 +88,7 @@ def build_guidance(args: argparse.Namespace) -> Guidance | None:
     rule = None if args.guidance_rule is None else make(args.guidance_rule, args.set)
     if args.guidance_rescale is not None:
         rule = RescaledGuidance(args.guidance_rescale)
+    rule = None if rule is None else with_fields(rule, args.set)
     if args.guidance_interval is None:
         return rule
     return GuidanceInterval(*args.guidance_interval, **({} if rule is None else {"within": rule}))
