@@ -73,8 +73,8 @@ SOURCE_CACHE: Mutations = {
         ('name = "RecordQueries"\n    watches_source = True', 'name = "RecordQueries"'),
         ('name = "RecordPredictions"\n    watches_source = True', 'name = "RecordPredictions"'),
     ],
-    "source_cache cached_equals_uncached[style]": [
-        ('("k", "v") if isinstance(control, MasaCtrl) else ("q", "k")', '("k", "v")'),
+    "source_cache cached_equals_uncached[plain]": [
+        ("both = {*parts, *wanted[step].get(site, ())}", "both = {*parts}"),
     ],
     "source_cache the_store_goes_by_size": [
         ("if nbytes <= SHARE * free_memory(device):", "if nbytes <= free_memory(device):"),
@@ -85,8 +85,8 @@ SOURCE_CACHE: Mutations = {
             'if False:\n        raise MasaError(\n            f"the cache',
         ),
     ],
-    "source_cache lent_maps_stand_behind_those_of_the_batch": [
-        ("maps = torch.cat([maps, lent_maps])", "maps = torch.cat([lent_maps, maps])"),
+    "source_cache cached_maps_stand_behind_those_of_the_batch": [
+        ("maps = torch.cat([maps, cached])", "maps = torch.cat([cached, maps])"),
     ],
 }
 
@@ -98,12 +98,12 @@ RUN: Mutations = {
     "prompt_to_prompt equals_the_published_controller[refine]": [
         ("mix.own[:, None, :, None].to(v.dtype) * own_v", "own_v"),
     ],
-    "branches source_and_targets_may_be_guided_by_different_scales": [
+    "guidance source_and_targets_may_be_guided_by_different_scales": [
         ("uncond is None or uncond == cond or scale <= 1.0", "uncond is None or uncond == cond"),
-        ("guidance_scale if branch != SOURCE or source_scale is None else source_scale", "guidance_scale"),
+        ("source_scale if replayed and source_scale is not None else guidance_scale", "guidance_scale"),
     ],
     "branches every_row_reads_the_source_of_its_half": [
-        ("self.row(SOURCE, row.halves[0]) for row in self.rows", 'self.row(SOURCE, "cond") for row in self.rows'),
+        ("self.row(branch, row.halves[0]) for row in self.rows", 'self.row(branch, "cond") for row in self.rows'),
     ],
     "sampling bad_settings_are_named": [
         (" or changed.shape != x.shape", ""),
@@ -119,22 +119,22 @@ RUN: Mutations = {
             "generator=generator,\n        tiled=tiled,\n        backend",
         ),
         (
-            "backend=backend,\n        progress=progress,\n    )\n    return sample(",
-            "progress=progress,\n    )\n    return sample(",
+            "backend=backend,\n        progress=progress,\n    )\n    return run(",
+            "progress=progress,\n    )\n    return run(",
         ),
     ],
     "sampling whole_numbers_may_be_latents": [
         ("return latents.float().expand(", "return latents.expand("),
     ],
     "sampling one_edit_costs_196_rows": [
-        ("rows[torch.equal(uncond, cond[:1])]", "rows[False]"),
+        ("[torch.equal(uncond, cond[:1]) for uncond in unconds]", "[False for uncond in unconds]"),
     ],
     "sampling editing_a_picture_equals_the_published_loop": [
         ("run.pinned[run.steps - step][None]", "run.pinned[run.steps - step - 1][None]"),
         ("math.sqrt(a_next) * predict_x0(eps, x, a)", "math.sqrt(a) * predict_x0(eps, x, a)"),
     ],
     "sampling leaving_rows_out_changes_nothing": [
-        ("last_layer = max(run.sd", "last_layer = min(run.sd"),
+        ("last_layer = max(unet.sites", "last_layer = min(unet.sites"),
     ],
     "sampling seed_decides_the_noise": [
         ("self.generator = torch.Generator().manual_seed(self.seed)", "self.generator = torch.Generator()"),
@@ -167,7 +167,7 @@ RUN: Mutations = {
     ],
     "inversion_methods a_guided_inversion_s_source_is_replayed_under_its_guidance": [
         ('None if self.noise is None else float(self.settings["guidance_scale"])', "None"),
-        ("guided = max(guidance_scale, source_guidance or 0.0) > 1.0", "guided = guidance_scale > 1.0"),
+        ("replayed = source_scale > 1.0 and (", "replayed = False and ("),
     ],
     "inversion_methods skipping_steps_of_pure_noise_is_refused": [
         ("if skip_steps and from_noise:", "if False:"),
@@ -177,10 +177,10 @@ RUN: Mutations = {
         ("LEARNING_RATE * (1.0 - step / MAX_STEPS)", "LEARNING_RATE"),
     ],
     "sdedit strength_0_is_the_picture_through_the_autoencoder": [
-        ("steps - first_step, noise)", "steps, noise)"),
+        ("trajectory.latents[trajectory.steps - first_step]", "trajectory.latents[trajectory.steps]"),
     ],
     "sdedit sdedit_equals_the_naive_loop": [
-        ("return run.pinned[run.steps - step - 1][None]", "return run.pinned[run.steps - step][None]"),
+        ("else _pinned_at(run, step + 1)", "else _pinned_at(run, step)"),
         ("shared=True)", "shared=False)"),
     ],
     "inversion_methods negative_prompt_source_takes_one_row_and_null_text_two": [
@@ -196,7 +196,7 @@ RUN: Mutations = {
         ("return max(size) > LARGEST if tiled is None else tiled", "return max(size) > LARGEST"),
     ],
     "sampling a_source_alone_denoises_freely": [
-        ("pin_source and (bool(targets) or any(isinstance(control, Recorder) for control in chosen))", "pin_source"),
+        ("pinned = asked.pin_source in (None, True) and read", "pinned = asked.pin_source in (None, True)"),
     ],
     "sampling arguments_that_agree_with_the_trajectory_are_taken": [
         ('"width": (width, size[1])', '"width": (width, size[0])'),
@@ -226,10 +226,10 @@ RUN: Mutations = {
         ('tensors.get("context"),', "None,"),
     ],
     "plots a_pinned_source_predicts_the_picture": [
-        ("_source_after(run, run.steps - 1)", "_source_after(run, step)"),
+        ("_pinned_at(run, run.steps)).to(x.device)", "_pinned_at(run, step)).to(x.device)"),
     ],
     "source_cache a_cached_source_serves_parts": [
-        ("first[row] for row in (*rows, *lent)", "first[row] for row in rows"),
+        ("first[row] for row in (*rows, *cached)", "first[row] for row in rows"),
     ],
     "memory_options inversions_encode_in_tiles": [
         ("width=picture.shape[3], tiled=tiled)", "width=picture.shape[3])"),
@@ -250,21 +250,50 @@ RUN: Mutations = {
 
 ROUND_TRIPS: Mutations = {
     "result an_edit_runs_again_with_what_is_not_the_default": [
-        ('schedule=Schedule.restore(settings["schedule"]),\n        tiled', "tiled"),
-        ('pin_source=settings["pin_source"],', ""),
-        ('negative_prompt=settings["negative_prompt"],', ""),
-        ('eta=settings["eta"],', ""),
-        ('targets_at_once=settings.get("targets_at_once"),', ""),
-        ('skip_steps=settings["skip_steps"],', ""),
+        (
+            "getattr(self, f.name)) for f in fields(self)",
+            "getattr(self, f.name)) for f in fields(self) if f.name != 'pin_source'",
+        ),
+        (
+            "getattr(self, f.name)) for f in fields(self)",
+            "getattr(self, f.name)) for f in fields(self) if f.name != 'negative_prompt'",
+        ),
+        (
+            "getattr(self, f.name)) for f in fields(self)",
+            "getattr(self, f.name)) for f in fields(self) if f.name != 'eta'",
+        ),
+        (
+            "getattr(self, f.name)) for f in fields(self)",
+            "getattr(self, f.name)) for f in fields(self) if f.name != 'targets_at_once'",
+        ),
+        (
+            "getattr(self, f.name)) for f in fields(self)",
+            "getattr(self, f.name)) for f in fields(self) if f.name != 'skip_steps'",
+        ),
+        (
+            "getattr(self, f.name)) for f in fields(self)",
+            "getattr(self, f.name)) for f in fields(self) if f.name != 'guidance_scale'",
+        ),
+        (
+            "getattr(self, f.name)) for f in fields(self)",
+            "getattr(self, f.name)) for f in fields(self) if f.name != 'tiled'",
+        ),
+        ('schedule=restore_schedule(settings["schedule"]),\n        tiled', "tiled"),
         ('guidance_scale=settings["guidance_scale"],\n        method', "method"),
-        ('guidance_scale=settings["guidance_scale"],\n        negative', "negative"),
     ],
     "result settings_are_json_and_come_back": [
         (', "skip": value.skip}', "}"),
     ],
     "result every_kind_of_start_runs_again": [
         ("whole.float() if whole.dtype == torch.bfloat16 else whole", "whole"),
-        ('latents=None if settings["latents"] is None else unpack(settings["latents"]),', ""),
+        (
+            "getattr(self, f.name)) for f in fields(self)",
+            "getattr(self, f.name)) for f in fields(self) if f.name != 'latents'",
+        ),
+        (
+            "getattr(self, f.name)) for f in fields(self)",
+            "getattr(self, f.name)) for f in fields(self) if f.name != 'generator_state'",
+        ),
         ("generator.set_state(unpack(state))", "pass"),
     ],
     "result large_maps_are_saved_in_half_precision": [
@@ -286,10 +315,13 @@ ROUND_TRIPS: Mutations = {
         ('while (name := f"{KEY}.{len(pieces)}") in texts:', 'while (name := f"{KEY}.{len(pieces)}") is None:'),
     ],
     "result schedule_and_backend_run_again": [
-        ('schedule=Schedule.restore(settings["schedule"]),\n        targets_at_once', "targets_at_once"),
         (
-            'backend=settings["backend"],\n        progress=progress,\n    )\n\n\ndef restore_generator',
-            "progress=progress,\n    )\n\n\ndef restore_generator",
+            "getattr(self, f.name)) for f in fields(self)",
+            "getattr(self, f.name)) for f in fields(self) if f.name != 'schedule'",
+        ),
+        (
+            "getattr(self, f.name)) for f in fields(self)",
+            "getattr(self, f.name)) for f in fields(self) if f.name != 'backend'",
         ),
     ],
     "result a_callback_is_told": [
@@ -360,7 +392,7 @@ CONTROLS: Mutations = {
         ("queries = (rows if self.soft else region)", "queries = (region)"),
     ],
     "masks source_weight_matters_in_a_union": [
-        ("source_weight=self.control.source_weight if self.control.union else None", "source_weight=None"),
+        ("weight=float(self.control.source_weight)", "weight=1.0"),
     ],
     "masks normalise_spans_0_to_1_and_finds_constant_maps": [
         ("(maps - low) / torch.where", "maps / torch.where"),
@@ -405,7 +437,7 @@ CONTROLS: Mutations = {
         (" & set(range(run.first_step, run.steps))", ""),
     ],
     "sampling controls_at_odds_in_a_late_step_are_refused_before_the_first": [
-        ("if index in merged and field in merged[index].changed():", "if False:"),
+        ("if index in merged and field in merged[index].claims():", "if False:"),
     ],
     "sampling equals_the_published_loop[lists]": [
         ('site.kind == "self" and site.layer in layers)\n        mask =', "site.layer in layers)\n        mask ="),
@@ -418,10 +450,10 @@ CONTROLS: Mutations = {
         ("round(n * (len(items) - 1) / max(1, count - 1))", "n"),
     ],
     "plots queries_are_recorded_as_used": [
-        ('rearrange(q, "b h n d -> b n (h d)")\n\n    if', 'rearrange(q, "b h n d -> b n (d h)")\n\n    if'),
+        ('rearrange(queries, "b h n d -> b n (h d)")', 'rearrange(queries, "b h n d -> b n (d h)")'),
     ],
     "masks every_setting_of_word_masks_matters": [
-        ("self.source if branch == SOURCE else self.target", "self.target"),
+        ("self.source if branch == SOURCE or not run.targets_known else self.target", "self.target"),
         (
             "site.downsample == MAP_DOWNSAMPLE and site.layer < max(layers)",
             "site.downsample == MAP_DOWNSAMPLE and site.layer < 1",
@@ -455,14 +487,14 @@ CONTROLS: Mutations = {
 
 MODELS: Mutations = {
     "unet features_are_those_of_the_row_s_own_timestep": [
-        ("None if emb is None else emb_of(emb, read)", "emb"),
+        ("F.silu(emb_of(emb, read))", "F.silu(emb)"),
     ],
     "unet rows_that_stay_keep_their_timesteps": [
-        ("emb, context = emb_of(emb, keep), take(context, keep)", "context = take(context, keep)"),
+        ("self.emb, self.context = emb_of(self.emb, staying), take(", "self.context = take("),
         (" or (retire is not None and retire.layer == 0)", ""),
     ],
     "unet copies_are_computed_once_until_the_prompt_is_read": [
-        ("emb, copies = emb_of(emb, copies), None\n                if", "copies = None\n                if"),
+        ("self.emb, self.copies = emb_of(self.emb, self.copies), None", "self.copies = None"),
     ],
     "unet timestep_embedding_has_cosines_first": [
         ("torch.cat([angles.cos(), angles.sin()]", "torch.cat([angles.sin(), angles.cos()]"),
@@ -474,28 +506,28 @@ MODELS: Mutations = {
         ("GroupNorm(norm_groups, width, eps=1e-6)", "GroupNorm(norm_groups, width, eps=1e-5)"),
     ],
     "unet rows_retire_where_nothing_more_is_read_of_them": [
-        ("if keep is not None and self._self_attention_is_last_read(call):", "if False:"),
+        ("if staying is not None and self._self_attention_is_last_read(call):", "if False:"),
     ],
     "unet retired_rows_do_not_change_the_others": [
         (" and call.edit_at(self.attn2.site) is PLAIN", ""),
     ],
     "unet residual_sites_name_the_layer_that_follows": [
         (
-            "if i < len(block.attentions):\n                    layer += 1",
-            "if i <= len(block.attentions):\n                    layer += 1",
+            '.norm", place, level)\n                    layer += 1',
+            '.norm", place, level)\n                    layer += 0',
         ),
     ],
     "unet rows_that_do_not_fit_are_refused": [
-        (" or any(not 0 <= row < len(x) for row in copies or ())", ""),
+        (" or any(not 0 <= r < len(x) for r in copies or ())", ""),
     ],
     "attention masks_are_planned_once_per_forward": [
         ("key = (id(mask), grid, len(self.tape))", "key = (id(mask), grid)"),
     ],
     "attention rows_read_what_the_edit_says": [
-        ("v_index = tuple(v_rows.index(row) for row in edit.v_from or own)", "v_index = k_index"),
+        ("first.rows if edit.parts else edit.v_from or tuple(range(rows))", "first.rows"),
     ],
     "attention keys_and_values_of_different_rows_are_not_masked_or_united": [
-        ("if plan is not None or edit.union_with is not None:", "if plan is not None:"),
+        ("not (fused and k_index == v_index)", "not fused"),
     ],
     "vae the_log_variance_is_kept_between_minus_30_and_20": [
         ("logvar.clamp(-30.0, 20.0)", "logvar"),
@@ -649,8 +681,8 @@ FILES_AND_COMMANDS: Mutations = {
     "files": [
         ("temporary.unlink(missing_ok=True)", "pass"),
     ],
-    "shelf a_changed_unet_is_not_thrown_away": [
-        ("if Mark.of(unet) != self.marks[0] or any(", "if any("),
+    "offload_on_cpu a_changed_unet_is_not_thrown_away": [
+        ("if WeightDigest.of(unet) != self.digests[0] or any(", "if any("),
     ],
     "compile the_oldest_captures_are_dropped captures_are_dropped_with_the_weights_they_read": [
         ("while len(self.captured) >= MOST_GRAPHS:", "while False:"),
@@ -678,12 +710,12 @@ FILES_AND_COMMANDS: Mutations = {
         ("round(strength * steps)", "int(strength * steps) - 1"),
     ],
     "cli every_option_reaches_the_library": [
-        ("eta=args.eta,\n        **given(", "**given("),
-        ("eta=args.eta,\n        **size_and_seed", "**size_and_seed"),
         ('"backend": args.backend,', ""),
         ("edit_guidance_scale=args.edit_guidance,", ""),
         ("tokenizer=args.tokenizer,\n        vae=args.vae,\n        offload", "vae=args.vae,\n        offload"),
         ("image=args.image,\n        control", "control"),
+        ('{"pin_source": not args.free_source}', '{"pin_source": args.free_source}'),
+        ("OPTIONS.get(name, name) in args}", 'OPTIONS.get(name, name) in args and name != "eta"}'),
     ],
     "cli a_rerun_s_options_reach_the_library": [
         (
@@ -700,8 +732,8 @@ FILES_AND_COMMANDS: Mutations = {
     "files permissions_are_the_users_own": [
         ("temporary.chmod(mode)", "pass"),
     ],
-    "shelf files_that_are_not_as_they_were_are_refused": [
-        ("if Mark.of(network) != self.marks[self._place(network)]:", "if False:"),
+    "offload_on_cpu files_that_are_not_as_they_were_are_refused": [
+        ("if WeightDigest.of(network) != self.digests[self._place(network)]:", "if False:"),
     ],
     "compile structures_compare_without_tensors": [
         ("return Slot(len(tensors) - 1)", "return Slot(0)"),

@@ -232,6 +232,10 @@ def test_computing_activations_again_changes_nothing(tiny, picture, short, monke
 def test_skipping_steps_changes_the_edit(tiny, trajectories):
     trajectory = trajectories["ddim"]
     assert not torch.equal(edit(tiny, trajectory).latents[1], edit(tiny, trajectory, skip_steps=1).latents[1])
+    # By default edit-friendly noise leaves out 12 of 50: 1 of 5.
+    usual = edit(tiny, trajectories["edit-friendly"])
+    assert usual.settings["skip_steps"] == 1
+    assert torch.equal(usual.latents, edit(tiny, trajectories["edit-friendly"], skip_steps=1).latents)
 
 
 # --------------------------------------------------------------------------------------------------- files
