@@ -59,6 +59,7 @@ setup(
     extras_require={
         "test": [
             "pytest>=8",
+            "pytest-xdist>=3.7",
             "diffusers>=0.30",
             "accelerate>=0.30",
             "scikit-image>=0.22",

@@ -67,7 +67,7 @@ class MasaFlow:
             last: Any, x: Tensor, timestep: int, context: Tensor, edits: Any = None, retire: Any = None, **_: Any
         ) -> Any:
             _, tape = last
-            return x.new_zeros(len(context if retire is None else retire.keep), *x.shape[1:]), tape
+            return x.new_zeros(len(context if retire is None else retire.staying), *x.shape[1:]), tape
 
         return (
             Probe(self.sd.unet, "forward", kind, blank),

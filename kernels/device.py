@@ -10,6 +10,8 @@ may be 0), powers of two of which the last is padded; see `launch.split_width`.
 import triton
 import triton.language as tl
 
+LN_2 = tl.constexpr(0.6931471805599453)
+
 
 @triton.jit
 def _load(base, offset, ok, C0: tl.constexpr, C: tl.constexpr, D: tl.constexpr, MASK: tl.constexpr, FILL: tl.constexpr):
@@ -124,7 +126,7 @@ def _row(INDEX, PACKED, batch):
 # Specialised on packed rows, the kernel would be compiled again for some values of them.
 @triton.jit(do_not_specialize=["PACKED", "PACKED2"])
 def mutual_attention_kernel(
-    Q, K, V, K2, V2, OUT, KV_INDEX, KV_INDEX2, KEY_ORDER, KEY_COUNT, QUERY_ORDER, QUERY_WEIGHT, FULL_ROWS,
+    Q, K, V, K2, V2, OUT, LSE, KV_INDEX, KV_INDEX2, KEY_ORDER, KEY_COUNT, QUERY_ORDER, QUERY_WEIGHT, FULL_ROWS,
     PACKED: tl.int64, PACKED2: tl.int64, scale, bias, heads, n_queries, n_keys, n_keys2,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token,
     k2_batch, k2_head, k2_token, v2_batch, v2_head, v2_token, o_batch, o_head, o_token,
@@ -138,6 +140,7 @@ def mutual_attention_kernel(
     Rows known to the host come in PACKED and PACKED2 instead, and the tensors are None.
     MASKED: queries come in QUERY_ORDER and keys in KEY_ORDER, both grouped by region, so nearly every program
     needs the keys of one region only.
+    LSE (B, H, Nq) float32, or None: the natural logarithm of the sum of the exponentiated logits; not if MASKED.
     """
     batch = tl.program_id(1) // heads
     head = tl.program_id(1) % heads
@@ -202,6 +205,8 @@ def mutual_attention_kernel(
                 total = tl.sum(tl.where((D0 + tl.arange(0, D1) == D)[None, :], acc1, 0.0), 1)
             else:
                 total = tl.sum(tl.where((tl.arange(0, D0) == D)[None, :], acc0, 0.0), 1)
+        if LSE is not None:
+            tl.store(LSE + tl.program_id(1).to(tl.int64) * n_queries + rows, (top + tl.log2(total)) * LN_2, mask=ok)
         share = (tl.where(region == 0, weight, 1.0 - weight) if MASKED else 1.0) / total
         acc0 *= share[:, None]
         acc1 *= share[:, None]

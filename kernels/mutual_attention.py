@@ -87,6 +87,27 @@ def mutual_attention(
     )
 
 
+def mutual_attention_with_lse(q: Tensor, k: Tensor, v: Tensor, *, kv_index: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Plain mutual attention by the Triton kernel, with each query's log-sum-exp (B, H, Nq), natural, float32.
+
+    Arguments as in `mutual_attention`, at the scale 1/sqrt(D); no gradient. Answers over parts of the keys merge by it.
+    """
+    _check(q, k, v, kv_index, None, None, None, None, q.shape[-1] ** -0.5, 1.0)
+    return torch.ops.masa.mutual_attention_with_lse(q, k, v, list(kv_index))
+
+
+@torch.library.custom_op("masa::mutual_attention_with_lse", mutates_args=())
+def _mutual_attention_with_lse(q: Tensor, k: Tensor, v: Tensor, kv_rows: list[int]) -> tuple[Tensor, Tensor]:
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    out = _launch(q, k, v, None, None, tuple(kv_rows), None, None, q.shape[-1] ** -0.5, 1.0, lse)
+    return out, lse
+
+
+@_mutual_attention_with_lse.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, kv_rows: list[int]) -> tuple[Tensor, Tensor]:
+    return reference.empty_token_major(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
 # --------------------------------------------------------------------------------------------------- operator
 
 
@@ -188,6 +209,7 @@ def _launch(
     plan: MaskPlan | None,
     scale: float,
     source_weight: float,
+    lse: Tensor | None = None,
 ) -> Tensor:
     from masa.kernels.device import mutual_attention_kernel
 
@@ -206,7 +228,7 @@ def _launch(
     tile = lookup(arch, FORMS[plan is not None, index2 is not None], q.element_size(), width)
     with torch.cuda.device_of(q):  # Triton launches on the current device
         mutual_attention_kernel[(-(-queries // tile.block_m), batch * heads)](
-            *(q, k, v, k2, v2, out, rows, rows2, *masks, by_value, by_value2),
+            *(q, k, v, k2, v2, out, lse, rows, rows2, *masks, by_value, by_value2),
             *(scale * launch.LOG2_E, math.log2(source_weight), heads, queries, k.shape[2], k2.shape[2]),
             *(stride for tensor in (q, k, v, k2, v2, out) for stride in launch.strides(tensor, unit)),
             D=width,

@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 from masa.cache.source_cache import SourceCache
 from masa.config import ModelConfig, ScheduleConfig
 from masa.controls.blended import BlendedLatents
+from masa.controls.freeu import FreeU
 from masa.controls.local_blend import LocalBlend
 from masa.controls.masactrl import MasaCtrl
 from masa.controls.masks import GivenMasks, WordMasks
@@ -42,6 +43,7 @@ __all__ = [
     "CheckpointError",
     "ClassifierFree",
     "DPMSolverPP",
+    "FreeU",
     "GivenMasks",
     "Guidance",
     "GuidanceInterval",

@@ -1,170 +1,27 @@
-"""The one call site of every attention, and the edits that controls may ask of it and of residual blocks.
-
-A control never touches the network. It names, per site, which rows' queries, keys, values and features each row
-of the batch reads, and how one row's probabilities become another's; `attend` carries that out, at residual
-blocks their own forward. Rows are those of `masa.branches`.
-"""
+"""The one call site of every attention: `attend` carries out what an edit asks of a site (`masa.edits`)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field, fields, replace
-from typing import Literal, get_args
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from masa.edits import PLAIN, CachedRows, Edit, Grid, MaskSource, Mix, Part, RowTuple, Site, Tape, pick, take
 from masa.errors import MasaError
+from masa.kernels.attention_over_parts import KeyPart, attention_over_parts, moments
 from masa.kernels.cross_attention_maps import cross_attention_with_maps
 from masa.kernels.launch import Backend, triton_unavailable
 from masa.kernels.mutual_attention import MaskPlan, mutual_attention
 
-Place = Literal["down", "mid", "up"]
-Grid = tuple[int, int]
-
-# What a forward recorded, by (record's key, site index): maps (rows, tokens, h*w), queries (rows, h*w, width), or
-# what `Edit.keep` names.
-Tape = dict[tuple[Hashable, int], Tensor]
-
-Part = Literal["q", "k", "v"]
-
-
-@dataclass(frozen=True)
-class Site:
-    """One attention or residual block of the UNet: its place in forward order and the grid it works on."""
-
-    index: int  # in SD v1, self- and cross-attention of layer n are 2n and 2n + 1; residual blocks follow from 32 on
-    layer: int  # transformer block, 0..15; of a residual block, the next one to run
-    name: str  # module name, as in the checkpoint
-    place: Place
-    kind: Literal["self", "cross", "res"]
-    downsample: int  # 1, 2, 4 or 8, relative to the latents
-    heads: int  # 0 of a residual block
-
-
-# (tape of this forward, grid (h, w) of the site) -> plan over the rows whose keys are read, or None for no mask.
-MaskSource = Callable[[Tape, Grid], MaskPlan | None]
-
-
-@dataclass(frozen=True)
-class Mix:
-    """Probabilities of some rows made from the source's and their own: P = P_source @ from_source + P_own * own.
-
-    rows, sources: the rows edited and, for each, the row that P_source is of. from_source (rows edited, tokens,
-    tokens), from the source's tokens to the row's. own (rows edited, tokens), None for zeros. Nothing is
-    renormalised. Prompt-to-Prompt section 3.2.
-    """
-
-    rows: tuple[int, ...]
-    sources: tuple[int, ...]
-    from_source: Tensor
-    own: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Record:
-    """Keep head-mean attention maps: token_weights (rows, maps, keys) picks and sums the keys."""
-
-    key: Hashable
-    token_weights: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Lent:
-    """What rows outside the batch have at a site in this step, for edits that read them.
-
-    q, k, v (rows lent, heads, h*w, d). maps (rows lent, keys, h*w): head-mean probabilities of every key. Only
-    what the edit reads need be there.
-    """
-
-    q: Tensor | None = None
-    k: Tensor | None = None
-    v: Tensor | None = None
-    maps: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Edit:
-    """What one site does differently in one step; rows are indices into the UNet batch.
-
-    Where rows are lent, they are indexed behind the batch's own, and the tape's maps have them too.
-
-    q_from, k_from, v_from: the row whose queries, keys and values each row reads (default: its own).
-    union_with: a second row whose keys and values each row also sees, -1 for none.
-    source_weight: weight of the first part against the second in a union (log-weight on its logits).
-    mask: restricts each query to its own region of the keys.
-    mix: rows whose probabilities come from the source's (cross-attention only).
-    features_from: the row whose features, before the residual sum, each row takes (residual blocks only).
-    records: maps to keep on the tape, as they are after `mix`, and without `mask` and `union_with`.
-    query_records: keys under which to keep the queries on the tape, as they are after `q_from`.
-    keep: which of the queries, keys and values read here to put on the tape, under ("kept", name).
-    lent: what the rows behind the batch's own have here.
-    """
-
-    q_from: tuple[int, ...] | None = None
-    k_from: tuple[int, ...] | None = None
-    v_from: tuple[int, ...] | None = None
-    union_with: tuple[int, ...] | None = None
-    source_weight: float | None = None
-    mask: MaskSource | None = None
-    mix: Mix | None = None
-    features_from: tuple[int, ...] | None = None
-    records: tuple[Record, ...] = ()
-    query_records: tuple[Hashable, ...] = ()
-    keep: tuple[Part, ...] | None = None
-    lent: Lent | None = None
-
-    def changed(self) -> tuple[str, ...]:
-        """The fields that make this site differ from plain attention; records do not."""
-        names = (f.name for f in fields(self) if f.name not in ("records", "query_records"))
-        return tuple(name for name in names if getattr(self, name) is not None)
-
-    def merge(self, other: Edit) -> Edit:
-        """Both edits at once, of different fields; records add up."""
-        changes = {name: getattr(other, name) for name in other.changed()}
-        queries = self.query_records + other.query_records
-        return replace(self, records=self.records + other.records, query_records=queries, **changes)
-
-    def read_rows(self, rows: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """The rows whose queries, those whose keys, and those whose values anybody reads; sorted."""
-        own = tuple(range(rows))
-        extra = {row for row in self.union_with or () if row >= 0}
-        queries = tuple(sorted({*(self.q_from or own)}))
-        keys = tuple(sorted({*(self.k_from or own), *extra}))
-        values = tuple(sorted({*(self.v_from or own), *extra}))
-        return queries, keys, values
-
-    def reads_only_rows(self) -> bool:
-        """Whether it names rows to read and nothing else: what `of_rows` can take apart."""
-        rows = {"q_from", "k_from", "v_from", "union_with", "source_weight"}
-        return {*self.changed()} <= rows and not (self.records or self.query_records)
-
-    def of_rows(self, rows: int, wanted: tuple[int, ...]) -> Edit:
-        """The edit of a batch, where it `reads_only_rows`, for some of the batch's rows alone."""
-        own = tuple(range(rows))
-        q_from, k_from, v_from = (
-            tuple((read or own)[row] for row in wanted) for read in (self.q_from, self.k_from, self.v_from)
-        )
-        union_with = None if self.union_with is None else tuple(self.union_with[row] for row in wanted)
-        return replace(self, q_from=q_from, k_from=k_from, v_from=v_from, union_with=union_with)
-
-    def key_rows(self, rows: int) -> tuple[int, ...]:
-        """The rows whose keys `attend` indexes, and a mask's plan must cover: all that are read, or those lent.
-
-        A union of lent keys with the batch's own has these apart.
-        """
-        first = tuple(sorted({*(self.k_from or range(rows))}))
-        return first if first[0] >= rows else self.read_rows(rows)[1]
-
-
-PLAIN = Edit()
-
 
 @dataclass(frozen=True)
 class Call:
-    """What one forward of the UNet carries down to its attentions. The tape is this forward's own."""
+    """What one forward of the UNet carries down to its blocks. The tape is this forward's own."""
 
     edits: Mapping[int, Edit]
     tape: Tape
@@ -174,7 +31,7 @@ class Call:
     def edit_at(self, site: Site) -> Edit:
         return self.edits.get(site.index, PLAIN)
 
-    def of_rows(self, site: Site, rows: int, wanted: tuple[int, ...]) -> Call:
+    def of_rows(self, site: Site, rows: int, wanted: RowTuple) -> Call:
         """The same call, in which a site gives some of the batch's rows alone."""
         return replace(self, edits={**self.edits, site.index: self.edit_at(site).of_rows(rows, wanted)})
 
@@ -195,17 +52,6 @@ def check_backend(backend: str, device: torch.device) -> None:
         raise MasaError(f"backend 'triton' cannot serve: {reason}, or use 'sdpa' or 'auto'")
 
 
-def take(x: Tensor, rows: tuple[int, ...]) -> Tensor:
-    """The named rows of x, in order; x itself when that is all of them, a view when they are adjacent."""
-    if rows == tuple(range(len(x))):
-        return x
-    if not rows:
-        return x[:0]
-    if rows == tuple(range(rows[0], rows[0] + len(rows))):
-        return x[rows[0] : rows[0] + len(rows)]
-    return torch.cat([x[row : row + 1] for row in rows])
-
-
 def attend(q: Tensor, k: Tensor, v: Tensor, rows: int, site: Site, grid: Grid, call: Call) -> Tensor:
     """softmax(q kᵀ / √d) v with the edit that this call makes at this site.
 
@@ -216,111 +62,302 @@ def attend(q: Tensor, k: Tensor, v: Tensor, rows: int, site: Site, grid: Grid, c
     if edit is PLAIN and call.backend == "auto":
         return F.scaled_dot_product_attention(q, k, v)
 
-    own = tuple(range(rows))
-    q_rows, k_rows, v_rows = edit.read_rows(rows)
-    second_k, second_v, second_rows = k, v, k_rows  # of a union
-    if edit.keep is not None:
-        call.tape.update({(("kept", name), site.index): {"q": q, "k": k, "v": v}[name] for name in edit.keep})
-    if edit.lent is not None:
-        k_rows = edit.key_rows(rows)
-        v_rows = k_rows if edit.v_from == edit.k_from else v_rows
-        second_rows = tuple(row for row in second_rows if row < rows)
-        q = _with_lent(q, edit.lent.q, q_rows, rows)
-        k, v = _with_lent(k, edit.lent.k, k_rows, rows), _with_lent(v, edit.lent.v, v_rows, rows)
-        if k_rows[0] < rows:
-            second_k, second_v, second_rows = k, v, k_rows
-    q_index = tuple(q_rows.index(row) for row in edit.q_from or own)
-    k_index = tuple(k_rows.index(row) for row in edit.k_from or own)
-    v_index = tuple(v_rows.index(row) for row in edit.v_from or own)
-    q = take(q, q_index)
+    _keep_for_cache(q, k, v, edit, site, call.tape)
+    read = _Read.of(q, k, v, edit, rows)
+    queries = read.queries(edit, rows)
     for key in edit.query_records:
-        call.tape[key, site.index] = rearrange(q, "b h n d -> b n (h d)")
+        call.tape[key, site.index] = rearrange(queries, "b h n d -> b n (h d)")
+    if edit.mix is not None:
+        out = _attend_mixed(queries, read, edit, site, call)
+    elif edit.records and edit.has_plain_reading:  # the maps come out of the same attention
+        out = _attend_recorded(queries, read, edit, site, call)
+    else:
+        if edit.records:  # of masked or several parts' attention, the maps without them
+            _attend_recorded(queries, read, edit, site, call)
+        out = _attend_to_parts(queries, read, edit, len(queries), site, grid, call)
+    if edit.plain is not None:
+        out = _blend_plain(out, read, edit.plain, rows, call)
+    for extra in edit.extra:
+        out = out + _attend_to_extra(queries, extra.k, extra.v, extra.rows, extra.scale, call)
+    return out
 
-    if edit.mix is not None or (edit.records and edit.mask is None and edit.union_with is None):
-        # Row-aligned K and V: mostly cross-attention, whose K/V are 77 tokens.
-        return _attend_to_tokens(q, take(k, k_index), take(v, v_index), edit, site, call)
 
-    if edit.records:  # of masked or united self-attention, the maps without mask and union
-        _attend_to_tokens(q, take(k, k_index), take(v, v_index), edit, site, call)
+def _keep_for_cache(q: Tensor, k: Tensor, v: Tensor, edit: Edit, site: Site, tape: Tape) -> None:
+    """Put on the tape what the edit asks for of this batch's rows."""
+    for name in edit.to_cache:
+        if name in ("q", "k", "v"):
+            tape[("cache", name), site.index] = {"q": q, "k": k, "v": v}[name]
+        elif name in ("q_moments", "k_moments"):
+            rows = (q if name == "q_moments" else k).split(1)
+            tape[("cache", name), site.index] = torch.cat([torch.stack(moments(row), dim=2) for row in rows])
+
+
+# ------------------------------------------------------------------------------------------------ rows that are read
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """One of queries, keys and values: the batch's rows that were projected, and those of a cache behind them."""
+
+    own: Tensor
+    own_rows: RowTuple
+    cached: Tensor | None
+    batch: int
+
+    def of(self, wanted: RowTuple) -> tuple[Tensor, RowTuple]:
+        """A tensor that has the rows wanted, and each one's place in it, -1 for -1; a copy only of both kinds."""
+        behind = tuple(sorted({row for row in wanted if row >= self.batch}))
+        if not behind:
+            return self.own, tuple(-1 if row < 0 else self.own_rows.index(row) for row in wanted)
+        assert self.cached is not None, "rows are read that no cache holds"
+        cached = take(self.cached, tuple(row - self.batch for row in behind))
+        if all(row < 0 or row >= self.batch for row in wanted):
+            return cached, tuple(-1 if row < 0 else behind.index(row) for row in wanted)
+        places = (*self.own_rows, *behind)
+        return torch.cat([self.own, cached]), tuple(-1 if row < 0 else places.index(row) for row in wanted)
+
+    def aligned(self, wanted: RowTuple) -> Tensor:
+        """The rows wanted, one after the other."""
+        return take(*self.of(wanted))
+
+
+@dataclass(frozen=True, eq=False)
+class _Read:
+    """Queries, keys and values that an edit reads, wherever they are: what stands below knows of no cache."""
+
+    q: _Rows
+    k: _Rows
+    v: _Rows
+    cached: CachedRows
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, v: Tensor, edit: Edit, rows: int) -> _Read:
+        cached = edit.cached or CachedRows()
+        own = [tuple(row for row in read if row < rows) for read in edit.read_rows(rows)]
+        tensors = ((q, cached.q), (k, cached.k), (v, cached.v))
+        return cls(*(_Rows(t, some, behind, rows) for (t, behind), some in zip(tensors, own, strict=True)), cached)
+
+    def queries(self, edit: Edit, rows: int) -> Tensor:
+        """The queries (rows, heads, h*w, d) that the rows attend with."""
+        wanted = edit.q_from or tuple(range(rows))
+        q = self.q.aligned(wanted)
+        if edit.q_blend is not None:
+            others, share = edit.q_blend
+            q = share * self.q.aligned(others) + (1.0 - share) * q
+        if edit.q_match is not None:
+            gain, offset = _match(self.q, wanted, edit.q_match, self.cached.q_moments)
+            q = (q * gain + offset).to(q.dtype)
+        return q
+
+
+def _match(x: _Rows, rows: RowTuple, to: RowTuple, cached: Tensor | None) -> tuple[Tensor, Tensor]:
+    """AdaIN as gain and offset (len(rows), heads, 1, d): rows' mean and deviation become those of `to`, -1 for none.
+
+    Statistics are over positions, per head and channel, in float32, the variance unbiased. StyleAligned, eq. 5.
+    """
+
+    def of(wanted: int) -> tuple[Tensor, Tensor]:
+        if wanted >= x.batch and cached is not None:
+            mean, deviation = cached[wanted - x.batch].unbind(1)
+            return mean, deviation
+        mean, deviation = moments(x.aligned((wanted,)))
+        return mean[0], deviation[0]
+
+    found = {row: of(row) for row in {*rows, *to} if row >= 0}
+    neutral = x.own.new_ones(x.own.shape[1], x.own.shape[3], dtype=torch.promote_types(x.own.dtype, torch.float32))
+    gains, offsets = [], []
+    for row, wanted in zip(rows, to, strict=True):
+        if row < 0 or wanted < 0 or row == wanted:
+            gains.append(neutral)
+            offsets.append(torch.zeros_like(neutral))
+            continue
+        (mean, deviation), (mean_to, deviation_to) = found[row], found[wanted]
+        gains.append(deviation_to / deviation)
+        offsets.append(mean_to - mean * gains[-1])
+    return torch.stack(gains)[:, :, None], torch.stack(offsets)[:, :, None]
+
+
+# ------------------------------------------------------------------------------------------------- parts and extras
+
+
+def _attend_to_parts(q: Tensor, read: _Read, edit: Edit, rows: int, site: Site, grid: Grid, call: Call) -> Tensor:
+    """One softmax over the keys of all parts; MasaCtrl eq. 5 (one part), and its union with the row's own (two)."""
+    parts = edit.key_parts(rows)
+    first = parts[0]
     plan = None if edit.mask is None else call.plan(edit.mask, grid)
+    k, k_index = read.k.of(first.rows)
+    v, v_index = read.v.of(first.rows if edit.parts else edit.v_from or tuple(range(rows)))
+    fused = len(parts) <= 2 and all(part.is_plain for part in parts) and isinstance(first.weight, float)
+    fused = fused and edit.contrast is None and (len(parts) == 1 or parts[1].weight == 1.0)
+    if edit.mask is not None and not (fused and k_index == v_index):
+        raise MasaError(
+            f"{site.name}: a mask restricts one row's keys and their values, beside at most one plain part; keys and "
+            "values of different rows, matched, scaled or several parts cannot be masked"
+        )
+    if not fused:
+        return _attend_to_many(q, read, parts, edit, rows, grid, call)
     if k_index != v_index:  # keys of one row with values of another: align them once, here
-        if plan is not None or edit.union_with is not None:
-            raise MasaError(f"{site.name}: keys and values of different rows cannot be masked or united")
         k, v, k_index = take(k, k_index), take(v, v_index), tuple(range(len(k_index)))
-    if edit.union_with is None:
+    if len(parts) == 1:
         return mutual_attention(q, k, v, kv_index=k_index, plan=plan, backend=call.backend)
-    second = tuple(-1 if row < 0 else second_rows.index(row) for row in edit.union_with)
+    k2, second = read.k.of(parts[1].rows)
+    v2, _ = read.v.of(parts[1].rows)
     return mutual_attention(
-        q,
-        k,
-        v,
+        *(q, k, v),
         kv_index=k_index,
-        k2=second_k,
-        v2=second_v,
+        k2=k2,
+        v2=v2,
         kv_index2=second,
-        source_weight=1.0 if edit.source_weight is None else edit.source_weight,
+        source_weight=first.weight,
         plan=plan,
         backend=call.backend,
     )
 
 
-def _with_lent(own: Tensor, lent: Tensor | None, wanted: tuple[int, ...], rows: int) -> Tensor:
-    """The rows wanted, sorted: the batch's own, all of `own`, then those lent; no copy where they are of one kind."""
-    behind = tuple(row - rows for row in wanted if row >= rows)
-    if not behind:
-        return own
-    assert lent is not None, "rows are read that were not lent"
-    return take(lent, behind) if len(behind) == len(wanted) else torch.cat([own, take(lent, behind)])
+def _attend_to_many(
+    q: Tensor, read: _Read, parts: tuple[Part, ...], edit: Edit, rows: int, grid: Grid, call: Call
+) -> Tensor:
+    """Parts in their general form: matched, scaled, weighted by row, with regions of keys, any number of them."""
+    found = []
+    for part in parts:
+        k, k_rows = read.k.of(part.rows)
+        v, v_rows = read.v.of(part.rows)
+        gain = offset = None
+        if part.match is not None:
+            gain, offset = _match(read.k, part.rows, part.match, read.cached.k_moments)
+        visible = None if part.keys is None else part.keys(call.tape, grid)
+        weight, scale = (_each(value, rows) for value in (part.weight, part.scale))
+        found.append(KeyPart(k, v, k_rows, v_rows, weight, scale, gain, offset, visible))
+    contrast = None if edit.contrast is None else _each(edit.contrast, rows)
+    out = attention_over_parts(q, found, contrast=contrast, backend=call.backend)
+    if any(part.visible is None for part in found):
+        return out
+    # A row of which no part has a key left is plain.
+    own = tuple(range(rows))
+    k, v = read.k.aligned(own), read.v.aligned(own)
+    plain = mutual_attention(read.q.aligned(own), k, v, kv_index=own, backend=call.backend)
+    seen = torch.stack(
+        [part.visible.any(1) & _present(part.k_rows, q.device) for part in found if part.visible is not None]
+    )
+    return torch.where(seen.any(0)[:, None, None, None], out, plain)
 
 
-def _attend_to_tokens(q: Tensor, k: Tensor, v: Tensor, edit: Edit, site: Site, call: Call) -> Tensor:
-    """Cross-attention whose probabilities are mixed or recorded, without holding them in memory.
+def _present(rows: RowTuple, device: torch.device) -> Tensor:
+    return torch.tensor([row >= 0 for row in rows], device=device)
+
+
+def _blend_plain(out: Tensor, read: _Read, shares: tuple[float, ...], rows: int, call: Call) -> Tensor:
+    """f times what the row would give unedited, and 1 - f times what it gives."""
+    some = tuple(row for row in range(rows) if shares[row] > 0.0)
+    if not some:
+        return out
+    q, k, v = (x.aligned(some) for x in (read.q, read.k, read.v))
+    plain = mutual_attention(q, k, v, kv_index=tuple(range(len(some))), backend=call.backend)
+    share = torch.tensor([shares[row] for row in some], device=out.device, dtype=out.dtype)[:, None, None, None]
+    return _replace_rows(out, some, share * plain + (1.0 - share) * take(out, some))
+
+
+def _attend_to_extra(
+    q: Tensor, k: Tensor, v: Tensor, rows: RowTuple, scale: tuple[float, ...] | float, call: Call
+) -> Tensor:
+    """scale * softmax(q kᵀ / √d) v of the rows that read extra keys, zeros for the others."""
+    some = tuple(row for row, read in enumerate(rows) if read >= 0)
+    out = torch.zeros_like(q)
+    if not some:
+        return out
+    index = tuple(rows[row] for row in some)
+    found = mutual_attention(take(q, some), k, v, kv_index=index, backend=call.backend)
+    scales = torch.tensor(pick(_each(scale, len(q)), some), device=q.device, dtype=q.dtype)
+    return _replace_rows(out, some, scales[:, None, None, None] * found)
+
+
+def _each(value: tuple[float, ...] | float, rows: int) -> tuple[float, ...]:
+    """One number for each row."""
+    return value if isinstance(value, tuple) else (float(value),) * rows
+
+
+# ---------------------------------------------------------------------------------- probabilities, mixed and recorded
+
+
+def _attend_recorded(q: Tensor, read: _Read, edit: Edit, site: Site, call: Call) -> Tensor:
+    """Attention of row-aligned keys and values (mostly 77 tokens), whose maps go on the tape."""
+    own = tuple(range(len(q)))
+    if edit.parts:
+        k_rows = v_rows = edit.parts[0].rows
+    else:
+        k_rows, v_rows = edit.k_from or own, edit.v_from or own
+    tokens, cached_maps = _token_weights(edit, len(q))
+    assert tokens is not None
+    out, maps = cross_attention_with_maps(
+        q, read.k.aligned(k_rows), read.v.aligned(v_rows), tokens, backend=call.backend
+    )
+    _put_maps(maps, cached_maps, edit, site, call.tape)
+    return out
+
+
+def _attend_mixed(q: Tensor, read: _Read, edit: Edit, site: Site, call: Call) -> Tensor:
+    """Cross-attention whose probabilities are mixed, and perhaps recorded, without holding them in memory.
 
     Attention is linear in the values: (P_s M + P_t * own) V is P_s (M V) + P_t (own * V), two plain attentions,
-    and a recorded map, a product with token weights in place of V, splits the same way.
+    and a recorded map, a product with token weights in place of V, splits the same way. Prompt-to-Prompt section 3.2.
     """
-    rows, mix = len(q), edit.mix
-    weights = [record.token_weights for record in edit.records]
-    tokens = torch.cat(weights, dim=1) if weights else None
-    lent_maps = None
-    if tokens is not None and edit.lent is not None and edit.lent.maps is not None:
-        lent_maps = tokens[rows:].to(edit.lent.maps.dtype) @ edit.lent.maps
-        tokens = tokens[:rows]
-    if mix is not None:
-        own_q, own_k, own_v = (take(t, mix.rows) for t in (q, k, v))
-        own_tokens = None if tokens is None else take(tokens, mix.rows)
-        source_of = dict(zip(mix.rows, mix.sources, strict=True))
-        index = tuple(source_of.get(row, row) for row in range(rows))
-        q, k = take(q, index), take(k, index)
-        v = _replace_rows(v, mix.rows, mix.from_source[:, None].to(v.dtype) @ own_v)
+    assert edit.mix is not None
+    mix, rows, own = edit.mix, len(q), tuple(range(len(q)))
+    k, v = read.k.aligned(edit.k_from or own), read.v.aligned(edit.v_from or own)
+    tokens, cached_maps = _token_weights(edit, rows)
+    own_q, own_k, own_v = (take(t, mix.rows) for t in (q, k, v))
+    own_tokens = None if tokens is None else take(tokens, mix.rows)
+    q, k = (_sources(x, aligned, mix, rows) for x, aligned in ((read.q, q), (read.k, k)))
+    v = _replace_rows(v, mix.rows, mix.from_source[:, None].to(v.dtype) @ own_v)
+    if tokens is not None and own_tokens is not None:
+        tokens = _replace_rows(tokens, mix.rows, own_tokens @ mix.from_source.mT)
+    if mix.own is not None:
+        q, k = torch.cat([q, own_q]), torch.cat([k, own_k])
+        v = torch.cat([v, mix.own[:, None, :, None].to(v.dtype) * own_v])
         if tokens is not None and own_tokens is not None:
-            tokens = _replace_rows(tokens, mix.rows, own_tokens @ mix.from_source.mT)
-        if mix.own is not None:
-            q, k = torch.cat([q, own_q]), torch.cat([k, own_k])
-            v = torch.cat([v, mix.own[:, None, :, None].to(v.dtype) * own_v])
-            if tokens is not None and own_tokens is not None:
-                tokens = torch.cat([tokens, own_tokens * mix.own[:, None]])
+            tokens = torch.cat([tokens, own_tokens * mix.own[:, None]])
 
     if tokens is None:
         out = mutual_attention(q, k, v, kv_index=tuple(range(len(q))), backend=call.backend)
         return _fold_rows(out, rows, mix)
     out, maps = cross_attention_with_maps(q, k, v, tokens, backend=call.backend)
-    maps = _fold_rows(maps, rows, mix)
-    if lent_maps is not None:
-        maps = torch.cat([maps, lent_maps])
-    for record, part in zip(edit.records, maps.split([w.shape[1] for w in weights], dim=1), strict=True):
-        call.tape[record.key, site.index] = part
+    _put_maps(_fold_rows(maps, rows, mix), cached_maps, edit, site, call.tape)
     return _fold_rows(out, rows, mix)
 
 
-def _replace_rows(x: Tensor, rows: tuple[int, ...], new: Tensor) -> Tensor:
+def _sources(x: _Rows, aligned: Tensor, mix: Mix, rows: int) -> Tensor:
+    """Rows of queries or keys, those mixed replaced by their sources'; sources may be cached."""
+    source_of = dict(zip(mix.rows, mix.sources, strict=True))
+    index = tuple(source_of.get(row, row) for row in range(rows))
+    if max(index) < rows:
+        return take(aligned, index)
+    return torch.cat([aligned[i : i + 1] if i < rows else x.aligned((i,)) for i in index])
+
+
+def _token_weights(edit: Edit, rows: int) -> tuple[Tensor | None, Tensor | None]:
+    """All records' token weights of the batch's rows, and the maps of cached rows by them."""
+    if not edit.records:
+        return None, None
+    tokens = torch.cat([record.token_weights for record in edit.records], dim=1)
+    maps = None if edit.cached is None else edit.cached.maps
+    return tokens[:rows], None if maps is None else tokens[rows:].to(maps.dtype) @ maps
+
+
+def _put_maps(maps: Tensor, cached: Tensor | None, edit: Edit, site: Site, tape: Tape) -> None:
+    """Each record's share of the maps on the tape, cached rows behind the batch's own."""
+    if cached is not None:
+        maps = torch.cat([maps, cached])
+    sizes = [record.token_weights.shape[1] for record in edit.records]
+    for record, part in zip(edit.records, maps.split(sizes, dim=1), strict=True):
+        tape[record.key, site.index] = part
+
+
+def _replace_rows(x: Tensor, rows: RowTuple, new: Tensor) -> Tensor:
     """x with new's rows in place of the named ones."""
     place = {row: i for i, row in enumerate(rows)}
     return torch.cat([new[place[i]][None] if i in place else x[i : i + 1] for i in range(len(x))])
 
 
-def _fold_rows(x: Tensor, rows: int, mix: Mix | None) -> Tensor:
+def _fold_rows(x: Tensor, rows: int, mix: Mix) -> Tensor:
     """The first `rows` rows, with what stands after them, the mixed rows' own parts, added in."""
-    if mix is None or len(x) == rows:
-        return x
-    return _replace_rows(x[:rows], mix.rows, take(x, mix.rows) + x[rows:])
+    return x if len(x) == rows else _replace_rows(x[:rows], mix.rows, take(x, mix.rows) + x[rows:])

@@ -12,6 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from masa.errors import MasaError
+
 Half = Literal["uncond", "cond"]
 SOURCE = 0
 
@@ -28,12 +30,12 @@ class Row:
 class Branches:
     """The batch's rows, and what they are rows of.
 
-    lent: rows that are not in the batch, of which a source cache knows what an edit may read; they are indexed
+    cached: rows that are not in the batch, of which a source cache holds what an edit may read; they are indexed
     behind the batch's own.
     """
 
     rows: tuple[Row, ...]
-    lent: tuple[Row, ...] = ()
+    cached: tuple[Row, ...] = ()
 
     @classmethod
     def build(cls, targets: int, *, guided: bool, merge_source: bool = False, source_guided: bool = False) -> Branches:
@@ -69,13 +71,13 @@ class Branches:
         return tuple(branch for branch in self.present if branch != SOURCE)
 
     @property
-    def known(self) -> tuple[Row, ...]:
-        """The batch's rows, then those lent: what the tape and row indices are about."""
-        return self.rows + self.lent
+    def all_rows(self) -> tuple[Row, ...]:
+        """The batch's rows, then those cached: what the tape and row indices are about."""
+        return self.rows + self.cached
 
     def row(self, branch: int, half: Half) -> int | None:
-        """Index, among the known, of the row that serves this branch and half, or None."""
-        for i, row in enumerate(self.known):
+        """Index, among all rows, of the row that serves this branch and half, or None."""
+        for i, row in enumerate(self.all_rows):
             if row.branch == branch and half in row.halves:
                 return i
         return None
@@ -83,16 +85,25 @@ class Branches:
     @property
     def source_rows(self) -> tuple[int, ...]:
         """For each row, the source's row of the same half."""
-        rows = [self.row(SOURCE, row.halves[0]) for row in self.rows]
-        assert None not in rows, "the source has no rows, in this batch or lent to it"
+        return self.rows_of(SOURCE)
+
+    def rows_of(self, branch: int) -> tuple[int, ...]:
+        """For each row, the row of a branch in the same half. MasaError where the batch, and its cache, has none."""
+        rows = [self.row(branch, row.halves[0]) for row in self.rows]
+        if None in rows:
+            raise MasaError(f"branch {branch} has no rows in this batch, which has {self.present}")
         return tuple(row for row in rows if row is not None)
 
-    def keep(self, rows: tuple[int, ...]) -> Branches:
-        """These rows alone."""
-        return Branches(tuple(self.rows[i] for i in rows), self.lent)
+    def own_rows(self, but: int = SOURCE) -> tuple[int, ...]:
+        """For each row itself, and -1 for the rows of one branch: who reads its own beside another's."""
+        return tuple(-1 if row.branch == but else i for i, row in enumerate(self.rows))
 
-    def lend_source(self) -> Branches:
-        """The targets' rows, with the source's lent to them."""
+    def select(self, rows: tuple[int, ...]) -> Branches:
+        """These rows alone."""
+        return Branches(tuple(self.rows[i] for i in rows), self.cached)
+
+    def cache_source(self) -> Branches:
+        """The targets' rows, with the source's cached."""
         source = tuple(row for row in self.rows if row.branch == SOURCE)
         return Branches(tuple(row for row in self.rows if row.branch != SOURCE), source)
 
@@ -101,7 +112,7 @@ class Branches:
         if targets is None or len(self.targets) <= targets:
             return (self,)
         groups = [{SOURCE, *self.targets[i : i + targets]} for i in range(0, len(self.targets), targets)]
-        return tuple(Branches(tuple(row for row in self.rows if row.branch in group), self.lent) for group in groups)
+        return tuple(Branches(tuple(row for row in self.rows if row.branch in group), self.cached) for group in groups)
 
     def without_source(self) -> tuple[int, ...]:
         """Indices of the targets' rows."""

@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from masa.attention import Grid, check_backend
+from masa.attention import check_backend
 from masa.branches import Branches
 from masa.cache.recorder import Recorder
 from masa.cache.source_cache import SourceCache
 from masa.controls.base import Control, Run, begin_all, check_together
+from masa.edits import Grid
 from masa.errors import MasaError
 from masa.guidance import ClassifierFree, check_guidance, check_guidance_scale
 from masa.io.pictures import ImageLike, check_size, load_image
@@ -123,6 +124,7 @@ def describe_run(sd: StableDiffusion, levels: Levels, prompts: tuple[str, ...], 
         prompts=prompts,
         grid=grid,
         device=sd.device,
+        dtype=sd.dtype,
         token_positions=sd.tokenizer.token_positions,
         encode=sd.tokenizer.encode,
         tokens=sd.config.text.tokens,

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from masa.attention import Backend, Edit, Tape, take
+from masa.attention import Backend
 from masa.branches import SOURCE, Branches
 from masa.cache.source_cache import SourceCache
 from masa.controls.base import ActiveControl, resolve
+from masa.edits import Edit, Residuals, Tape, take
 from masa.errors import MasaError
 from masa.guidance import Guidance, guide
-from masa.models.unet import Retirement
+from masa.models.batch_rows import Retirement
 from masa.pipeline import StableDiffusion
 from masa.samplers.base import History, Levels, Solver
 from masa.schedule import find_eps, predict_x0
@@ -112,25 +113,30 @@ def _plan_step(run: Denoising, step: int, last: bool) -> list[Batch]:
     pinned one also at the last step, which gives its reconstruction. It leaves the batch in the last edited layer.
     """
     batches = []
+    unet = run.sd.unet
     for part, branches in enumerate(_parts(run, step)):
         rows, targets = tuple(range(len(branches))), branches.without_source()
-        edits = resolve(run.controls, step, branches, run.sd.unet.sites)
+        source = tuple(row for row in rows if row not in targets)
+        edits = resolve(run.controls, step, branches, unet.sites)
         if run.cache is not None or (part == 0 and (run.pinned is None or (last and run.retraces))):
             batches.append(Batch(branches, edits, None, rows))
-        elif not edits:
-            batches.append(Batch(branches.keep(targets), {}, None, tuple(range(len(targets)))))
-        elif not targets:  # a pinned source is recorded
-            batches.append(Batch(branches, edits, None, ()))
+        elif not targets:  # a pinned source is recorded, or nobody wants it
+            batches.append(Batch(branches if edits else branches.select(()), edits, None, ()))
+        elif any(edit.reads_others(targets, source) for edit in edits.values()):
+            last_layer = max(unet.sites[index].layer for index in edits)
+            retire = Retirement(last_layer, targets) if last_layer < unet.layers else None
+            batches.append(Batch(branches, edits, retire, targets))
         else:
-            last_layer = max(run.sd.unet.sites[index].layer for index in edits)
-            batches.append(Batch(branches, edits, Retirement(last_layer, targets), targets))
+            alone = branches.select(targets)
+            edits = resolve(run.controls, step, alone, unet.sites) if edits else {}
+            batches.append(Batch(alone, edits, None, tuple(range(len(targets)))))
     return batches
 
 
 def _parts(run: Denoising, step: int) -> tuple[Branches, ...]:
     """The rows of a step in as many parts as there are calls of the UNet."""
     branches = run.contexts[step].branches
-    return (branches if run.cache is None else branches.lend_source()).parts(run.targets_at_once)
+    return (branches if run.cache is None else branches.cache_source()).parts(run.targets_at_once)
 
 
 def _predict(
@@ -143,18 +149,20 @@ def _predict(
         branches, edits, tape = batch.branches, batch.edits, {}
         if run.cache is not None:  # here, so that one call's tensors are on the device at a time
             rows, device = len(branches), run.sd.device
-            edits = {site: run.cache.lend(edit, step, site, rows, device) for site, edit in edits.items()}
+            edits = {site: run.cache.attach(edit, step, site, rows, device) for site, edit in edits.items()}
         if len(branches):
+            prompts = branches.contexts(context.uncond, context.cond)
             eps, tape = run.sd.unet(
                 take(x, branches.present).to(run.sd.dtype).contiguous(),  # one layout for all steps
                 timestep,
-                branches.contexts(context.uncond, context.cond),
+                prompts,
                 edits,
                 retire=batch.retire,
                 backend=run.backend,
                 copies=branches.copies,
+                residuals=_residuals(run, x, step, timestep, prompts, branches),
             )
-            wanted = branches.keep(batch.wanted)
+            wanted = branches.select(batch.wanted)
             eps = (eps if batch.retire is not None else take(eps, batch.wanted)).float()
             if len(wanted):
                 guided = guide(wanted, eps, run.guidance, step, run.guidance_scale, run.source_guidance)
@@ -165,17 +173,28 @@ def _predict(
     return eps, present, *_join_tapes(batches, tapes)
 
 
+def _residuals(
+    run: Denoising, x: Tensor, step: int, timestep: int, prompts: Tensor, branches: Branches
+) -> Residuals | None:
+    """The sum of what controls add to the network's features for these rows."""
+    if not run.controls:
+        return None
+    latents = torch.cat([x[row.branch : row.branch + 1] for row in branches.rows]).to(run.sd.dtype)
+    found = [control.residuals(step, timestep, latents, prompts, branches) for control in run.controls]
+    return Residuals.total([some for some in found if some is not None])
+
+
 def _join_tapes(batches: Sequence[Batch], tapes: Sequence[Tape]) -> tuple[Tape, Branches]:
     """The tapes of several calls as if of one: each row as the first call that has it wrote it."""
     if len(batches) == 1:
         return tapes[0], batches[0].branches
-    first = {row: (n, i) for n, b in reversed(list(enumerate(batches))) for i, row in enumerate(b.branches.known)}
-    lent = batches[0].branches.lent
-    halves = [[row for row in first if row not in lent and row.halves[0] == half] for half in ("uncond", "cond")]
+    first = {row: (n, i) for n, b in reversed(list(enumerate(batches))) for i, row in enumerate(b.branches.all_rows)}
+    cached = batches[0].branches.cached
+    halves = [[row for row in first if row not in cached and row.halves[0] == half] for half in ("uncond", "cond")]
     rows = tuple(row for half in halves for row in sorted(half, key=lambda row: row.branch))
-    places = [first[row] for row in (*rows, *lent)]
+    places = [first[row] for row in (*rows, *cached)]
     joined = {key: torch.cat([tapes[n][key][i : i + 1] for n, i in places]) for key in tapes[0]}
-    return joined, Branches(rows, lent)
+    return joined, Branches(rows, cached)
 
 
 def _source_after(run: Denoising, x0: Tensor, moved: Tensor, present: tuple[int, ...], step: int) -> Tensor:

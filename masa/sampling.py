@@ -203,7 +203,7 @@ def prepare(sd: StableDiffusion, asked: RunSettings, given: Given) -> Prepared:
     )
     if cache is not None:
         check_cache(denoising, cache)
-    rows = [context.branches if cache is None else context.branches.lend_source() for context in denoising.contexts]
+    rows = [context.branches if cache is None else context.branches.cache_source() for context in denoising.contexts]
     check_together(active, first_step, rows, sd.unet.sites)
     settings = replace(settings, skip_steps=first_step, generator_state=noise.generator_state)
     return Prepared(denoising, settings.describe(), noise, given)

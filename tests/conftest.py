@@ -1,20 +1,40 @@
-"""Fixtures: tiny models of SD v1's topology, written once per run by diffusers and transformers themselves."""
+"""Fixtures: tiny models of SD v1's topology, written once per run by diffusers and transformers themselves.
+
+And how a run is shared out (`pytest -n 2`): a module's tests stay together, for the sake of its fixtures; modules with
+slow tests come first, so that no worker is left alone with one; each worker has one thread.
+"""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
+# Threads that wait sleep: several processes share the cores. Read when torch is first imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import pytest
 import torch
+from filelock import FileLock
 
 # Tests never reach for the network; hub tests set what they need themselves.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 DATA = Path(__file__).parent / "data"
+IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+if IS_WORKER:
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if getattr(config.option, "dist", None) == "load":  # what -n alone means
+        config.option.dist = "loadfile"
+        config.option.loadscopereorder = False
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    slow = {item.path for item in items if "slow" in item.keywords}
+    items.sort(key=lambda item: item.path not in slow)
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
@@ -24,11 +44,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A diffusers-layout folder with SD v1's topology and narrow random networks, by diffusers' own writers."""
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if IS_WORKER else own
+    with FileLock(shared / "tiny.lock"):
+        if not (shared / "tiny").is_dir():
+            write_tiny(own / "unfinished").rename(shared / "tiny")
+    return shared / "tiny"
+
+
+def write_tiny(folder: Path) -> Path:
+    """Write the folder of `tiny_folder`."""
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("tiny")
     unet = UNet2DConditionModel(
         sample_size=16,
         block_out_channels=(32, 64, 64, 64),
@@ -83,6 +112,13 @@ def tiny(tiny_folder: Path):
     import masa
 
     return masa.load(tiny_folder, device="cpu", dtype="fp32")
+
+
+@pytest.fixture(params=["float32", "bfloat16"])
+def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+    """As if on a CPU that does not multiply bfloat16, and on one that does: the dtype that `load` then defaults to."""
+    monkeypatch.setattr("masa.pipeline.cpu_has_bf16", lambda: request.param == "bfloat16")
+    return getattr(torch, request.param)
 
 
 @pytest.fixture

@@ -127,7 +127,7 @@ def build(launch: Launch) -> Report:
     if launch.form != "maps":
         kernel = device.mutual_attention_kernel
         constants |= {"MASKED": "masked" in launch.form, "UNION": "union" in launch.form}
-        constants |= {"KV_INDEX": None, "KV_INDEX2": None}  # rows by value
+        constants |= {"KV_INDEX": None, "KV_INDEX2": None, "LSE": None}  # rows by value
         if "masked" not in launch.form:
             constants |= dict.fromkeys(("KEY_ORDER", "KEY_COUNT", "QUERY_ORDER", "QUERY_WEIGHT", "FULL_ROWS"))
         constants["EVEN"] = launch.even

@@ -18,7 +18,9 @@ import torch
 import torch.nn.functional as F
 import triton.runtime.interpreter as interpreter
 from kernel_cases import MAP_CASES, error, exact, far_apart, interpreter_cases, low_precision, make, make_maps
+from part_cases import part_cases, part_tensors, written_out
 
+from masa.kernels.attention_over_parts import attention_over_parts
 from masa.kernels.cross_attention_maps import cross_attention_with_maps
 from masa.kernels.mutual_attention import mutual_attention
 from masa.kernels.reference import cross_attention_with_maps_reference
@@ -72,6 +74,15 @@ def main() -> None:
             "maps_error": error(maps_out, F.scaled_dot_product_attention(q.float(), k.float(), k.float())),
         }
         print(json.dumps(record), flush=True)
+    for dtype in (torch.float32, torch.float16):
+        generator = torch.Generator().manual_seed(0)
+        q, k, v = part_tensors(generator, dtype)
+        for name, parts in part_cases(k, v, generator).items():
+            if all(one.visible is None for one in parts):
+                truth, plain = written_out(q, parts), attention_over_parts(q, parts, backend="sdpa")
+                out = attention_over_parts(q, parts, backend="triton")
+                record = {"name": f"parts, {name}, {dtype}", "error": error(out, truth), "torch": error(plain, truth)}
+                print(json.dumps(record), flush=True)
     for map_case in MAP_CASES:
         q, k, v, weights = make_maps(map_case)
         began = time.process_time()

@@ -13,17 +13,36 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PRODUCT = sorted(p for folder in ("masa", "kernels", "weights") for p in (ROOT / folder).glob("**/*.py"))
 
+BASE = ("masa.edits", "masa.kernels", "masa.errors")
 # Module -> what of masa it may import, by prefix.
 ALLOWED = {
     "kernels": ("masa.kernels", "masa.errors"),
     "weights": ("masa.weights", "masa.config", "masa.errors", "masa.io.files"),
-    "masa/attention.py": ("masa.kernels", "masa.errors"),
+    "masa/edits.py": ("masa.kernels", "masa.errors"),
+    "masa/attention.py": ("masa.edits", "masa.kernels", "masa.errors"),
     "masa/branches.py": ("masa.errors",),
     "masa/guidance.py": ("masa.branches", "masa.errors"),
     "masa/schedule.py": ("masa.config", "masa.errors"),
     "masa/samplers": ("masa.samplers", "masa.schedule", "masa.errors"),
-    "masa/models": ("masa.config", "masa.attention", "masa.models", "masa.errors"),
-    "masa/controls": ("masa.attention", "masa.branches", "masa.controls", "masa.errors", "masa.io.pictures"),
+    "masa/models": ("masa.config", "masa.edits", "masa.attention", "masa.models", "masa.errors"),
+    "masa/controls": (
+        "masa.edits",
+        "masa.kernels",
+        "masa.branches",
+        "masa.controls",
+        "masa.errors",
+        "masa.io.pictures",
+    ),
+    "masa/io": ("masa.io", "masa.errors"),
+    "masa/runtime": (
+        "masa.runtime",
+        "masa.models",
+        "masa.edits",
+        "masa.attention",
+        "masa.config",
+        "masa.weights",
+        "masa.errors",
+    ),
 }
 # Training the demo model and drawing its world are users of the library, not part of it.
 TRAINING = "weights/demo"

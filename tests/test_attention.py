@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from masa import MasaError
-from masa.attention import Call, Edit, MaskPlan, Record, Site, attend, take
+from masa.attention import Call, MaskPlan, attend
+from masa.edits import Edit, Part, Record, Site, take
 
 SELF = Site(20, 10, "up_blocks.2.attentions.1.transformer_blocks.0.attn1", "up", "self", 2, 2)
 CROSS = Site(21, 10, "up_blocks.2.attentions.1.transformer_blocks.0.attn2", "up", "cross", 2, 2)
@@ -43,7 +44,7 @@ def test_rows_read_what_the_edit_says(qkv, q_from, k_from, v_from):
 
 def test_union_sees_both_rows(qkv):
     q, k, v = qkv
-    out, _ = run(qkv, Edit(k_from=(0, 0, 0), v_from=(0, 0, 0), union_with=(-1, 1, 2)))
+    out, _ = run(qkv, Edit(parts=(Part((0, 0, 0)), Part((-1, 1, 2)))))
     both = torch.cat([k[:1], k[1:2]], 2), torch.cat([v[:1], v[1:2]], 2)
     assert torch.allclose(out[0], F.scaled_dot_product_attention(q[:1], k[:1], v[:1])[0], atol=1e-6)
     assert torch.allclose(out[1], F.scaled_dot_product_attention(q[1:2], *both)[0], atol=1e-6)
@@ -51,9 +52,10 @@ def test_union_sees_both_rows(qkv):
 
 def test_keys_and_values_of_different_rows_are_not_masked_or_united(qkv):
     plan = MaskPlan.build(torch.ones(1, 12, dtype=torch.bool), torch.ones(3, 12))
-    for more in ({"mask": lambda tape, grid: plan}, {"union_with": (-1, 1, 2)}):
-        with pytest.raises(MasaError, match="cannot be masked or united"):
-            run(qkv, Edit(k_from=(0, 0, 0), v_from=(0, 1, 2), **more))
+    with pytest.raises(MasaError, match="cannot be masked"):
+        run(qkv, Edit(k_from=(0, 0, 0), v_from=(0, 1, 2), mask=lambda tape, grid: plan))
+    with pytest.raises(MasaError, match="leave k_from and v_from out"):
+        Edit(k_from=(0, 0, 0), v_from=(0, 1, 2), parts=(Part((0, 0, 0)), Part((-1, 1, 2))))
 
 
 def test_masks_are_planned_once_per_forward(qkv):

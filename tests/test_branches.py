@@ -29,7 +29,7 @@ def test_every_row_reads_the_source_of_its_half():
 
 def test_without_the_source_only_targets_are_present():
     full = Branches.build(2, guided=True)
-    branches = full.keep(full.without_source())
+    branches = full.select(full.without_source())
     assert branches.present == (1, 2)
     assert len(branches) == 4
 
@@ -37,7 +37,7 @@ def test_without_the_source_only_targets_are_present():
 def test_copies_name_each_rows_branch_among_those_present():
     branches = Branches.build(2, guided=True, merge_source=True)
     assert branches.copies == (0, 1, 2, 1, 2)
-    assert branches.keep(branches.without_source()).copies == (0, 1, 0, 1)
+    assert branches.select(branches.without_source()).copies == (0, 1, 0, 1)
     assert Branches.build(2, guided=False).copies is None
 
 

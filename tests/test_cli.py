@@ -45,6 +45,7 @@ def mistake(capsys, *argv: str) -> str:
     return captured.err
 
 
+@pytest.mark.usefixtures("processor")
 def test_sample_writes_pictures_and_says_where(home, tiny_folder, capsys):
     argv = ["sample", "a sitting cat", "a running cat", "-c", str(tiny_folder), "--seed", "1", *FAST]
     assert main(argv) == 0
@@ -58,16 +59,19 @@ def test_sample_writes_pictures_and_says_where(home, tiny_folder, capsys):
     assert Path("again/target_0.png").read_bytes() == Path("masa-out/0001/target_0.png").read_bytes()
 
 
-def test_edit_equals_the_library(home, tiny_folder, tiny):
+def test_edit_equals_the_library(home, tiny_folder, processor):
     argv = ["edit", "photo.jpg", "a running cat", "--source", "a sitting cat", "-c", str(tiny_folder), "-o", "out"]
     assert main([*argv, *FAST, "--words", "cat", "cat", "--threshold", "0.3", "--guidance", "3"]) == 0
     control = masa.MasaCtrl(1, mask=masa.WordMasks("cat", "cat", 0.3))
     settings = {"steps": 3, "guidance_scale": 3.0, "height": 64, "width": 64, "progress": False}
-    expected = masa.edit(tiny, "photo.jpg", "a running cat", "a sitting cat", controls=control, **settings)
+    sd = masa.load(tiny_folder)
+    assert sd.dtype == processor
+    expected = masa.edit(sd, "photo.jpg", "a running cat", "a sitting cat", controls=control, **settings)
     with Image.open("out/target_0.png") as picture:
         assert picture.tobytes() == expected.targets[0].tobytes()
 
 
+@pytest.mark.usefixtures("processor")
 def test_invert_then_sample(home, tiny_folder):
     model = ["-c", str(tiny_folder)]
     assert main(["invert", "photo.jpg", "--steps", "3", "--height", "64", "--width", "64", "-q", *model]) == 0
@@ -77,6 +81,7 @@ def test_invert_then_sample(home, tiny_folder):
     assert Path("out/target_0.png").is_file()
 
 
+@pytest.mark.usefixtures("processor")
 def test_masks_from_pictures(home, tiny_folder):
     mask = Image.new("L", (64, 64))
     mask.paste(255, (16, 16, 48, 48))

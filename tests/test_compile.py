@@ -11,9 +11,9 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 import masa
-from masa.attention import Edit, Mix, Record
+from masa.edits import Edit, Mix, Record
 from masa.models import rowwise
-from masa.models.unet import Retirement
+from masa.models.batch_rows import Retirement
 from masa.runtime.compile import CompiledUNet, join, replayed, split
 
 SETTINGS = {"steps": 3, "height": 64, "width": 64, "guidance_scale": 3.0, "progress": False}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import masa
-from masa.attention import Edit
+from masa.edits import Edit
 
 pytestmark = pytest.mark.gpu
 

@@ -316,3 +316,20 @@ def test_embeddings_of_another_model_are_refused(tiny, trajectories):
     wide = masa.Trajectory(t.latents, t.prompt, t.settings, torch.zeros(STEPS, 77, 768))
     with pytest.raises(masa.MasaError, match="invert with the model that edits"):
         edit(tiny, wide)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 7.5])
+def test_a_guided_inversion_s_source_is_replayed_under_its_guidance(tiny, picture, guidance_scale):
+    """Whatever the targets are guided by: its noise makes up for that prediction and no other."""
+    settings = {"steps": STEPS, "seed": 3, "progress": False, **SIZE}
+    trajectory = masa.invert(tiny, picture, SOURCE, method="edit-friendly", guidance_scale=3.0, **settings)
+    out = edit(tiny, trajectory, controls=[], pin_source=False, skip_steps=0, guidance_scale=guidance_scale)
+    same(out.latents[:1], trajectory.latents[:1])
+
+
+def test_guidance_has_no_say_in_a_negative_prompt_inversion(tiny, picture, trajectories):
+    """Both halves have the picture's prompt: one row, and the trajectory of guidance 1."""
+    settings = {"steps": STEPS, "progress": False, **SIZE}
+    guided = masa.invert(tiny, picture, SOURCE, method="negative-prompt", guidance_scale=5.0, **settings)
+    assert torch.equal(guided.latents, trajectories["negative-prompt"].latents)
+    assert not torch.equal(masa.invert(tiny, picture, SOURCE, guidance_scale=5.0, **settings).latents, guided.latents)

@@ -65,15 +65,16 @@ def test_operator_is_well_formed(batched: bool) -> None:
     torch.library.opcheck(torch.ops.masa.cross_attention_with_maps, (*leaves, weights, 0.2, "sdpa"))
 
 
-def test_gradients_flow_through_both_results() -> None:
+@pytest.mark.parametrize("scale", [40**-0.5, 0.3])
+def test_gradients_flow_through_both_results(scale: float) -> None:
     grads = []
     for backend in ("sdpa", "reference", "operator"):
         q, k, v, weights = (x.clone() for x in TENSORS)
         leaves = [x.requires_grad_() for x in (q, k, v)]
         if backend == "operator":
-            out, maps = torch.ops.masa.cross_attention_with_maps(q, k, v, weights, 40**-0.5, "sdpa")
+            out, maps = torch.ops.masa.cross_attention_with_maps(q, k, v, weights, scale, "sdpa")
         else:
-            out, maps = cross_attention_with_maps(q, k, v, weights, backend=backend)
+            out, maps = cross_attention_with_maps(q, k, v, weights, scale=scale, backend=backend)
         grads.append(torch.autograd.grad(out.square().sum() + maps.square().sum(), leaves))
     torch.testing.assert_close(grads[0], grads[1], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(grads[2], grads[1], atol=1e-5, rtol=1e-4)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from kernel_cases import MAP_CASES, interpreter_cases
+from part_cases import NAMES
 
 from masa.kernels.launch import TRITON_INSTALLED
 
@@ -57,6 +58,15 @@ def test_maps_are_as_exact_as_the_dtype(name: str, records: dict[str, dict[str, 
     record = records[name]
     assert record["error"] <= (BF16_LIMIT if record["dtype"] == "bf16" else 2 * record["torch"])
     assert record["maps_error"] <= {"fp32": 1e-6, "fp16": 1e-3, "bf16": BF16_LIMIT}[record["dtype"]]
+
+
+@pytest.mark.parametrize("dtype", ["torch.float32", "torch.float16"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "regions"])
+def test_merged_parts_are_as_exact_as_joined_ones(name: str, dtype: str, records: dict[str, dict[str, Any]]) -> None:
+    """Several launches, whose answers merge by their log-sum-exp, against one softmax over keys that are joined."""
+    record = records[f"parts, {name}, {dtype}"]
+    # In float16 the folded queries and each part's answer are rounded once more.
+    assert record["error"] <= (2e-6 if dtype == "torch.float32" else 3e-3)
 
 
 @pytest.mark.parametrize("dimension", [0, 1], ids=["rows", "heads"])

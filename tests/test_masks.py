@@ -48,6 +48,64 @@ def test_source_masks_are_cut_and_target_masks_may_be_soft(run_info):
     assert not plan.binary
 
 
+def test_a_mask_of_any_shape_covers_the_picture(run_info):
+    """A mask taller than wide, of a picture wider than tall: its upper half is the picture's."""
+    tall = torch.zeros(8, 4)
+    tall[:4] = 1.0
+    active = masa.GivenMasks(tall, tall).begin(run_info, frozenset({6, 10}))
+    branches = Branches.build(1, guided=False)
+    plan = active.source(branches, (0,))({}, (8, 12))
+    rows = [True] * 4 + [False] * 4
+    assert plan.key_region[0].reshape(8, 12).tolist() == [[row] * 12 for row in rows]
+    assert plan.query_weight[1].reshape(8, 12).tolist() == [[float(row)] * 12 for row in rows]
+    shown = active.after_step({}, branches)
+    assert shown.shape == (2, 8, 12)  # on the finest grid that was used
+    assert shown[1].tolist() == [[float(row)] * 12 for row in rows]
+
+
+def test_a_given_mask_counts_from_one_half_on(run_info):
+    half = torch.full((16, 24), 0.5)
+    active = masa.GivenMasks(half, half).begin(run_info, frozenset({10}))
+    plan = active.source(Branches.build(1, guided=False), (0, 1))({}, (8, 12))
+    assert plan.key_region.all()
+
+
+def test_word_masks_are_those_of_this_step_or_of_the_last(run_info):
+    """Found anew at each step; a layer before this step's first map uses the step's before. A value at the threshold
+    is subject."""
+    active = masa.WordMasks("cat", "cat", threshold=0.5).begin(run_info, frozenset({8}))
+    branches = Branches.build(1, guided=False)
+    grid = (4, 6)
+    sites = active.records(branches)
+    key = next(iter(sites.values())).records[0].key
+
+    def tape(*values: float):
+        maps = torch.tensor(values).repeat(24 // len(values)).expand(2, 1, 24)
+        return {(key, site): maps for site in sites}
+
+    assert active.source(branches, (0,))({}, grid) is None  # nothing is known yet
+    for values in ([0.0, 1.0, 2.0, 0.0], [2.0, 0.0, 0.0, 1.0], [0.0, 0.5, 0.0, 1.0]):
+        before = active.source(branches, (0,))
+        found = active.after_step(tape(*values), branches)
+        expected = [value >= max(values) / 2 for value in values] * 6
+        assert found.flatten(1).bool().tolist() == [expected] * 2
+        for plan in (before(tape(*values), grid), active.source(branches, (0,))({}, grid)):
+            assert plan.key_region[0].tolist() == expected
+            assert plan.query_weight[1].bool().tolist() == expected
+
+
+@pytest.mark.parametrize(("constant", "full"), [((0,), [True, True]), ((1,), [True, True]), ((), [True, False])])
+def test_a_row_whose_source_has_no_map_sees_every_key(run_info, constant, full):
+    """A constant map says nothing of where a subject is: the source's own, or the row's."""
+    active = masa.WordMasks("cat", "cat", threshold=0.5).begin(run_info, frozenset({8}))
+    branches = Branches.build(1, guided=False)
+    maps = torch.arange(24.0).expand(2, 1, 24).clone()
+    maps[list(constant)] = 1.0
+    sites = active.records(branches)
+    tape = {(edit.records[0].key, site): maps for site, edit in sites.items()}
+    assert active.source(branches, (0,))(tape, (4, 6)).full_rows.tolist() == full
+
+
 def test_one_target_mask_each(tiny, run_info):
     mask = torch.ones(4, 4)
     with pytest.raises(masa.MasaError, match="2 target masks for 1 targets"):

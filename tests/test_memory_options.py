@@ -102,6 +102,7 @@ def test_a_picture_is_made_again_in_its_tiles(tiny, picture, tmp_path):
     assert again.targets[0].tobytes() == out.targets[0].tobytes()
 
 
+@pytest.mark.usefixtures("processor")
 def test_the_command_line_tiles_and_parts(tiny, tiny_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows: list[int] = []
@@ -126,6 +127,7 @@ def test_the_command_line_tiles_and_parts(tiny, tiny_folder, tmp_path, monkeypat
     assert pixels("again/target_0.png") == pixels("parts/target_0.png")
 
 
+@pytest.mark.usefixtures("processor")
 def test_the_command_line_inverts_and_edits_in_tiles(tiny_folder, picture, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Image.fromarray(((picture + 1) * 127.5).byte().permute(1, 2, 0).numpy()).save("photo.png")

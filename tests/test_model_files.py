@@ -218,6 +218,27 @@ def test_settings_are_read(tmp_path):
     assert config.schedule == ScheduleConfig(beta_start=0.001, training_timesteps=500)
 
 
+@pytest.mark.parametrize(
+    ("settings", "heads"),
+    [
+        ({}, 8),
+        ({"attention_head_dim": 4}, 4),
+        ({"attention_head_dim": [4, 4, 4, 4]}, 4),
+        ({"num_attention_heads": 4}, 4),
+        ({"num_attention_heads": None, "attention_head_dim": 4}, 4),
+        ({"num_attention_heads": 4, "attention_head_dim": 8}, 4),
+    ],
+)
+def test_heads_are_read_from_the_settings(tmp_path, settings, heads):
+    """No tensor's shape tells them."""
+    assert open_checkpoint(write_folder(tmp_path, FOLDER, {"unet/config.json": settings})).config.unet.heads == heads
+
+
+def test_levels_with_different_heads_are_refused(tmp_path):
+    folder = write_folder(tmp_path, FOLDER, {"unet/config.json": {"attention_head_dim": [4, 8, 8, 8]}})
+    refusal(folder, r"its levels have \[4, 8\] heads")
+
+
 @pytest.mark.parametrize("text", ["{broken", "[1, 2]", "\udcff"])
 @pytest.mark.parametrize(
     "name",

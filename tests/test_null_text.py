@@ -8,7 +8,7 @@ import torch
 import masa
 from masa.cli.commands import main
 from masa.io.pictures import to_pil
-from masa.null_text import INNER_STEPS, tolerance
+from masa.null_text import INNER_STEPS, learning_rate, tolerance
 from masa.weights.demo.world import caption, render
 from masa.weights.demo.world import sample as draw_sample
 from masa.workflows.rerun import restore_trajectory
@@ -34,6 +34,12 @@ def test_20_inner_steps_retrace_a_picture_to_the_tolerance_on_the_demo_model():
     assert error(fitted) < tolerance(STEPS - 1)
     gain = 10 * torch.log10(error(unfitted) / error(fitted))
     assert gain > 3.0, f"{gain:.1f} dB"
+
+
+def test_tolerance_and_learning_rate_are_the_published_ones():
+    """Loss below 1e-5 + i * 2e-5 stops step i; Adam's rate is 1e-2 * (1 - i / 100)."""
+    assert [tolerance(step) for step in (0, 1, 49)] == pytest.approx([1e-5, 3e-5, 9.9e-4])
+    assert [learning_rate(step) for step in (0, 1, 50)] == pytest.approx([1e-2, 9.9e-3, 5e-3])
 
 
 @pytest.fixture(scope="module")

@@ -256,3 +256,8 @@ def test_emulated_dtypes_are_warned_about(monkeypatch, dtype, native, warns):
         warnings.simplefilter("always")
         choose_dtype(dtype, torch.device("cpu"))
     assert any("only emulates" in str(w.message) for w in caught) == warns
+
+
+def test_the_default_dtype_is_what_the_processor_multiplies(processor, tiny_folder):
+    assert masa.load(tiny_folder, device="cpu").dtype == processor
+    assert masa.load(tiny_folder, device="cpu", dtype="fp32").dtype == torch.float32

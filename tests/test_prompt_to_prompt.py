@@ -189,6 +189,24 @@ def test_equal_prompts_give_the_source(tiny, noise, edit):
     assert difference(out[1], out[0]) < 1e-4
 
 
+def test_recorded_maps_are_those_that_the_edit_makes(tiny, noise):
+    """In the first layer of the first step, whose input no edit has changed: the source's map of a shared word, its
+    own of a word that is added, times its factor."""
+
+    def word_maps(*controls):
+        record = masa.RecordAttention([0], ["cat", "fluffy"])
+        settings = {"height": 64, "width": 128, "steps": 1, "latents": noise, "progress": False}
+        out = masa.sample(tiny, SOURCE, ADDITIONS[0], controls=[*controls, record], **settings)
+        return out.attention[len(controls)]
+
+    plain = word_maps()
+    edited = word_maps(P2P("refine", {"fluffy": 3.0, "cat": 0.5}, cross_replace_steps=1.0, self_replace_steps=0.0))
+    assert not torch.allclose(plain["cat"][0], plain["cat"][1], rtol=1e-2)
+    torch.testing.assert_close(edited["cat"][0], plain["cat"][0])
+    torch.testing.assert_close(edited["cat"][1], 0.5 * plain["cat"][0])
+    torch.testing.assert_close(edited["fluffy"][1], 3.0 * plain["fluffy"][1])
+
+
 def test_reweight_by_1_is_no_control(tiny, noise):
     plain = run(tiny, noise, [], [SOURCE])
     assert difference(run(tiny, noise, P2P(None, {"siamese": 1.0}), [SOURCE])[1], plain[1]) < 1e-4

@@ -57,7 +57,9 @@ def test_a_saved_result_comes_back_whole(tiny, tmp_path):
 
 def test_large_maps_are_saved_in_half_precision(out, tmp_path, generator):
     maps = {"small": torch.rand(4, generator=generator), "large": torch.rand(1025, 1024, generator=generator)}
-    replace(out, attention={1: maps}).save(tmp_path)
+    pictures = torch.randint(0, 256, (1, 600, 600, 3), generator=generator, dtype=torch.uint8)
+    replace(out, attention={1: maps}, predictions={2: {0: pictures}}).save(tmp_path)
+    assert torch.equal(masa.Result.load(tmp_path).predictions[2][0], pictures)  # whole numbers stay what they are
     back = masa.Result.load(tmp_path).attention[1]
     assert torch.equal(back["small"], maps["small"])
     assert back["large"].dtype == torch.float16
@@ -91,10 +93,14 @@ def test_a_saved_picture_runs_again(tiny, out, tmp_path):
     assert torch.equal(again.latents, out.latents)
 
 
-@pytest.mark.parametrize("start", ["latents", "generator"])
+@pytest.mark.parametrize("start", ["latents", "whole numbers", "generator"])
 def test_every_kind_of_start_runs_again(tiny, tmp_path, start):
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
-    given = {"latents": noise} if start == "latents" else {"generator": torch.Generator().manual_seed(9)}
+    given = {
+        "latents": {"latents": noise},
+        "whole numbers": {"latents": (noise * 2).to(torch.int64)},
+        "generator": {"generator": torch.Generator().manual_seed(9)},
+    }[start]
     first = masa.sample(tiny, "a cat", "a dog", controls=masa.MasaCtrl(1), **given, **SETTINGS)
     first.source.save(tmp_path / "source.png")
     assert torch.equal(masa.rerun(tmp_path / "source.png", tiny, progress=False).latents, first.latents)
@@ -114,6 +120,38 @@ def test_an_edit_runs_again_from_its_picture(tiny, out, tmp_path):
     (tmp_path / "real.png").unlink()
     with pytest.raises(masa.MasaError, match="not there any more"):
         masa.rerun(tmp_path / "edit" / "target_0.png", tiny, progress=False)
+
+
+@pytest.mark.parametrize("pin_source", [True, False])
+def test_an_edit_runs_again_with_what_is_not_the_default(tiny, out, tmp_path, pin_source):
+    """Every setting of inversion and sampling that has another value comes back from the picture."""
+    out.source.save(tmp_path / "real.png")
+    edit = masa.edit(
+        tiny,
+        tmp_path / "real.png",
+        ["a dog", "a bird"],
+        "a cat",
+        controls=masa.MasaCtrl(1, 8),
+        pin_source=pin_source,
+        steps=4,
+        skip_steps=1,
+        guidance_scale=3.0,
+        invert_guidance_scale=1.5,
+        negative_prompt="blurry",
+        height=64,
+        width=128,
+        eta=0.4,
+        seed=6,
+        schedule=masa.Schedule(masa.ScheduleConfig(beta_end=0.02), offset=0),
+        targets_at_once=1,
+        tiled=False,
+        backend="reference",
+        progress=False,
+    )
+    edit.targets[1].save(tmp_path / "target.png")
+    again = masa.rerun(tmp_path / "target.png", tiny, progress=False)
+    assert again.settings == edit.settings
+    assert torch.equal(again.latents, edit.latents)
 
 
 def test_a_relative_picture_is_found_from_elsewhere(tiny, out, tmp_path, monkeypatch):
@@ -330,6 +368,9 @@ def test_settings_are_json_and_come_back():
     masks = restore(json.loads(json.dumps(describe(masa.GivenMasks(mask.round(), [mask, mask])))))
     assert torch.equal(masks.source, mask.round())
     assert torch.equal(masks.target[1], mask)
+    blended = restore(json.loads(json.dumps(describe(masa.BlendedLatents(mask, skip=0.5)))))
+    assert blended.skip == 0.5
+    assert torch.equal(blended.mask, mask)
 
 
 def test_unknown_kinds_are_named():

@@ -8,10 +8,11 @@ from rounding import same
 from torch import nn
 
 import masa
-from masa.attention import take
+from masa.edits import take
 from masa.models import rowwise
+from masa.models.batch_rows import Retirement
 from masa.models.rowwise import Conv2d, GroupNorm, Linear
-from masa.models.unet import Retirement, UNet
+from masa.models.unet import UNet
 from masa.models.winograd import Conv3x3
 
 ROWS = 5
@@ -124,6 +125,8 @@ def test_timesteps_may_differ_by_row(tiny):
         Conv2d(6, 4, 1),
         Conv2d(6, 4, 1, bias=False),
         Conv2d(6, 4, 1, padding=1),
+        Conv2d(6, 4, 1, stride=2),
+        Conv2d(6, 4, 3, stride=2, padding=1),
         Conv2d(6, 4, 1, groups=2),
         GroupNorm(2, 6),
         Linear(6, 4),

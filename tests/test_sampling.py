@@ -21,7 +21,7 @@ def oracle(tiny_folder, tiny):
 
 @pytest.fixture
 def noise(generator):
-    return torch.randn(1, 4, 16, 24, generator=generator)
+    return torch.randn(1, 4, 8, 24, generator=generator)
 
 
 def same(out: torch.Tensor, ref: torch.Tensor, tolerance: float = TOLERANCE) -> None:
@@ -30,7 +30,7 @@ def same(out: torch.Tensor, ref: torch.Tensor, tolerance: float = TOLERANCE) -> 
 
 
 def run(tiny, noise, targets=(TARGET,), **settings):
-    defaults = {"source": SOURCE, "steps": STEPS, "height": 128, "width": 192, "progress": False}
+    defaults = {"source": SOURCE, "steps": STEPS, "height": 64, "width": 192, "progress": False}
     return masa.sample(tiny, target=targets, latents=noise, **(defaults | settings))
 
 
@@ -55,17 +55,17 @@ CASES = {
     ),
     "given masks": (
         masa.MasaCtrl(2, 8, mask=masa.GivenMasks(*masks())),
-        lambda: MutualAttention(range(2, STEPS), range(8, 16), masks=masks(), aspect=(2, 3)),
+        lambda: MutualAttention(range(2, STEPS), range(8, 16), masks=masks(), aspect=(1, 3)),
         {},
     ),
     "word masks": (
         masa.MasaCtrl(2, 10, mask=masa.WordMasks("cat", "cat", threshold=0.4)),
-        lambda: MutualAttention(range(2, STEPS), range(10, 16), tokens=([6], [6]), threshold=0.4, aspect=(2, 3)),
+        lambda: MutualAttention(range(2, STEPS), range(10, 16), tokens=([6], [6]), threshold=0.4, aspect=(1, 3)),
         {},
     ),
     "word masks, early layer": (
         masa.MasaCtrl(2, 8, mask=masa.WordMasks([5, 6], [1], threshold=0.4)),
-        lambda: MutualAttention(range(2, STEPS), range(8, 16), tokens=([5, 6], [1]), threshold=0.4, aspect=(2, 3)),
+        lambda: MutualAttention(range(2, STEPS), range(8, 16), tokens=([5, 6], [1]), threshold=0.4, aspect=(1, 3)),
         {},
     ),
     "no guidance": (
@@ -113,9 +113,9 @@ def test_the_cases_differ_by_far_more_than_the_tolerance(tiny, noise):
 @pytest.mark.parametrize("pinned", [True, False], ids=["pinned", "free"])
 @pytest.mark.parametrize("prompt", ["", SOURCE], ids=["empty prompt", "prompt"])
 def test_editing_a_picture_equals_the_published_loop(tiny, oracle, generator, pinned, prompt):
-    picture = torch.rand(3, 128, 192, generator=generator) * 2 - 1
-    trajectory = masa.invert(tiny, picture, prompt, steps=STEPS, height=128, width=192, progress=False)
-    way = oracle.invert(tiny.encode_image(picture, height=128, width=192), prompt, STEPS, 1.0)
+    picture = torch.rand(3, 64, 192, generator=generator) * 2 - 1
+    trajectory = masa.invert(tiny, picture, prompt, steps=STEPS, height=64, width=192, progress=False)
+    way = oracle.invert(tiny.encode_image(picture, height=64, width=192), prompt, STEPS, 1.0)
     same(trajectory.latents, torch.cat(way))
 
     prompts = [prompt, TARGET, OTHER]
@@ -138,6 +138,19 @@ def test_edit_is_invert_then_sample(tiny, generator):
     parts = masa.sample(tiny, target=TARGET, trajectory=trajectory, controls=masa.MasaCtrl(1), progress=False)
     whole = masa.edit(tiny, picture, TARGET, SOURCE, steps=5, controls=masa.MasaCtrl(1), progress=False)
     assert torch.equal(parts.latents, whole.latents)
+
+
+def test_edit_inverts_and_samples_with_its_schedule_and_backend(tiny, generator):
+    picture = torch.rand(3, 64, 64, generator=generator) * 2 - 1
+    settings = {"steps": 3, "controls": masa.MasaCtrl(1), "height": 64, "width": 64, "progress": False}
+    schedule = masa.Schedule(masa.ScheduleConfig(beta_end=0.02), offset=0)
+    out = masa.edit(tiny, picture, TARGET, schedule=schedule, backend="reference", **settings)
+    for made_with in (out.settings, out.settings["trajectory"]):
+        assert made_with["schedule"] == schedule.describe()
+        assert made_with["backend"] == "reference"
+    trajectory = masa.invert(tiny, picture, steps=3, height=64, width=64, schedule=schedule, progress=False)
+    again = masa.sample(tiny, target=TARGET, trajectory=trajectory, controls=masa.MasaCtrl(1), progress=False)
+    same(out.latents, again.latents)
 
 
 @pytest.mark.parametrize("steps", [1, 7, 30, 999])
@@ -237,7 +250,7 @@ def test_seed_decides_the_noise(tiny):
 
 
 def test_latents_may_differ_by_branch(tiny, generator):
-    noise = torch.randn(2, 4, 16, 24, generator=generator)
+    noise = torch.randn(2, 4, 8, 24, generator=generator)
     out = run(tiny, noise, controls=[])
     same(out.latents[1:], run(tiny, noise[1:], source=TARGET, targets=()).latents, 1e-4)
 
@@ -323,6 +336,7 @@ def test_callback_sees_and_may_change_latents(tiny, noise):
         ({"targets": (3,)}, "a target is 3"),
         ({"backend": "triton"}, "backend 'triton' cannot serve"),
         ({"callback": lambda step, timestep, x: 3}, "the callback returned int"),
+        ({"callback": lambda step, timestep, x: x[:1]}, r"the callback returned \(1, 4, 8, 24\); .* \(2, 4, 8, 24\)"),
         ({"backend": "cuda"}, "backend"),
     ],
 )
@@ -332,18 +346,30 @@ def test_bad_settings_are_named(tiny, noise, settings, message):
 
 
 def test_latents_of_another_size_are_refused(tiny):
-    with pytest.raises(masa.MasaError, match=r"latents are \(1, 4, 8, 8\); expected \(1, 4, 16, 24\)"):
+    with pytest.raises(masa.MasaError, match=r"latents are \(1, 4, 8, 8\); expected \(1, 4, 8, 24\)"):
         run(tiny, torch.zeros(1, 4, 8, 8))
 
 
 def test_latents_that_are_no_numbers_are_refused(tiny):
     with pytest.raises(masa.MasaError, match="latents hold NaN"):
-        run(tiny, torch.full((1, 4, 16, 24), torch.nan))
+        run(tiny, torch.full((1, 4, 8, 24), torch.nan))
 
 
 def test_results_that_are_no_numbers_are_refused(tiny, noise):
-    with pytest.raises(masa.MasaError, match="became NaN or infinite"):
-        run(tiny, noise, callback=lambda step, timestep, x: x * torch.inf)
+    def spoil_one(step: int, timestep: int, x: torch.Tensor) -> None:
+        if step == STEPS - 1:
+            x[1, 2, 3, 4] = torch.nan
+
+    for callback in (lambda step, timestep, x: x * torch.inf, spoil_one):
+        with pytest.raises(masa.MasaError, match="became NaN or infinite"):
+            run(tiny, noise, callback=callback)
+
+
+def test_whole_numbers_may_be_latents(tiny, noise):
+    whole = (noise * 2).round()
+    out = run(tiny, whole.to(torch.int64), controls=[])
+    assert out.latents.dtype == torch.float32
+    assert torch.equal(out.latents, run(tiny, whole, controls=[]).latents)
 
 
 def test_arguments_that_contradict_the_trajectory_are_refused(tiny, generator):

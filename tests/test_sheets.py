@@ -106,7 +106,7 @@ def test_a_sweep_over_a_picture_inverts_once(tiny, picture, monkeypatch):
 )
 def test_bad_sweeps_are_named_before_any_run(tiny, picture, monkeypatch, rows, columns, image, message):
     for name in ("sample", "invert"):
-        monkeypatch.setattr(f"masa.sheets.{name}", lambda *args, **kwargs: pytest.fail("ran first"))
+        monkeypatch.setattr(f"masa.workflows.sheets.{name}", lambda *args, **kwargs: pytest.fail("ran first"))
     with pytest.raises(masa.MasaError, match=message):
         masa.sweep(
             tiny, SOURCE, TARGET, rows, columns, image=picture if image else None, control=masa.MasaCtrl(0), **SETTINGS

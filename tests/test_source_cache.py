@@ -12,9 +12,10 @@ import torch
 from rounding import products_are_rowwise, same
 
 import masa
-from masa.attention import Call, Edit, Lent, Record, Site, attend
+from masa.attention import Call, attend
 from masa.cache.storage import choose_store
 from masa.controls.base import ActiveControl
+from masa.edits import CachedRows, Edit, Part, Record, Site
 from masa.kernels.mutual_attention import MaskPlan
 
 SOURCE, TARGETS = "a photo of a sitting cat", ["a photo of a running cat", "a red cat in the snow", "a cat on a mat"]
@@ -139,6 +140,65 @@ def test_a_cached_source_serves_parts(tiny, guidance_scale):
     same(parts.latents, together.latents)
 
 
+@pytest.mark.parametrize("start", ["latents", "pinned", "free"])
+def test_a_cache_recorded_from_a_later_step_serves(tiny, trajectory, generator, start):
+    """What it holds is counted from the first step that was run."""
+    if start == "latents":
+        run = {"source": SOURCE, "latents": torch.randn(1, 4, 16, 16, generator=generator), **SETTINGS}
+    else:
+        run = {"trajectory": trajectory, "pin_source": start == "pinned", "progress": False}
+    run |= {"skip_steps": 2, "controls": masa.MasaCtrl(3, 10)}
+    cache = masa.record(tiny, **run)
+    assert len(cache.latents) == STEPS - 2 + 1
+    cached = masa.sample(tiny, target=TARGETS[0], cache=cache, controls=run["controls"], progress=False)
+    compare(cached, masa.sample(tiny, target=TARGETS[0], **run))
+    if start == "pinned":  # and a run may start later still
+        later = masa.sample(tiny, target=TARGETS[0], **(run | {"skip_steps": 3}))
+        cached = masa.sample(
+            tiny, target=TARGETS[0], cache=cache, controls=run["controls"], skip_steps=3, progress=False
+        )
+        compare(cached, later)
+
+
+def test_the_seed_of_an_edit_s_noise_is_the_recorded_one(tiny, trajectory):
+    run = {"trajectory": trajectory, "pin_source": False, "eta": 0.6, "seed": 5, "controls": masa.MasaCtrl(2, 10)}
+    cache = masa.record(tiny, progress=False, **run)
+    use = {"target": TARGETS[0], "cache": cache, "controls": run["controls"], "progress": False}
+    compare(masa.sample(tiny, **use), masa.sample(tiny, target=TARGETS[0], progress=False, **run))
+    with pytest.raises(masa.MasaError, match="seed is 6, but the cache was recorded with 5"):
+        masa.sample(tiny, seed=6, **use)
+    with pytest.raises(masa.MasaError, match="generator and cache"):
+        masa.sample(tiny, generator=torch.Generator(), **use)
+
+
+def test_noise_that_a_trajectory_brings_is_kept(tiny, tmp_path):
+    """It serves from the file as from memory, and asks for no seed: another may be given for what targets draw."""
+    picture = torch.rand(3, 128, 128, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    trajectory = masa.invert(tiny, picture, SOURCE, method="edit-friendly", seed=2, **SETTINGS)
+    control = masa.MasaCtrl(2, 10)
+    cache = masa.record(tiny, controls=control, trajectory=trajectory, progress=False)
+    cache.save(tmp_path / "cache.safetensors")
+    plain = masa.sample(tiny, target=TARGETS[0], controls=control, trajectory=trajectory, progress=False)
+    for kept in (cache, masa.SourceCache.load(tmp_path / "cache.safetensors", tiny)):
+        use = {"target": TARGETS[0], "cache": kept, "controls": control, "progress": False}
+        compare(masa.sample(tiny, **use), plain)
+        assert torch.equal(kept.trajectory.noise, trajectory.noise)
+        masa.sample(tiny, seed=9, **use)
+
+
+def test_targets_may_start_from_latents_of_their_own(tiny, generator):
+    noise = torch.randn(2, 4, 16, 16, generator=generator)
+    control = masa.MasaCtrl(2, 10)
+    cache = masa.record(tiny, SOURCE, controls=control, latents=noise[:1], **SETTINGS)
+    use = {"target": TARGETS[0], "controls": control, "cache": cache, "progress": False}
+    plain = masa.sample(tiny, SOURCE, TARGETS[0], controls=control, latents=noise, **SETTINGS)
+    same(masa.sample(tiny, latents=noise, **use).latents, plain.latents)
+    other = noise.clone()
+    other[0, 0, 0, 0] += 1e-3
+    with pytest.raises(masa.MasaError, match="not what the cache was recorded from"):
+        masa.sample(tiny, latents=other, **use)
+
+
 def test_recorded_maps_have_the_cached_source(tiny, caches):
     cache, start = caches["synthesis"]
     controls = [masa.MasaCtrl(2, 10), masa.RecordAttention(words=["cat"])]
@@ -157,45 +217,43 @@ def test_blended_latents_keep_a_cached_picture(tiny, caches):
     compare(masa.sample(tiny, target=TARGETS, controls=controls, seed=4, cache=cache, progress=False), plain)
 
 
-def test_lent_keys_are_read_as_the_batch_s_own():
-    """The same call with the source's rows in the batch and lent to it: bitwise equal."""
+def test_cached_keys_are_read_as_the_batch_s_own():
+    """The same call with the source's rows in the batch and cached: bitwise equal."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(4, 2, 24, 8, generator=generator) for _ in range(3))  # u_s, u_t, c_s, c_t
     site = Site(0, 0, "attn1", "up", "self", 4, 2)
-    lent = Lent(q=q[::2], k=k[::2], v=v[::2])
+    cached = CachedRows(q=q[::2], k=k[::2], v=v[::2])
     region = torch.rand(4, 24, generator=generator) > 0.5
     for union in (False, True):
         for masked in (False, True):
-            inside = Edit(
-                k_from=(0, 0, 2, 2),
-                v_from=(0, 0, 2, 2),
-                union_with=(-1, 1, -1, 3) if union else None,
-                source_weight=2.0 if union else None,
+            inside, outside = (
+                Edit(parts=(Part(source, weight=2.0), Part(own))) if union else Edit(k_from=source, v_from=source)
+                for source, own in (((0, 0, 2, 2), (-1, 1, -1, 3)), ((2, 3), (0, 1)))
             )
-            outside = replace(inside, k_from=(2, 3), v_from=(2, 3), union_with=(0, 1) if union else None, lent=lent)
+            outside = replace(outside, cached=cached)
             if masked:
                 keys = region if union else region[::2]
                 whole = torch.tensor([True, False, True, False])
-                plan, plan_lent = MaskPlan.build(keys, region, whole), MaskPlan.build(region[::2], region[1::2])
+                plan, plan_cached = MaskPlan.build(keys, region, whole), MaskPlan.build(region[::2], region[1::2])
                 inside = replace(inside, mask=lambda tape, grid, plan=plan: plan)
-                outside = replace(outside, mask=lambda tape, grid, plan=plan_lent: plan)
+                outside = replace(outside, mask=lambda tape, grid, plan=plan_cached: plan)
             read = inside.read_rows(4)[1]
             ref = attend(q, k[list(read)], v[list(read)], 4, site, (4, 6), Call({0: inside}, {}))
             own = slice(1, None, 2) if union else slice(0, 0)
             out = attend(q[1::2], k[own], v[own], 2, site, (4, 6), Call({0: outside}, {}))
             assert torch.equal(out, ref[1::2]), (union, masked)
-    style = Edit(q_from=(2, 3), k_from=(2, 3), lent=lent)
+    style = Edit(q_from=(2, 3), k_from=(2, 3), cached=cached)
     out = attend(q[:0], k[:0], v[1::2], 2, site, (4, 6), Call({0: style}, {}))
     ref = torch.nn.functional.scaled_dot_product_attention(q[::2], k[::2], v[1::2])
     assert torch.allclose(out, ref, atol=1e-6)
 
 
-def test_lent_maps_stand_behind_those_of_the_batch():
+def test_cached_maps_stand_behind_those_of_the_batch():
     generator = torch.Generator().manual_seed(0)
     q, k, v = torch.randn(2, 2, 24, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
     weights, maps = torch.rand(3, 2, 5, generator=generator), torch.rand(1, 5, 24, generator=generator)
     site = Site(1, 0, "attn2", "up", "cross", 4, 2)
-    call = Call({1: Edit(records=(Record("key", weights),), lent=Lent(maps=maps))}, {})
+    call = Call({1: Edit(records=(Record("key", weights),), cached=CachedRows(maps=maps))}, {})
     attend(q, k, v, 2, site, (4, 6), call)
     probabilities = (q @ k.mT / 8**0.5).softmax(-1).mean(1)
     assert torch.allclose(call.tape["key", 1][:2], weights[:2] @ probabilities.mT, atol=1e-5)
@@ -298,7 +356,7 @@ def test_a_temporary_file_goes_with_its_cache(tiny, small):
 
 def test_an_interrupted_recording_leaves_nothing(tiny, small, tmp_path, monkeypatch):
     _, settings, _, _ = small
-    monkeypatch.setattr(masa.recorder, "finish_file", lambda *args: 1 / 0)
+    monkeypatch.setattr("masa.cache.recorder.finish_file", lambda *args: 1 / 0)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     for place in ({"path": tmp_path / "cache.safetensors"}, {"store": "disk"}):
         with pytest.raises(ZeroDivisionError):
@@ -308,7 +366,7 @@ def test_an_interrupted_recording_leaves_nothing(tiny, small, tmp_path, monkeypa
 
 def test_a_file_that_cannot_be_read_back_leaves_nothing(tiny, small, tmp_path, monkeypatch):
     _, settings, _, _ = small
-    monkeypatch.setattr(masa.recorder, "FORMAT", "another format")
+    monkeypatch.setattr("masa.cache.recorder.FORMAT", "another format")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with pytest.raises(masa.MasaError, match="is no source cache"):
         masa.record(tiny, store="disk", **settings)
@@ -344,7 +402,7 @@ def test_files_are_let_go(tiny, small, trajectory, tmp_path):
 
 def test_the_store_goes_by_size(monkeypatch):
     free = {"cuda": 1000, "cpu": 3000}
-    monkeypatch.setattr(masa.storage, "free_memory", lambda device: free[device.type])
+    monkeypatch.setattr("masa.cache.storage.free_memory", lambda device: free[device.type])
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     assert [choose_store("auto", n, cuda) for n in (500, 501, 1500, 1501)] == ["device", "host", "host", "disk"]
     assert [choose_store("auto", n, cpu) for n in (1500, 1501)] == ["device", "disk"]
@@ -388,6 +446,8 @@ def test_the_size_is_as_said(tiny, small):
         ({"controls": masa.PromptToPrompt("refine")}, "PromptToPrompt reads the source's"),
         ({"controls": masa.PlugAndPlay()}, "PlugAndPlay reads the source's features"),
         ({"controls": masa.RecordAttention(layers=[13])}, "RecordAttention reads the source's attention maps"),
+        ({"controls": masa.RecordQueries()}, "RecordQueries keeps what only a computed source has"),
+        ({"controls": masa.RecordPredictions()}, "RecordPredictions keeps what only a computed source has"),
     ],
 )
 def test_what_contradicts_the_cache_is_refused(tiny, caches, monkeypatch, settings, message):
@@ -436,13 +496,18 @@ def test_what_agrees_with_the_cache_is_taken(tiny, caches, trajectory):
     masa.sample(tiny, target=TARGETS[1], cache=cache, controls=[], **start)
     with pytest.raises(masa.MasaError, match="of different sources"):
         masa.sample(tiny, target=TARGETS[1], cache=cache, trajectory=trajectory)
+    cache, start = caches["pinned"]
+    masa.sample(tiny, target=TARGETS[1], cache=cache, controls=[], **start)
+    other = replace(trajectory, latents=trajectory.latents + 1e-3)
+    with pytest.raises(masa.MasaError, match="of different sources"):
+        masa.sample(tiny, target=TARGETS[1], cache=cache, trajectory=other)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"controls": []}, "controls are empty"),
-        ({"controls": masa.PlugAndPlay()}, "expected MasaCtrl or StyleTransfer"),
+        ({"controls": masa.RecordPredictions()}, "RecordPredictions reads nothing of the source"),
         ({"controls": masa.MasaCtrl(5)}, "selects no step"),
         ({"controls": masa.MasaCtrl(2, mask=masa.WordMasks("dog", "cat"))}, "'dog' is not in the prompt"),
         ({"latents": torch.zeros(2, 4, 16, 24)}, "record takes the source's"),

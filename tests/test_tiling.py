@@ -54,7 +54,24 @@ def test_tiles_cover_and_overlap(length):
     assert spans[0].start == 0
     assert spans[-1].stop == length
     assert all(span.stop - span.start == 64 for span in spans)
+    assert all(span.start % 8 == 0 for span in spans)  # where a latent begins
+    gaps = [other.start - one.start for one, other in pairwise(spans)] or [0]
+    assert max(gaps) - min(gaps) <= 8  # evenly spread
     assert all(one.stop - other.start >= 16 for one, other in pairwise(spans))
+
+
+@pytest.mark.parametrize("across", [True, False])
+def test_a_tile_s_share_falls_linearly_to_its_borders(across):
+    """Two tiles of 8 that overlap by 4: in the overlap one's share falls by a fifth per place as the other's rises."""
+    numbers = iter((0.0, 1.0))
+
+    def numbered(x: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(x, next(numbers))
+
+    x = torch.zeros(1, 1, 8, 12)
+    out = tiling._blend(numbered, x if across else x.mT, 8, 4, 1, step=1)
+    expected = torch.tensor([0.0] * 4 + [0.2, 0.4, 0.6, 0.8] + [1.0] * 4).expand(1, 1, 8, 12)
+    torch.testing.assert_close(out if across else out.mT, expected)
 
 
 @torch.no_grad()

@@ -134,3 +134,11 @@ def test_a_shorter_target_takes_no_word_for_its_padding(tokenize):
 def test_only_equal_tokens_are_paired():
     assert align([1, 2, 3, 4], [1, 5, 3, 4]) == [(0, 0), (2, 2), (3, 3)]
     assert align([], [1]) == []
+
+
+def test_of_equally_good_alignments_the_targets_end_is_left_out_first():
+    """Then the source's: the published walk, from the end on."""
+    assert align([1, 2], [2, 1]) == [(1, 0)]
+    assert align([1, 1], [1]) == [(0, 0)]
+    assert align([1], [1, 1]) == [(0, 0)]
+    assert align([1, 2, 1, 2], [2, 1, 2, 1]) == [(1, 0), (2, 1), (3, 2)]

@@ -58,7 +58,7 @@ def oracle():
 
 
 def merges() -> list[tuple[str, str]]:
-    return read_merges(Path(masa.__file__).parent / "weights" / "clip" / "merges.txt")
+    return read_merges(Path(__file__).parent.parent / "weights" / "clip" / "merges.txt")
 
 
 def vocabulary() -> dict[str, int]:
@@ -201,6 +201,13 @@ def test_a_small_vocabulary_with_its_own_padding(tmp_path):
     tokenizer = Tokenizer.from_folder(folder)
     assert tokenizer(["ab"])[0, :4].tolist() == [4, 3, 5, 6]
     assert tokenizer.vocab_size == 7
+
+
+def test_tokenizer_json_has_its_own_padding_too(tmp_path):
+    model = {"vocab": SMALL["vocab.json"], "merges": ["a b</w>"]}
+    folder = write(tmp_path, {"tokenizer.json": {"model": model}, "tokenizer_config.json": {"pad_token": "!"}})
+    assert Tokenizer.from_folder(folder)(["ab"])[0, :4].tolist() == [4, 3, 5, 6]
+    assert Tokenizer.from_folder(write(folder, {"tokenizer_config.json": {}}))(["ab"])[0, :4].tolist() == [4, 3, 5, 5]
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 import masa
-from masa.attention import Edit
 from masa.config import SD_V1
-from masa.models.unet import Retirement, UNet, timestep_embedding
+from masa.edits import Edit, Part
+from masa.models.batch_rows import Retirement
+from masa.models.resnet import ResnetBlock
+from masa.models.unet import UNet, timestep_embedding
 
 
 def relative_error(out: torch.Tensor, ref: torch.Tensor) -> float:
@@ -46,8 +48,9 @@ def test_sites_are_the_published_layers():
         unet = UNet(SD_V1.unet)
     own = [site for site in unet.sites if site.kind == "self"]
     assert [site.layer for site in own] == list(range(16))
-    assert [site.index for site in unet.sites] == list(range(32 + 22))
-    assert [site.kind for site in unet.sites] == ["self", "cross"] * 16 + ["res"] * 22
+    assert [site.index for site in unet.sites] == list(range(32 + 22 + 61 + 12))
+    kinds = ["self", "cross"] * 16 + ["res"] * 22 + ["norm"] * (2 * 22 + 16 + 1) + ["skip"] * 12
+    assert [site.kind for site in unet.sites] == kinds
     assert unet.layers == 16
     places = [site.place for site in own]
     assert places == ["down"] * 6 + ["mid"] + ["up"] * 9
@@ -55,7 +58,13 @@ def test_sites_are_the_published_layers():
     assert [site.downsample for site in own] == [1, 1, 2, 2, 4, 4, 8, 4, 4, 4, 2, 2, 2, 1, 1, 1]
     modules = dict(unet.named_modules())
     for site in unet.sites:
-        assert modules[site.name].site == site
+        module = modules[site.name]
+        if site.kind == "norm":
+            assert isinstance(module, torch.nn.GroupNorm)
+        elif site.kind == "skip":
+            assert isinstance(module, ResnetBlock)
+        else:
+            assert site == (module.sites[0] if site.kind == "res" else module.site)
 
 
 def test_residual_sites_name_the_layer_that_follows():
@@ -81,6 +90,36 @@ def test_rows_may_take_the_features_of_others(tiny, inputs):
     swapped, _ = tiny.unet(x, 300, context, {site.index: Edit(features_from=(1, 1, 2))})
     assert relative_error(swapped[1:], plain[1:]) < 1e-5
     assert relative_error(swapped[:1], plain[:1]) > 1e-2
+
+
+TIMES = torch.tensor([900, 300, 20])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("features_from", [(1, 1, 2), (2, 2, 2), (2, 1, 1)])
+def test_features_are_those_of_the_row_s_own_timestep(tiny, inputs, features_from):
+    x, context = inputs
+    site = next(site for site in tiny.unet.sites if site.name == "up_blocks.1.resnets.1")
+    plain, _ = tiny.unet(x, TIMES, context)
+    swapped, _ = tiny.unet(x, TIMES, context, {site.index: Edit(features_from=features_from)})
+    for row, read in enumerate(features_from):
+        if row == read:
+            assert relative_error(swapped[row], plain[row]) < 1e-5
+        else:
+            assert relative_error(swapped[row], plain[row]) > 1e-2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("copies", [None, (0, 1, 1)])
+@pytest.mark.parametrize("layer", [0, 6, 15])
+def test_rows_that_stay_keep_their_timesteps(tiny, inputs, layer, copies):
+    x, context = inputs
+    times = TIMES if copies is None else TIMES[:2]
+    given = x if copies is None else x[:2]
+    full, _ = tiny.unet(given, times, context, copies=copies)
+    for keep in ((1, 2), (2, 0)):
+        kept, _ = tiny.unet(given, times, context, retire=Retirement(layer, keep), copies=copies)
+        assert relative_error(kept, full[list(keep)]) < 1e-5
 
 
 def test_norm_eps_are_the_checkpoints():
@@ -119,7 +158,7 @@ LAST_EDITS = {
     "none": {},
     "self": {0: Edit(k_from=(0, 0, 2), v_from=(0, 0, 2))},
     "queries and keys": {0: Edit(q_from=(0, 0, 2), k_from=(0, 0, 2))},
-    "union": {0: Edit(k_from=(0, 0, 0), v_from=(0, 0, 0), union_with=(-1, 1, 2), source_weight=3.0)},
+    "union": {0: Edit(parts=(Part((0, 0, 0), weight=3.0), Part((-1, 1, 2))))},
     "recorded": {0: Edit(k_from=(0, 0, 2), v_from=(0, 0, 2), query_records=("q",))},
     "cross": {1: Edit(q_from=(0, 0, 2))},
     "both": {0: Edit(k_from=(0, 0, 2)), 1: Edit(q_from=(0, 0, 2), k_from=(0, 1, 1))},
@@ -182,7 +221,7 @@ def test_copies_may_retire_in_the_first_block(tiny, inputs):
     for retire in (Retirement(0, (1, 2)), Retirement(0, (2, 1))):
         edits = EARLY_EDITS["first self-attention"]
         found, _ = tiny.unet(x[:2], 300, context, edits, retire=retire, copies=(0, 1, 1))
-        assert relative_error(found, full[list(retire.keep)]) < 1e-5
+        assert relative_error(found, full[list(retire.staying)]) < 1e-5
 
 
 @torch.no_grad()

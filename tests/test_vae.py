@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 
 from masa.config import SD_V1
@@ -26,6 +28,15 @@ def test_equals_diffusers(tiny, tiny_folder, generator):
     latents = torch.randn(2, 4, 8, 16, generator=generator)
     assert relative_error(tiny.vae.decode(latents), oracle.decode(latents / 0.18215).sample) < 1e-4
     assert torch.equal(tiny.vae(picture), tiny.vae.decode(tiny.vae.encode(picture)))
+
+
+@torch.no_grad()
+def test_the_log_variance_is_kept_between_minus_30_and_20(tiny):
+    vae = copy.deepcopy(tiny.vae)
+    vae.quant_conv.bias[4:] = torch.tensor([1e3, -1e3, 0.0, 0.0])
+    _, logvar = vae.moments(torch.zeros(1, 3, 64, 64))
+    assert logvar[:, 0].unique().tolist() == [20.0]
+    assert logvar[:, 1].unique().tolist() == [-30.0]
 
 
 def test_sd_v1_parameter_count_and_eps():

@@ -7,7 +7,7 @@ import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, get_args
 
@@ -15,14 +15,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from masa.attention import Edit, Part, Record, Site, Tape
-from masa.branches import Branches
-from masa.cache.source_cache import EXTRAS, FORMAT, SourceCache, finish_file, name_of
-from masa.cache.storage import Store, check_store, choose_store, keep
-from masa.controls.base import ActiveControl, Run, choose_layers, choose_steps
-from masa.controls.masactrl import MasaCtrl
-from masa.controls.masks import MAP_DOWNSAMPLE, WordMasks
-from masa.controls.style import StyleTransfer
+from masa.branches import SOURCE, Branches
+from masa.cache.source_cache import BY_HEAD, EXTRAS, FORMAT, SourceCache, finish_file, name_of
+from masa.cache.storage import Store, check_store, choose_store, store_tensor
+from masa.controls.base import ActiveControl, Control, Run
+from masa.controls.masks import MAP_DOWNSAMPLE
+from masa.edits import PLAIN, CachePart, Edit, Record, Site, Tape
 from masa.errors import MasaError
 from masa.io.files import replacing
 from masa.io.tensor_file import TensorFile, TensorWriter
@@ -78,7 +76,7 @@ class Recording:
         if self.writer is not None:
             self.writer.append(name, tensor)
         else:
-            self.tensors[name] = keep(tensor, self.store, self.device)
+            self.tensors[name] = store_tensor(tensor, self.store, self.device)
 
     def finish(self, settings: Mapping[str, Any], picture: Image.Image, trajectory: Trajectory | None) -> SourceCache:
         latents, predictions = torch.cat(self.latents), torch.cat(self.predictions)
@@ -105,60 +103,78 @@ class Recorder:
 
     needs_targets: ClassVar[bool] = False
 
-    controls: tuple[MasaCtrl | StyleTransfer, ...]
+    controls: tuple[Control, ...]
     sd: StableDiffusion
     rows: int  # of the source, at most
     recording: Recording
 
     def begin(self, run: Run) -> ActiveControl:
-        wanted: dict[int, dict[int, tuple[Part, ...]]] = {step: {} for step in range(run.first_step, run.steps)}
+        wanted: Wanted = {step: {} for step in range(run.first_step, run.steps)}
         for control in self.controls:
-            name = type(control).__name__
-            steps = choose_steps(control.steps, control.start_step, run, name)
-            layers = choose_layers(control.layers, control.start_layer, run, name)
-            if isinstance(control, MasaCtrl) and isinstance(control.mask, WordMasks):
-                run.token_positions(run.prompts[0], control.mask.source)  # a misspelt word is found now
-            parts: tuple[Part, ...] = ("k", "v") if isinstance(control, MasaCtrl) else ("q", "k")
-            for site in run.sites:
-                if site.kind == "self" and site.layer in layers:
-                    for step in steps:
-                        both = {*parts, *wanted[step].get(site.index, ())}
-                        wanted[step][site.index] = tuple(part for part in get_args(Part) if part in both)
+            reads = source_reads(control, run)
+            if not any(reads.values()):
+                raise MasaError(
+                    f"{type(control).__name__} reads nothing of the source that a cache could hold; leave it out of "
+                    "record's controls"
+                )
+            for step, of_sites in reads.items():
+                for site, parts in of_sites.items():
+                    both = {*parts, *wanted[step].get(site, ())}
+                    wanted[step][site] = tuple(part for part in get_args(CachePart) if part in both)
         # Of all steps: LocalBlend and RecordAttention read them from the first on.
         maps = [s for s in run.sites if s.kind == "cross" and s.downsample == MAP_DOWNSAMPLE]
         self._open(wanted, maps, run)
         eye = torch.eye(run.tokens, device=run.device)
         return _Active(self.recording, wanted, tuple(site.index for site in maps), eye)
 
-    def _open(self, wanted: Mapping[int, Mapping[int, tuple[Part, ...]]], maps: Sequence[Site], run: Run) -> None:
-        widths = self.sd.unet.config.block_out_channels
-        rows, itemsize = self.rows, self.sd.unet.conv_in.weight.element_size()
+    def _open(self, wanted: Wanted, maps: Sequence[Site], run: Run) -> None:
+        config = self.sd.unet.config
+        itemsize = self.sd.unet.conv_in.weight.element_size()
 
-        def area(site: Site) -> int:
+        def size(site: Site, part: CachePart) -> int:
             h, w = run.grid_at(site.downsample)
-            return h * w
+            width = config.block_out_channels[site.downsample.bit_length() - 1]
+            if part in ("q_moments", "k_moments"):
+                return 2 * width * 4
+            if part == "norm":
+                return 2 * config.norm_groups * 4
+            if part == "maps":
+                return run.tokens * h * w * 4
+            positions = run.tokens if site.kind == "cross" and part in ("k", "v") else h * w
+            return positions * width * itemsize
 
-        nbytes = len(wanted) * sum(rows * run.tokens * area(site) * 4 for site in maps)
-        entries = len(wanted) * len(maps)
-        for of_sites in wanted.values():
-            for index, parts in of_sites.items():
-                site = run.sites[index]
-                width = widths[site.downsample.bit_length() - 1]
-                nbytes += len(parts) * rows * area(site) * width * itemsize
-                entries += len(parts)
-        self.recording.open(entries, nbytes, run.device)
+        named = [
+            (run.sites[i], part) for of_sites in wanted.values() for i, parts in of_sites.items() for part in parts
+        ]
+        named += [(site, "maps") for site in maps] * len(wanted)
+        self.recording.open(len(named), self.rows * sum(size(site, part) for site, part in named), run.device)
+
+
+# What is read of the source, by step and site.
+Wanted = dict[int, dict[int, tuple[CachePart, ...]]]
+
+
+def source_reads(control: Control, run: Run) -> Wanted:
+    """What a control's edits read of a source that is not in the batch; the source's prompt stands in for a target's.
+
+    Token maps are left out: they are recorded whatever reads them. MasaError for a control that cannot do without its
+    targets' prompts.
+    """
+    stand_in = replace(run, prompts=(run.prompts[SOURCE], run.prompts[SOURCE]), targets_known=False)
+    active = control.begin(stand_in)
+    branches = Branches.build(1, guided=True).cache_source()
+    reads: Wanted = {}
+    for step in range(run.first_step, run.steps):
+        found = {site: edit.reads_cached(len(branches)) for site, edit in active.edits(step, branches).items()}
+        kept = {site: tuple(part for part in parts if part != "maps") for site, parts in found.items()}
+        reads[step] = {site: parts for site, parts in kept.items() if parts}
+    return reads
 
 
 class _Active(ActiveControl):
     name = "the recording of a source"
 
-    def __init__(
-        self,
-        recording: Recording,
-        wanted: Mapping[int, Mapping[int, tuple[Part, ...]]],
-        maps: tuple[int, ...],
-        each: Tensor,
-    ) -> None:
+    def __init__(self, recording: Recording, wanted: Wanted, maps: tuple[int, ...], each: Tensor) -> None:
         self.recording = recording
         self.wanted = wanted
         self.maps = maps
@@ -170,8 +186,10 @@ class _Active(ActiveControl):
 
     def edits(self, step: int, branches: Branches) -> Mapping[int, Edit]:
         record = Record(MAPS, self.each.expand(len(branches), -1, -1))
-        edits = dict.fromkeys(self.maps, Edit(records=(record,)))
-        return edits | {site: Edit(keep=parts) for site, parts in self.wanted[step].items()}
+        edits = {site: Edit(to_cache=parts) for site, parts in self.wanted[step].items()}
+        for site in self.maps:
+            edits[site] = edits.get(site, PLAIN).merge(Edit(records=(record,)))
+        return edits
 
     def see_prediction(self, step: int, x0: Tensor) -> None:
         self.recording.predictions.append(x0[:1].float().cpu())
@@ -181,6 +199,7 @@ class _Active(ActiveControl):
             self.recording.put(name_of(step, site, "maps"), tape[MAPS, site])
         for site, parts in self.wanted[step].items():
             for part in parts:
-                self.recording.put(name_of(step, site, part), tape[("kept", part), site].transpose(1, 2))
+                tensor = tape[("cache", part), site]
+                self.recording.put(name_of(step, site, part), tensor.transpose(1, 2) if part in BY_HEAD else tensor)
         self.recording.latents.append(latents[:1].float().cpu())
         return latents

@@ -1,4 +1,4 @@
-"""What a source lends to its targets, kept: a further target then costs only its own rows."""
+"""What targets read of a source, kept: a further target then costs only its own rows."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from masa.attention import Edit, Lent, Site
 from masa.branches import Branches
-from masa.cache.storage import Store, check_store, choose_store, keep
+from masa.cache.storage import Store, check_store, choose_store, store_tensor
 from masa.controls.base import ActiveControl
+from masa.edits import CachedRows, Edit, Site
 from masa.errors import MasaError
 from masa.io.files import replacing
 from masa.io.tensor_file import TensorFile, TensorWriter
@@ -35,9 +35,9 @@ class SourceCache:
 
     settings: of the run that recorded it, as `Result.settings`. latents (steps run + 1, 4, h, w), float32 on the
     CPU: the source's, from the start to the last step. picture: the source. trajectory: that it was recorded from,
-    or None. tensors: queries, keys and values (rows, h*w, heads, d) and token maps (rows, tokens, h*w) by
-    "step/site/part". store: where they live, "device", "host" or "disk". nbytes: their size. predictions (steps run,
-    4, h, w), float32 on the CPU: what each step took the source's clean latents to be; None in older files.
+    or None. tensors: by "step/site/part", as in `masa.edits.CachePart`, but queries, keys and values (rows, h*w, heads,
+    d). store: where they live, "device", "host" or "disk". nbytes: their size. predictions (steps run, 4, h, w),
+    float32 on the CPU: what each step took the source's clean latents to be; None in older files.
     """
 
     settings: Mapping[str, Any]
@@ -119,26 +119,26 @@ class SourceCache:
         return self.latents[:1] if self.settings["latents"] is not None else latents
 
     def check_edits(self, control: ActiveControl, step: int, branches: Branches, sites: Sequence[Site]) -> None:
-        """MasaError where a control reads of the source in a step what is not here; branches: the source lent."""
+        """MasaError where a control reads of the source in a step what is not here; branches: the source cached."""
         for index, edit in control.edits(step, branches).items():
-            for part in _reads(edit, len(branches)):
+            for part in edit.reads_cached(len(branches)):
                 if name_of(step, index, part) not in self.tensors:
                     remedy = "sample without cache="
-                    if part in ("q", "k", "v"):
+                    if part != "maps":
                         remedy = f"record with controls that reach it, or {remedy}"
                     raise MasaError(
                         f"{control.name} reads the source's {PARTS[part]} at {sites[index].name} (layer "
                         f"{sites[index].layer}) in step {step}, which the cache does not hold; {remedy}"
                     )
 
-    def lend(self, edit: Edit, step: int, site: int, rows: int, device: torch.device) -> Edit:
+    def attach(self, edit: Edit, step: int, site: int, rows: int, device: torch.device) -> Edit:
         """The edit with what it reads of the source, on the device."""
         found = {}
-        for part in _reads(edit, rows):
+        for part in edit.reads_cached(rows):
             # Only pinned memory may be read behind the host's back: it is not freed, nor written, before it was.
             tensor = self.tensors[name_of(step, site, part)].to(device, non_blocking=self.store == "host")
-            found[part] = tensor if part == "maps" else tensor.transpose(1, 2)
-        return replace(edit, lent=Lent(**found)) if found else edit
+            found[part] = tensor.transpose(1, 2) if part in BY_HEAD else tensor
+        return replace(edit, cached=CachedRows(**found)) if found else edit
 
     def save(self, path: str | Path) -> None:
         """Write all of it as one safetensors file."""
@@ -176,7 +176,11 @@ class SourceCache:
         names = [name for name in file if not name.startswith(EXTRAS)]
         nbytes = sum(file.sizes[name] for name in names)
         store = choose_store(store, nbytes, sd.device)
-        tensors = file.only(names) if store == "disk" else {name: keep(file[name], store, sd.device) for name in names}
+        tensors = (
+            file.only(names)
+            if store == "disk"
+            else {name: store_tensor(file[name], store, sd.device) for name in names}
+        )
         picture = Image.fromarray(file[f"{EXTRAS}picture"].numpy().copy())
         latents = file[f"{EXTRAS}source latents"].clone()
         predictions = file[f"{EXTRAS}predictions"].clone() if f"{EXTRAS}predictions" in file else None
@@ -185,31 +189,21 @@ class SourceCache:
 
 
 TRAJECTORY = ("latents", "context", "noise")
-PARTS = {
+BY_HEAD = ("q", "k", "v")  # kept (rows, h*w, heads, d), as projections leave them
+PARTS: Mapping[str, str] = {
     "q": "queries",
     "k": "keys",
     "v": "values",
+    "q_moments": "queries' statistics",
+    "k_moments": "keys' statistics",
     "maps": "attention maps",
     "features": "features",
-    "mix": "probabilities",
+    "norm": "norm's statistics",
 }
 
 
 def name_of(step: int, site: int, part: str) -> str:
     return f"{step}/{site}/{part}"
-
-
-def _reads(edit: Edit, rows: int) -> list[str]:
-    """What an edit reads of the rows behind the batch's own."""
-
-    def behind(read: Sequence[int] | None) -> bool:
-        return any(row >= rows for row in read or ())
-
-    reads = {"q": behind(edit.q_from), "k": behind(edit.k_from), "v": behind(edit.v_from)}
-    reads["maps"] = bool(edit.records)
-    reads["features"] = behind(edit.features_from)
-    reads["mix"] = edit.mix is not None and behind(edit.mix.sources)
-    return [part for part, is_read in reads.items() if is_read]
 
 
 def _check_model(settings: Mapping[str, Any], sd: StableDiffusion) -> None:

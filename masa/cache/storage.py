@@ -42,7 +42,7 @@ def check_store(store: str) -> None:
         raise MasaError(f"store is {store!r}; expected one of {', '.join(map(repr, get_args(Store)))}")
 
 
-def keep(tensor: Tensor, store: str, device: torch.device) -> Tensor:
+def store_tensor(tensor: Tensor, store: str, device: torch.device) -> Tensor:
     """A tensor of its own, dense, where the store is; there when this returns, for the host to read too."""
     if store == "device":
         return torch.empty(tensor.shape, dtype=tensor.dtype, device=device).copy_(tensor)

@@ -1,1 +1,31 @@
-"""Controls: frozen values that say which attention reads what. One file per published method."""
+"""The controls, one method a file, and what it takes to write another: see docs/add_a_control.md."""
+
+from masa.branches import SOURCE, Branches, Row
+from masa.controls.base import ActiveControl, Control, Run, choose_layers, choose_steps, find_words
+from masa.controls.checks import check_flag, check_fraction, check_list, check_whole, is_number
+from masa.edits import Edit, ExtraKeys, Mix, Part, Record, Residuals, Site, Tape
+
+__all__ = [
+    "SOURCE",
+    "ActiveControl",
+    "Branches",
+    "Control",
+    "Edit",
+    "ExtraKeys",
+    "Mix",
+    "Part",
+    "Record",
+    "Residuals",
+    "Row",
+    "Run",
+    "Site",
+    "Tape",
+    "check_flag",
+    "check_fraction",
+    "check_list",
+    "check_whole",
+    "choose_layers",
+    "choose_steps",
+    "find_words",
+    "is_number",
+]

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from masa.attention import Edit, Grid, Site, Tape
 from masa.branches import Branches
+from masa.edits import Edit, Grid, Residuals, Site, Tape
 from masa.errors import MasaError
 
 
@@ -35,10 +35,14 @@ class Run:
     alphas: tuple[float, ...] = ()  # cumulative alpha of the latents before each step, and 1 after the last
     source_latents: Tensor | None = None  # of the real picture that is edited, clean: (1, 4, h, w)
     draw_noise: Callable[[], Tensor] | None = None  # fresh noise (1, 4, h, w), which the run's seed decides
+    dtype: torch.dtype = torch.float32  # of the networks
+    # False where a source is recorded for targets to come: one target's prompt stands in, and is the source's.
+    targets_known: bool = True
 
     @property
     def layers(self) -> int:
-        return 1 + max(site.layer for site in self.sites)
+        """Number of transformer blocks."""
+        return sum(site.kind == "self" for site in self.sites)
 
     def grid_at(self, downsample: int) -> Grid:
         return self.grid[0] // downsample, self.grid[1] // downsample
@@ -57,8 +61,19 @@ class ActiveControl:
         return latents
 
     def edits(self, step: int, branches: Branches) -> Mapping[int, Edit]:
-        """This step's edits by site index. An empty mapping: the step does not need the source's rows."""
+        """This step's edits by site index, of a batch of these rows.
+
+        Asked for every step before the run, to find clashes, so it changes nothing. Where no edit reads the source, the
+        source's rows may be left out, and it is asked again of the targets' alone.
+        """
         return {}
+
+    def residuals(self, step: int, timestep: int, x: Tensor, context: Tensor, branches: Branches) -> Residuals | None:
+        """What is added to the network's features in this step, by row of the batch; None for nothing.
+
+        x (rows, 4, h, w) and context (rows, 77, width), in the networks' dtype: what each row is predicted from.
+        """
+        return None
 
     def after_step(self, step: int, latents: Tensor, tape: Tape, branches: Branches) -> Tensor:
         """The latents (1 + N, 4, h, w) that the next step starts from."""
@@ -135,9 +150,9 @@ def resolve(controls: Sequence[ActiveControl], step: int, branches: Branches, si
     owners: dict[tuple[int, str], str] = {}
     for control in controls:
         for index, edit in control.edits(step, branches).items():
-            for field in edit.changed():
+            for field in edit.claims():
                 owner = owners.setdefault((index, field), control.name)
-                if index in merged and field in merged[index].changed():
+                if index in merged and field in merged[index].claims():
                     raise MasaError(
                         f"two controls both set {field} at {sites[index].name} (layer {sites[index].layer}) in step "
                         f"{step}: {owner} and {control.name}; give them different steps or layers, or leave one out"
@@ -147,7 +162,12 @@ def resolve(controls: Sequence[ActiveControl], step: int, branches: Branches, si
 
 
 def find_words(run: Run, words: Any) -> dict[int, tuple[int, ...]]:
-    """Token positions of words by target branch, of the targets whose prompts have them. MasaError if none has."""
+    """Token positions of words by target branch, of the targets whose prompts have them. MasaError if none has.
+
+    Where the targets are not known yet the first token stands in.
+    """
+    if not run.targets_known:
+        return {1: (1,)}
     found: dict[int, tuple[int, ...]] = {}
     errors: list[MasaError] = []
     for branch, prompt in enumerate(run.prompts[1:], 1):

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from masa.attention import Tape
 from masa.branches import Branches
 from masa.controls.base import ActiveControl, Run
 from masa.controls.checks import is_number
+from masa.edits import Tape
 from masa.errors import MasaError
 from masa.io.pictures import ImageLike, load_mask
 

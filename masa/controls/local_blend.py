@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from masa.attention import Edit, Record, Tape
 from masa.branches import SOURCE, Branches
 from masa.controls.base import ActiveControl, Run, find_words
 from masa.controls.checks import check_fraction
 from masa.controls.masks import MAP_DOWNSAMPLE, Words
+from masa.edits import Edit, Record, Tape
 from masa.errors import MasaError
 
 
@@ -91,7 +91,7 @@ class ActiveBlend(ActiveControl):
         self.used: dict[int, Tensor] = {}
 
     def edits(self, step: int, branches: Branches) -> Mapping[int, Edit]:
-        weights = self.weights[[row.branch for row in branches.known]]
+        weights = self.weights[[row.branch for row in branches.all_rows]]
         return dict.fromkeys(self.sites, Edit(records=(Record(self.key, weights),)))
 
     def after_step(self, step: int, latents: Tensor, tape: Tape, branches: Branches) -> Tensor:

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from masa.attention import Edit, Site, Tape
-from masa.branches import SOURCE, Branches
+from masa.branches import Branches
 from masa.controls.base import ActiveControl, Run, choose_layers, choose_steps
 from masa.controls.checks import check_flag, check_list, check_whole, is_number
 from masa.controls.masks import ActiveMasks, GivenMasks, WordMasks
+from masa.edits import Edit, Part, Site, Tape
 from masa.errors import MasaError
 
 
@@ -75,14 +75,13 @@ class _Active(ActiveControl):
         if step not in self.steps:
             return {}
         source_rows = branches.source_rows
-        own = tuple(-1 if row.branch == SOURCE else i for i, row in enumerate(branches.rows))
-        edit = Edit(
-            k_from=source_rows,
-            v_from=source_rows,
-            union_with=own if self.control.union else None,
-            source_weight=self.control.source_weight if self.control.union else None,
-        )
+        if self.control.union:  # the source's keys and the row's own, in one softmax
+            parts = (Part(source_rows, weight=float(self.control.source_weight)), Part(branches.own_rows()))
+            edit = Edit(parts=parts)
+        else:  # eq. 5: own queries, the source's keys and values
+            edit = Edit(k_from=source_rows, v_from=source_rows)
         if self.mask is not None:
+            # Eq. 7-9: subject attends to subject, background to background.
             edit = replace(edit, mask=self.mask.source(branches, edit.key_rows(len(branches))))
         edits = {site.index: edit for site in self.sites}
         if self.mask is not None:

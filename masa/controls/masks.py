@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from masa.attention import Edit, Grid, MaskPlan, MaskSource, Record, Tape, take
 from masa.branches import SOURCE, Branches
 from masa.controls.base import Run
 from masa.controls.checks import check_fraction
+from masa.edits import Edit, Grid, MaskSource, Record, Tape, take
 from masa.errors import MasaError
 from masa.io.pictures import ImageLike, load_mask
+from masa.kernels.mask_plan import MaskPlan
 
 # Cross-attention maps are read where the grid is the latents' divided by 4: 16x16 at 512x512.
 MAP_DOWNSAMPLE = 4
@@ -62,8 +63,8 @@ class GivenMasks:
         return list(self.target)
 
     def begin(self, run: Run, layers: frozenset[int]) -> ActiveMasks:
-        targets = self.targets
         wanted = len(run.prompts) - 1
+        targets = self.targets if run.targets_known else self.targets[:1]
         if len(targets) not in (1, wanted):
             raise MasaError(f"GivenMasks has {len(targets)} target masks for {wanted} targets; give one, or one each")
         if len(targets) == 1:
@@ -91,7 +92,7 @@ class _ActiveGiven:
         return self.planned[branches, key_rows]
 
     def _plan(self, masks: Tensor, branches: Branches, key_rows: tuple[int, ...]) -> MaskPlan:
-        rows = masks[[row.branch for row in branches.known]].flatten(1)
+        rows = masks[[row.branch for row in branches.all_rows]].flatten(1)
         region = rows >= SOURCE_THRESHOLD
         full = _is_source(branches, rows.device)
         queries = (rows if self.soft else region)[: len(branches)]
@@ -130,7 +131,7 @@ class WordMasks:
 
     def begin(self, run: Run, layers: frozenset[int]) -> ActiveMasks:
         positions = tuple(
-            run.token_positions(prompt, self.source if branch == SOURCE else self.target)
+            run.token_positions(prompt, self.source if branch == SOURCE or not run.targets_known else self.target)
             for branch, prompt in enumerate(run.prompts)
         )
         weights = torch.zeros(len(positions), 1, run.tokens)
@@ -168,12 +169,12 @@ class _ActiveWords:
         self.previous: Tensor | None = None  # (1 + N, h*w)
 
     def source(self, branches: Branches, key_rows: tuple[int, ...]) -> MaskSource:
-        of_rows = [row.branch for row in branches.known]
+        of_rows = [row.branch for row in branches.all_rows]
         previous = None if self.previous is None else self.previous[of_rows]
         return _WordPlans(self.key, self.recorded, self.grid, self.threshold, branches, key_rows, previous)
 
     def records(self, branches: Branches) -> dict[int, Edit]:
-        weights = self.weights[[row.branch for row in branches.known]]
+        weights = self.weights[[row.branch for row in branches.all_rows]]
         return {index: Edit(records=(Record(self.key, weights),)) for index in self.recorded}
 
     def after_step(self, tape: Tape, branches: Branches) -> Tensor:
@@ -214,7 +215,7 @@ def _mean_map(tape: Tape, key: Hashable, recorded: tuple[int, ...], branches: Br
     if not maps:
         return None
     mean = torch.stack(maps).float().mean(0)[:, 0]
-    cond = [branches.row(row.branch, "cond") for row in branches.known]
+    cond = [branches.row(row.branch, "cond") for row in branches.all_rows]
     return mean[cond]
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from masa.attention import Edit
 from masa.branches import Branches
 from masa.controls.base import ActiveControl, Run
 from masa.controls.checks import check_fraction
+from masa.edits import Edit
 from masa.errors import MasaError
 
 FEATURE_BLOCK = "up_blocks.1.resnets.1"  # "layer 4" of the paper's decoder

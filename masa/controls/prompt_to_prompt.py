@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from masa.attention import Edit, Mix, Tape, take
 from masa.branches import SOURCE, Branches
 from masa.controls.base import ActiveControl, Run, find_words
 from masa.controls.checks import is_number
 from masa.controls.local_blend import LocalBlend
 from masa.controls.token_alignment import TokenizedPrompt, refinement_map, replacement_map
+from masa.edits import Edit, Mix, Tape, take
 from masa.errors import MasaError
 
 # A fraction of the steps from the first on, or the fractions where the control begins and ends.

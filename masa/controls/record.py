@@ -9,11 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from masa.attention import Edit, Grid, Record, Tape
 from masa.branches import Branches
 from masa.controls.base import ActiveControl, Run, choose_layers, choose_steps
 from masa.controls.checks import check_flag, check_list
 from masa.controls.masks import MAP_DOWNSAMPLE
+from masa.edits import Edit, Grid, Record, Tape
 from masa.errors import MasaError
 
 SELF = "self-attention"  # its name among the maps
@@ -99,7 +99,7 @@ class _Active(ActiveControl):
         self.steps = 0
 
     def edits(self, step: int, branches: Branches) -> Mapping[int, Edit]:
-        weights = self.weights[[row.branch for row in branches.known]]
+        weights = self.weights[[row.branch for row in branches.all_rows]]
         edits = dict.fromkeys(self.sites["cross"], Edit(records=(Record(self.key, weights),)))
         each = self.positions.expand(len(branches), -1, -1)
         edits.update(dict.fromkeys(self.sites.get("self", ()), Edit(records=(Record(self.key, each),))))

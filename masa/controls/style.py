@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from masa.attention import Edit
 from masa.branches import Branches
 from masa.controls.base import ActiveControl, Run, choose_layers, choose_steps
 from masa.controls.checks import check_list, check_whole
+from masa.edits import Edit
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from masa.attention import PLAIN, Call, Site, attend, take
+from masa.attention import Call, attend
+from masa.edits import PLAIN, RowTuple, Site, take
+from masa.models.norms import edited_norm
 from masa.models.rowwise import Conv2d, GroupNorm, Linear
 
 # Tokens per pass through the MLP on a CPU: its intermediate, eight times as wide as the tokens, then stays in the
@@ -32,7 +34,7 @@ class Attention(nn.Module):
         # Only the rows that somebody reads are projected: a MasaCtrl target's own K and V never are.
         q_rows, k_rows, v_rows = (
             tuple(row for row in read if row < len(x)) for read in edit.read_rows(len(x))
-        )  # those behind the batch are lent
+        )  # those behind the batch are cached
         k_input = take(context, k_rows)
         v_input = k_input if v_rows == k_rows else take(context, v_rows)
         q, k, v = (
@@ -94,25 +96,25 @@ class TransformerBlock(nn.Module):
         context: Tensor,
         grid: tuple[int, int],
         call: Call,
-        copies: tuple[int, ...] | None = None,
-        keep: tuple[int, ...] | None = None,
+        copies: RowTuple | None = None,
+        staying: RowTuple | None = None,
     ) -> Tensor:
         """As `Transformer.forward`, of tokens (rows, h*w, width)."""
         h = self.norm1(x)
-        if keep is not None and self._self_attention_is_last_read(call):
-            x = take(x, keep) + self.attn1(h, h, grid, call.of_rows(self.attn1.site, len(x), keep))
-            context, keep = take(context, keep), None
+        if staying is not None and self._self_attention_is_last_read(call):
+            x = take(x, staying) + self.attn1(h, h, grid, call.of_rows(self.attn1.site, len(x), staying))
+            context, staying = take(context, staying), None
         else:
             x = x + self.attn1(h, h, grid, call)
         if copies is not None:
             x = take(x, copies)
         x = x + self.attn2(self.norm2(x), context, grid, call)
         x = x + self.ff(self.norm3(x))
-        return x if keep is None else take(x, keep)
+        return x if staying is None else take(x, staying)
 
     def _self_attention_is_last_read(self, call: Call) -> bool:
         """Whether nobody reads of other rows what comes after the queries, keys and values of self-attention."""
-        return call.edit_at(self.attn1.site).reads_only_rows() and call.edit_at(self.attn2.site) is PLAIN
+        return call.edit_at(self.attn1.site).only_names_rows() and call.edit_at(self.attn2.site) is PLAIN
 
 
 class Transformer(nn.Module):
@@ -121,6 +123,7 @@ class Transformer(nn.Module):
     def __init__(self, width: int, context_width: int, norm_groups: int, self_site: Site, cross_site: Site) -> None:
         super().__init__()
         self.layer = self_site.layer
+        self.norm_site: Site | None = None  # the UNet gives it
         # eps 1e-6 here, 1e-5 in the residual blocks: the checkpoints were trained so.
         self.norm = GroupNorm(norm_groups, width, eps=1e-6)
         self.proj_in = Conv2d(width, width, 1)
@@ -132,20 +135,23 @@ class Transformer(nn.Module):
         x: Tensor,
         context: Tensor,
         call: Call,
-        copies: tuple[int, ...] | None = None,
-        keep: tuple[int, ...] | None = None,
+        copies: RowTuple | None = None,
+        staying: RowTuple | None = None,
     ) -> Tensor:
         """x (rows, width, h, w), context (rows, 77, context_width) -> (rows, width, h, w).
 
-        copies: the rows that go on after self-attention, which reads no prompt yet; context is of these. keep: the
+        copies: the rows that go on after self-attention, which reads no prompt yet; context is of these. staying: the
         rows that go on after this block; not with copies.
         """
         height, width = x.shape[-2:]
+        site = self.norm_site
+        edited = site is not None and site.index in call.edits
+        normed = edited_norm(self.norm, x, call.edit_at(site), site, call.tape) if edited else self.norm(x)
         # Contiguous: the three norms would each copy a transposed map; of a channels_last map it is a view.
-        tokens = rearrange(self.proj_in(self.norm(x)), "b c h w -> b (h w) c").contiguous()
-        tokens = self.transformer_blocks[0](tokens, context, (height, width), call, copies, keep)
+        tokens = rearrange(self.proj_in(normed), "b c h w -> b (h w) c").contiguous()
+        tokens = self.transformer_blocks[0](tokens, context, (height, width), call, copies, staying)
         features = rearrange(tokens, "b (h w) c -> b c h w", h=height)
         if not x.is_contiguous(memory_format=torch.channels_last):  # back into the layout of the other blocks
             features = features.contiguous()
-        onward = copies or keep  # never both
+        onward = copies or staying  # never both
         return (x if onward is None else take(x, onward)) + self.proj_out(features)

@@ -7,32 +7,22 @@ Module names follow diffusers, which LoRA files and papers speak.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as recompute
 
-from masa.attention import Backend, Call, Edit, Place, Site, Tape, take
+from masa.attention import Backend, Call
 from masa.config import UNetConfig
-from masa.errors import MasaError
-from masa.models.resnet import Downsample, ResnetBlock, Upsample, emb_of
+from masa.edits import Edit, Place, Residuals, RowTuple, Site, Tape
+from masa.models.batch_rows import BatchRows, Retirement
+from masa.models.norms import edited_norm
+from masa.models.resnet import Downsample, ResnetBlock, Upsample
 from masa.models.rowwise import Conv2d, GroupNorm
 from masa.models.transformer import Transformer
-
-
-@dataclass(frozen=True)
-class Retirement:
-    """Rows that leave the batch in the transformer block `layer`: `keep` are those that stay.
-
-    They leave when nobody reads more of them: in self-attention, if its edit only names rows, else after the block.
-    """
-
-    layer: int
-    keep: tuple[int, ...]
 
 
 class TimestepEmbedding(nn.Module):
@@ -67,8 +57,8 @@ class Block(nn.Module):
 class UNet(nn.Module):
     """Predicts the noise in latents at a timestep, given a prompt's embedding.
 
-    `sites` lists every attention in forward order, then every residual block in forward order; an edit is
-    addressed to a site's index.
+    `sites` lists every attention in forward order, then every residual block, every group norm and every joint with a
+    skip connection; an edit is addressed to a site's index.
     """
 
     def __init__(self, config: UNetConfig = UNetConfig()) -> None:
@@ -119,7 +109,7 @@ class UNet(nn.Module):
 
         self.conv_norm_out = GroupNorm(groups, channels[0], eps=1e-5)
         self.conv_out = Conv2d(channels[0], config.out_channels, 3, padding=1)
-        self._add_residual_sites()
+        self._add_other_sites()
 
     def _transformer(self, width: int, place: Place, level: int, i: int) -> Transformer:
         """The next transformer block; its two attentions are added to `sites`."""
@@ -130,36 +120,50 @@ class UNet(nn.Module):
             "up": f"up_blocks.{len(config.block_out_channels) - 1 - level}",
         }[place]
         name = f"{block}.attentions.{i}.transformer_blocks.0"
-        self_site = Site(index, index // 2, f"{name}.attn1", place, "self", 2**level, config.heads)
-        cross_site = Site(index + 1, index // 2, f"{name}.attn2", place, "cross", 2**level, config.heads)
+        self_site = Site(index, index // 2, f"{name}.attn1", place, "self", 2**level, config.heads, width)
+        cross_site = Site(index + 1, index // 2, f"{name}.attn2", place, "cross", 2**level, config.heads, width)
         self.sites += (self_site, cross_site)
         return Transformer(width, config.context_width, config.norm_groups, self_site, cross_site)
 
-    def _add_residual_sites(self) -> None:
-        """Give every residual block, in forward order, a site behind the attentions'."""
-        levels = len(self.config.block_out_channels)
-        blocks: list[tuple[str, Place, int, Block]] = [
-            *((f"down_blocks.{i}", "down", i, cast(Block, block)) for i, block in enumerate(self.down_blocks)),
-            ("mid_block", "mid", levels - 1, self.mid_block),
-            *((f"up_blocks.{i}", "up", levels - 1 - i, cast(Block, block)) for i, block in enumerate(self.up_blocks)),
-        ]
-        layer = 0  # the next transformer block to run: rows that a residual block reads must not retire before it
+    def _add_other_sites(self) -> None:
+        """Sites behind the attentions': residual blocks, norms and skip connections, each kind in forward order."""
+        norms: list[Site] = []
+        skips: list[Site] = []
+        blocks = list(self._blocks_in_order())
+        index = len(self.sites) + sum(len(block.resnets) for *_, block in blocks)
+        layer = 0  # the next transformer block to run: rows that are read must not retire before it
+
+        def norm(name: str, place: Place, level: int) -> Site:
+            norms.append(Site(index + len(norms), layer, name, place, "norm", 2**level))
+            return norms[-1]
+
         for name, place, level, block in blocks:
             for i, resnet in enumerate(cast("list[ResnetBlock]", block.resnets)):
-                resnet.site = Site(len(self.sites), layer, f"{name}.resnets.{i}", place, "res", 2**level, heads=0)
-                self.sites += (resnet.site,)
+                own = Site(len(self.sites), layer, f"{name}.resnets.{i}", place, "res", 2**level)
+                self.sites += (own,)
+                resnet.sites = (own, norm(f"{own.name}.norm1", place, level), norm(f"{own.name}.norm2", place, level))
+                if place == "up":
+                    skips.append(Site(0, layer, own.name, "up", "skip", 2**level))
                 if i < len(block.attentions):
+                    block.attentions[i].norm_site = norm(f"{name}.attentions.{i}.norm", place, level)
                     layer += 1
+        norm("conv_norm_out", "up", 0)
+        self.sites += tuple(norms)
+        self.sites += tuple(replace(skip, index=len(self.sites) + i) for i, skip in enumerate(skips))
 
-    def _first_block_is_edited(self, call: Call, retire: Retirement | None) -> bool:
-        """Whether anything is asked of a batch's rows before the first of them has read its prompt."""
-        before = [site for site in self.sites if site.layer == 0 and site.kind != "cross"]
-        return any(site.index in call.edits for site in before) or (retire is not None and retire.layer == 0)
+    def _blocks_in_order(self) -> Iterator[tuple[str, Place, int, Block]]:
+        """Name, place, level and modules of each block, as they run."""
+        levels = len(self.config.block_out_channels)
+        for i, block in enumerate(self.down_blocks):
+            yield f"down_blocks.{i}", "down", i, cast(Block, block)
+        yield "mid_block", "mid", levels - 1, self.mid_block
+        for i, block in enumerate(self.up_blocks):
+            yield f"up_blocks.{i}", "up", levels - 1 - i, cast(Block, block)
 
     @property
     def layers(self) -> int:
         """Number of transformer blocks (16 in SD v1)."""
-        return 1 + max(site.layer for site in self.sites)
+        return sum(site.kind == "self" for site in self.sites)
 
     def forward(
         self,
@@ -170,7 +174,8 @@ class UNet(nn.Module):
         retire: Retirement | None = None,
         backend: Backend = "auto",
         checkpoint: bool = False,
-        copies: tuple[int, ...] | None = None,
+        copies: RowTuple | None = None,
+        residuals: Residuals | None = None,
     ) -> tuple[Tensor, Tape]:
         """Noise in x, and what the edits asked to record.
 
@@ -178,74 +183,67 @@ class UNet(nn.Module):
         context (rows, 77, context_width); edits by site index; retire drops rows on the way; checkpoint keeps
         only each block's input for the gradient and computes the rest again on the way back: exact.
         copies: for each row of context, its row of x, where those are fewer: two halves of guidance differ from the
-        first prompt that they read on, and are one row until then. Rows of edits and retire are context's.
+        first prompt that they read on, and are one row until then. residuals: added on the way. Rows of edits, retire
+        and residuals are context's.
         Returns eps (rows kept, 4, h, w) and the tape of this call. Nothing outlives the call. MasaError where the
         rows do not fit.
         """
-        if len(context) != len(x if copies is None else copies) or any(not 0 <= row < len(x) for row in copies or ()):
-            raise MasaError(
-                f"context has {len(context)} rows, x {len(x)} and copies is {copies}; expected one row of x for each "
-                "of context, or as many copies, each a row of x"
-            )
         call = Call(edits or {}, {}, backend)
+        add = residuals or Residuals()
         # One row for one timestep: the product would round otherwise with more.
         emb = self.time_embedding(timestep_embedding(timestep, self.config.block_out_channels[0], x))
-        if len(emb) not in (1, len(x)):
-            raise MasaError(
-                f"timestep has {len(emb)} rows and x {len(x)}; expected one timestep, or one for each row of x"
-            )
+        rows = BatchRows(x, emb, context, copies, retire, checkpoint)
+        if self._first_block_is_edited(call, retire):
+            x = rows.spread(x)
 
-        def through(module: nn.Module, *inputs: object) -> Tensor:
-            if checkpoint:
-                return recompute(module, *inputs, use_reentrant=False, preserve_rng_state=False)
-            return module(*inputs)
-
-        def resnet(block: Block, i: int, x: Tensor) -> Tensor:
-            module = cast(ResnetBlock, block.resnets[i])
-            assert module.site is not None
-            return through(module, x, emb, call.edit_at(module.site).features_from)
-
-        def run(block: Block, i: int, x: Tensor) -> Tensor:
-            """Residual block i and, where the level has one, transformer block i."""
-            nonlocal emb, context, copies
-            x = resnet(block, i, x)
-            if i < len(block.attentions):
-                attention = block.attentions[i]
-                keep = retire.keep if retire is not None and attention.layer == retire.layer else None
-                x = through(attention, x, context, call, copies, keep)
-                if copies is not None:
-                    emb, copies = emb_of(emb, copies), None
-                if keep is not None:
-                    emb, context = emb_of(emb, keep), take(context, keep)
-            return x
-
-        if copies is not None and self._first_block_is_edited(call, retire):
-            x, emb, copies = take(x, copies), emb_of(emb, copies), None
         x = self.conv_in(x)
-        skips = [x if copies is None else take(x, copies)]
-        for block in cast("list[Block]", self.down_blocks):
+        skips = [rows.as_stored(x)]
+        for level, block in enumerate(cast("list[Block]", self.down_blocks)):
             for i in range(len(block.resnets)):
-                x = run(block, i, x)
+                x = self._run(block, i, x, rows, call)
                 skips.append(x)
+            x = skips[-1] = rows.add(x, add.at_level(level))
             for down in block.downsamplers:
                 x = down(x)
                 skips.append(x)
 
-        x = run(self.mid_block, 0, x)
-        x = resnet(self.mid_block, 1, x)
+        x = self._run(self.mid_block, 0, x, rows, call)
+        x = self._run(self.mid_block, 1, x, rows, call)
+        x = rows.add(x, add.mid)
 
         for block in cast("list[Block]", self.up_blocks):
             for i in range(len(block.resnets)):
-                skip = skips.pop()
-                if retire is not None and len(skip) != len(x):  # stored before rows retired
-                    skip = take(skip, retire.keep)
+                skip = rows.add(rows.still_here(skips.pop()), add.at_skip(len(skips)))
+                x, skip = self._edit_joint(x, skip, len(skips), call)
                 x = torch.cat([x, skip], dim=1)
                 del skip  # not held while the block runs
-                x = run(block, i, x)
+                x = self._run(block, i, x, rows, call)
             for up in block.upsamplers:
                 x = up(x)
 
-        return self.conv_out(F.silu(self.conv_norm_out(x))), call.tape
+        (site,) = (site for site in self.sites if site.name == "conv_norm_out")
+        x = edited_norm(self.conv_norm_out, x, call.edit_at(site), site, call.tape)
+        return self.conv_out(F.silu(x)), call.tape
+
+    def _run(self, block: Block, i: int, x: Tensor, rows: BatchRows, call: Call) -> Tensor:
+        """Residual block i and, where the level has one, transformer block i."""
+        resnet = cast(ResnetBlock, block.resnets[i])
+        edited = any(site.index in call.edits for site in resnet.sites)
+        x = rows.through(resnet, x, rows.emb, call if edited else None)
+        if i < len(block.attentions):
+            x = rows.through_transformer(block.attentions[i], x, call)
+        return x
+
+    def _edit_joint(self, x: Tensor, skip: Tensor, place: int, call: Call) -> tuple[Tensor, Tensor]:
+        """Backbone and skip features as an edit changes them; place: of the skip, counted on the way down."""
+        joints = [site for site in self.sites if site.kind == "skip"]
+        joint = call.edit_at(joints[len(joints) - 1 - place]).joint
+        return (x, skip) if joint is None else joint(x, skip)
+
+    def _first_block_is_edited(self, call: Call, retire: Retirement | None) -> bool:
+        """Whether anything is asked of a batch's rows before the first of them has read its prompt."""
+        before = [site for site in self.sites if site.layer == 0 and site.kind != "cross"]
+        return any(site.index in call.edits for site in before) or (retire is not None and retire.layer == 0)
 
 
 def timestep_embedding(timestep: int | Tensor, width: int, like: Tensor) -> Tensor:

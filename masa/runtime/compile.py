@@ -17,11 +17,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from masa.attention import Backend, Edit, Tape
+from masa.attention import Backend, Call
+from masa.edits import Edit, Residuals, Tape
 from masa.errors import MasaError
+from masa.models.batch_rows import Retirement
 from masa.models.resnet import ResnetBlock
 from masa.models.transformer import FeedForward
-from masa.models.unet import Retirement, UNet
+from masa.models.unet import UNet
 
 # Blocks of a kind share one Python function, so the compiler takes their shapes for recompilations of it, and
 # would give up after 8.
@@ -51,7 +53,7 @@ class CompiledUNet(UNet):
         for module in self.modules():
             if isinstance(module, ResnetBlock | FeedForward):
                 compiled = torch.compile(module.forward, backend=compiler, dynamic=False, fullgraph=True)
-                module.forward = compiled  # type: ignore[method-assign]
+                module.forward = _unless_edited(compiled, module.forward)  # type: ignore[method-assign]
 
     def forward(
         self,
@@ -63,6 +65,7 @@ class CompiledUNet(UNet):
         backend: Backend = "auto",
         checkpoint: bool = False,
         copies: tuple[int, ...] | None = None,
+        residuals: Residuals | None = None,
     ) -> tuple[Tensor, Tape]:
         """As `UNet.forward`. With a gradient to take, or masks, which index by host lists, nothing is captured."""
         # A number would be copied to the device anew, which a graph cannot do.
@@ -71,17 +74,19 @@ class CompiledUNet(UNet):
         plain = edits or {}
         limits = torch._dynamo.config.patch(recompile_limit=MOST_SHAPES, accumulated_recompile_limit=MOST_SHAPES)
         with limits, _compiler_at_work():
-            if graded or self.capture is None or any(edit.mask is not None for edit in plain.values()):
+            if graded or self.capture is None or any(edit.masks_keys for edit in plain.values()):
                 with torch.set_grad_enabled(graded):  # the compiler tells the two modes apart
-                    return super().forward(x, time, context, plain, retire, backend, checkpoint, copies)
+                    return super().forward(x, time, context, plain, retire, backend, checkpoint, copies, residuals)
             numbered, keys = number_records(plain)
-            structure, tensors = split(numbered)
+            structure, tensors = split((numbered, residuals))
             inputs = (x, time, context, *tensors)
 
             def run(given: tuple[Tensor, ...]) -> tuple[Tensor, Tape]:
-                found = cast("dict[int, Edit]", join(structure, given[3:]))
+                found, added = cast("tuple[dict[int, Edit], Residuals | None]", join(structure, given[3:]))
                 x, time, context = given[:3]
-                return super(CompiledUNet, self).forward(x, time, context, found, retire, backend, copies=copies)
+                return super(CompiledUNet, self).forward(
+                    x, time, context, found, retire, backend, copies=copies, residuals=added
+                )
 
             with torch.no_grad():
                 if self.places != self._places():  # moved, converted or replaced: graphs would read the old ones
@@ -98,6 +103,16 @@ class CompiledUNet(UNet):
 
     def _places(self) -> tuple[tuple[int, int], ...]:
         return tuple((id(weight), weight.data_ptr()) for weight in self.parameters())
+
+
+def _unless_edited(compiled: Callable[..., Tensor], plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The compiled function where no call with edits comes along, which differs from step to step."""
+
+    def forward(*inputs: Any) -> Tensor:
+        edited = any(isinstance(given, Call) for given in inputs)
+        return plain(*inputs) if edited else compiled(*inputs)
+
+    return forward
 
 
 @contextmanager

@@ -11,8 +11,9 @@ from masa.attention import Backend
 from masa.cache.recorder import Recorder, Recording
 from masa.cache.source_cache import SourceCache
 from masa.cache.storage import Store
+from masa.checks import as_controls
+from masa.controls.base import Control
 from masa.controls.masactrl import MasaCtrl
-from masa.controls.style import StyleTransfer
 from masa.errors import MasaError
 from masa.guidance import Guidance
 from masa.pipeline import StableDiffusion
@@ -28,7 +29,7 @@ def record(
     sd: StableDiffusion,
     source: str = "",
     *,
-    controls: MasaCtrl | StyleTransfer | Sequence[MasaCtrl | StyleTransfer] = MasaCtrl(),
+    controls: Control | Sequence[Control] = MasaCtrl(),
     trajectory: Trajectory | None = None,
     pin_source: bool = True,
     steps: int | None = None,
@@ -57,8 +58,8 @@ def record(
         cache = masa.record(sd, trajectory=masa.invert(sd, "dog.jpg", "a photo of a dog"), controls=settings)
         results = [masa.sample(sd, target=prompts, cache=cache, controls=c, targets_at_once=4) for c in settings]
 
-    controls: those that will read the cache, one or several; kept are the keys and values of the layers and steps
-    that any of them reads, for StyleTransfer the queries and keys. The source's token maps at a quarter of the
+    controls: those that will read the cache, one or several, of whatever kind: kept is what their edits read of the
+    source, step by step. The source's token maps at a quarter of the
     latents' size are kept of every step: WordMasks with any words of the source prompt, LocalBlend and
     RecordAttention read them. latents: (1, 4, h, w). Everything else as in `sample`.
 
@@ -71,10 +72,7 @@ def record(
     where the matrix library multiplies a row alike whatever the others (MKL does on AVX2), without `compile`; else up
     to rounding. The same holds of `targets_at_once`. Raises MasaError for bad input, before any long work.
     """
-    chosen = tuple(controls) if isinstance(controls, Sequence) else (controls,)
-    for control in chosen:
-        if not isinstance(control, MasaCtrl | StyleTransfer):
-            raise MasaError(f"record's controls hold {control!r}; expected MasaCtrl or StyleTransfer")
+    chosen = as_controls(controls)
     if not chosen:
         raise MasaError("record's controls are empty; give those that will read the cache")
     if latents is not None and isinstance(latents, Tensor) and len(latents) != 1:

@@ -1,0 +1,399 @@
+"""Every seam of `masa.edits` in whole runs: StyleAligned from examples/, residuals, joints, extra keys."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from published import Oracle
+from published_sharing import StyleAligned as PublishedStyleAligned
+from published_sharing import shared_norms
+
+import masa
+from masa.controls import ActiveControl, Edit, ExtraKeys, Part, Residuals
+from masa.models.batch_rows import Retirement
+
+SOURCE, TARGETS = "a photo of a sitting cat", ["a photo of a running cat", "a red cat in the snow"]
+STEPS = 4
+# Float32 rounding, grown over a trajectory and by guidance: a fraction of the latents' standard deviation.
+TOLERANCE = 5e-4
+
+
+def example(name: str):
+    """A file of examples/ as a module."""
+    path = Path(__file__).parent.parent / "examples" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+StyleAligned = example("style_aligned").StyleAligned
+
+
+def same(out: torch.Tensor, ref: torch.Tensor, tolerance: float = TOLERANCE) -> None:
+    error = (out - ref).abs().max() / ref.std()
+    assert error < tolerance, f"error {error:.2e} of the latents' standard deviation"
+
+
+def differs(out: torch.Tensor, ref: torch.Tensor, least: float = 20 * TOLERANCE) -> None:
+    assert (out - ref).abs().max() / ref.std() > least
+
+
+# ------------------------------------------------------------------------------------------------- controls to try
+
+
+@dataclass(frozen=True)
+class AddResiduals:
+    """Adds the latents, enlarged in channels, at every place that takes residuals; sees the step and the prompt."""
+
+    needs_targets: ClassVar[bool] = False
+    scale: float = 0.5
+    places: tuple[str, ...] = ("down", "skips", "mid")
+    branch: int | None = None
+
+    def begin(self, run):
+        return _AddResiduals(self)
+
+
+class _AddResiduals(ActiveControl):
+    name = "AddResiduals"
+
+    def __init__(self, control):
+        self.control = control
+
+    def residuals(self, step, timestep, x, context, branches):
+        scale = torch.tensor([self.control.branch in (None, row.branch) for row in branches.rows]).float()
+        signal = x.mean(1, keepdim=True) + context.mean((1, 2))[:, None, None, None] + timestep / 1000 + step
+        signal = self.control.scale * scale[:, None, None, None] * signal
+
+        def at(channels, downsample):
+            return torch.nn.functional.avg_pool2d(signal, downsample).expand(-1, channels, -1, -1)
+
+        down, skips, mid = residual_shapes()
+        return Residuals(
+            tuple(at(*shape) for shape in down) if "down" in self.control.places else (),
+            tuple(at(*shape) for shape in skips) if "skips" in self.control.places else (),
+            at(*mid) if "mid" in self.control.places else None,
+        )
+
+
+def residual_shapes():
+    """(channels, downsample) of the levels' ends, the skips and the middle of the tiny UNet."""
+    widths = (32, 64, 64, 64)
+    down = [(width, 2**level) for level, width in enumerate(widths)]
+    skips = [(32, 1)]
+    for level, width in enumerate(widths):
+        skips += [(width, 2**level)] * 2
+        if level < 3:
+            skips.append((width, 2 ** (level + 1)))
+    return down, skips, (64, 8)
+
+
+@dataclass(frozen=True)
+class ImagePrompt:
+    """Extra keys at every cross-attention of the targets, as the IP-Adapter has them."""
+
+    scale: float = 1.0
+    seed: int = 0
+
+    def begin(self, run):
+        generator = torch.Generator().manual_seed(self.seed)
+        extra = {}
+        for site in run.sites:
+            if site.kind == "cross":
+                shape = (1, site.heads, 4, site.width // site.heads)
+                extra[site.index] = torch.randn(2, *shape, generator=generator).to(run.device, run.dtype).unbind()
+        return _ImagePrompt(extra, self.scale)
+
+
+class _ImagePrompt(ActiveControl):
+    name = "ImagePrompt"
+
+    def __init__(self, extra, scale):
+        self.extra, self.scale = extra, scale
+
+    def edits(self, step, branches):
+        rows = tuple(-1 if row.branch == 0 or "cond" not in row.halves else 0 for row in branches.rows)
+        return {site: Edit(extra=(ExtraKeys(k, v, rows, self.scale),)) for site, (k, v) in self.extra.items()}
+
+
+@dataclass(frozen=True)
+class Several:
+    """Own keys beside some of the source's, by region and weight; contrast, a plain share, blended queries."""
+
+    contrast: float = 1.0
+    plain: float = 0.0
+    blend: float = 0.0
+
+    def begin(self, run):
+        return _Several(self, [s.index for s in run.sites if s.kind == "self" and s.layer >= 8])
+
+
+class _Several(ActiveControl):
+    name = "Several"
+
+    def __init__(self, control, sites):
+        self.control, self.sites = control, sites
+
+    def edits(self, step, branches):
+        own = tuple(range(len(branches)))
+        source = branches.source_rows
+        others = tuple(-1 if read == row else read for row, read in enumerate(source))
+
+        def left(tape, grid):
+            visible = torch.zeros(grid, dtype=torch.bool)
+            visible[:, : grid[1] // 2] = True
+            return visible.flatten().expand(len(branches), -1)
+
+        is_target = [row.branch != 0 for row in branches.rows]
+        edit = Edit(
+            parts=(Part(own), Part(others, weight=2.0, keys=left)),
+            contrast=tuple(self.control.contrast if target else 1.0 for target in is_target),
+            plain=tuple(self.control.plain if target else 0.0 for target in is_target),
+            q_blend=(source, self.control.blend),
+        )
+        return dict.fromkeys(self.sites, edit)
+
+
+CONTROLS = {
+    "style aligned": StyleAligned(score_shift=0.5, score_scale=0.9),
+    "residuals": AddResiduals(),
+    "residuals of targets": [masa.MasaCtrl(1, 8), AddResiduals(branch=1)],
+    "joints": masa.FreeU(),
+    "extra keys": [masa.MasaCtrl(1, 8), ImagePrompt()],
+    "several parts": Several(contrast=1.3, plain=0.3, blend=0.2),
+}
+USUAL = {"steps": STEPS, "height": 128, "width": 192, "progress": False}
+
+
+def run(sd, controls, targets=TARGETS, **settings):
+    start = {} if {"latents", "trajectory", "cache"} & {*settings} else {"seed": 3}
+    return masa.sample(sd, SOURCE, targets, controls=controls, **(USUAL | start | settings))
+
+
+@pytest.fixture(scope="module")
+def plain(tiny):
+    """Whole runs, by control and guidance."""
+    return {
+        (name, scale): run(tiny, controls, guidance_scale=scale).latents
+        for name, controls in CONTROLS.items()
+        for scale in (1.0, 5.0)
+    }
+
+
+@pytest.fixture(scope="module")
+def trajectory(tiny):
+    image = torch.rand(3, 128, 192, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    return masa.invert(tiny, image, SOURCE, steps=STEPS, progress=False)
+
+
+# ------------------------------------------------------------------------------------------------------- StyleAligned
+
+
+@pytest.mark.parametrize(
+    ("control", "published", "norms", "guidance"),
+    [
+        (StyleAligned(), PublishedStyleAligned(), True, 5.0),
+        (StyleAligned(share_norms=False), PublishedStyleAligned(), False, 5.0),
+        (StyleAligned(0.7, 0.5), PublishedStyleAligned(0.7, 0.5), True, 5.0),
+        (StyleAligned(), PublishedStyleAligned(halves=1), True, 1.0),
+    ],
+    ids=["published", "attention alone", "shift and scale", "no guidance"],
+)
+def test_style_aligned_equals_the_published_handler(tiny, tiny_folder, generator, control, published, norms, guidance):
+    oracle = Oracle(tiny_folder, tiny.tokenizer)
+    noise = torch.randn(3, 4, 16, 24, generator=generator)
+    out = run(tiny, control, latents=noise, guidance_scale=guidance).latents
+    with shared_norms(oracle.unet, 2 if guidance > 1 else 1) if norms else torch.no_grad():
+        ref = oracle.sample([SOURCE, *TARGETS], noise, STEPS, guidance, published)[-1]
+    same(out, ref)
+    differs(out, run(tiny, [], latents=noise, guidance_scale=guidance).latents)
+
+
+def test_the_style_is_the_picture_without_control(tiny, plain):
+    same(plain["style aligned", 5.0][:1], run(tiny, [], guidance_scale=5.0).latents[:1], 1e-5)
+
+
+def test_every_setting_of_style_aligned_matters(tiny, plain):
+    for control in (StyleAligned(0.0, 0.9), StyleAligned(0.5), StyleAligned(0.5, 0.9, share_norms=False)):
+        differs(run(tiny, control, guidance_scale=5.0).latents[1:], plain["style aligned", 5.0][1:])
+
+
+# --------------------------------------------------------------------------------------------------------- every seam
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+def test_it_changes_the_result(tiny, plain, name, guidance):
+    baseline = [masa.MasaCtrl(1, 8)] if isinstance(CONTROLS[name], list) else []
+    differs(plain[name, guidance][1], run(tiny, baseline, guidance_scale=guidance).latents[1])
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+def test_targets_together_equal_targets_alone(tiny, plain, name, guidance):
+    several = plain[name, guidance]
+    same(run(tiny, CONTROLS[name], guidance_scale=guidance, targets_at_once=1).latents, several)
+    same(run(tiny, CONTROLS[name], TARGETS[:1], guidance_scale=guidance).latents, several[:2])
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_a_pinned_source_serves(tiny, trajectory, name):
+    """Its rows leave where nobody reads them; a free source, which stays, gives targets no others."""
+    pinned = run(tiny, CONTROLS[name], trajectory=trajectory, guidance_scale=5.0)
+    chunked = run(tiny, CONTROLS[name], trajectory=trajectory, guidance_scale=5.0, targets_at_once=1)
+    same(chunked.latents, pinned.latents)
+    seen = []
+
+    def put_back(step, timestep, latents):
+        seen.append(step)
+        latents = latents.clone()
+        latents[0] = trajectory.latents[STEPS - step - 1]
+        return latents
+
+    free = run(tiny, CONTROLS[name], trajectory=trajectory, guidance_scale=5.0, pin_source=False, callback=put_back)
+    same(free.latents[1:], pinned.latents[1:])
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+def test_a_recorded_source_serves(tiny, trajectory, plain, name, guidance):
+    reading = CONTROLS[name] if name != "residuals" and name != "joints" else masa.MasaCtrl(1, 8)
+    reading = [c for c in (reading if isinstance(reading, list) else [reading]) if not isinstance(c, ImagePrompt)]
+    reading = [c for c in reading if not isinstance(c, AddResiduals)]
+    settings = {k: v for k, v in USUAL.items() if k != "progress"}
+    cache = masa.record(tiny, SOURCE, controls=reading, guidance_scale=guidance, seed=3, progress=False, **settings)
+    use = CONTROLS[name] if isinstance(CONTROLS[name], list) else [CONTROLS[name]]
+    if name in ("residuals", "joints"):  # they would change the source: a recorded one is as it was recorded
+        use = [masa.MasaCtrl(1, 8), *use]
+        out = masa.sample(tiny, target=TARGETS, controls=use, cache=cache, progress=False)
+        ref = masa.sample(tiny, target=TARGETS, controls=use[:1], cache=cache, progress=False)
+        differs(out.latents[1:], ref.latents[1:])
+        return
+    out = masa.sample(tiny, target=TARGETS, controls=use, cache=cache, progress=False)
+    same(out.latents[1:], plain[name, guidance][1:])
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_recorders_stand_beside(tiny, plain, name):
+    controls = CONTROLS[name] if isinstance(CONTROLS[name], list) else [CONTROLS[name]]
+    out = run(tiny, [*controls, masa.RecordAttention(), masa.RecordQueries()], guidance_scale=5.0)
+    same(out.latents, plain[name, 5.0])
+    assert out.attention[len(controls)][""].shape == (3, 77, 4, 6)
+
+
+# ----------------------------------------------------------------------------------------------------------- residuals
+
+
+def test_residuals_enter_where_diffusers_lets_them_in(tiny, tiny_folder, generator):
+    """The down path at the ends of levels, the skips alone, the middle: one forward each, to 1e-4 of the largest."""
+    oracle = Oracle(tiny_folder, tiny.tokenizer).unet
+    x, context = torch.randn(2, 4, 16, 16, generator=generator), torch.randn(2, 77, 32, generator=generator)
+    down, skips, mid = residual_shapes()
+
+    def draw(shape):
+        return torch.randn(2, shape[0], 16 // shape[1], 16 // shape[1], generator=generator)
+
+    adapter, control, middle = [draw(shape) for shape in down], [draw(shape) for shape in skips], draw(mid)
+    for given, theirs in (
+        (Residuals(down=tuple(adapter)), {"down_intrablock_additional_residuals": [t.clone() for t in adapter]}),
+        (
+            Residuals(skips=tuple(control), mid=middle),
+            {"down_block_additional_residuals": tuple(control), "mid_block_additional_residual": middle},
+        ),
+    ):
+        with torch.no_grad():
+            out, _ = tiny.unet(x, 300, context, residuals=given)
+            ref = oracle(x, 300, context, **theirs).sample
+        assert (out - ref).abs().max() / ref.abs().max() < 1e-4
+        assert (out - tiny.unet(x, 300, context)[0]).abs().max() > 0.1
+
+
+def test_residuals_follow_rows_that_share_work_and_that_leave(tiny, generator):
+    x, context = torch.randn(2, 4, 16, 24, generator=generator), torch.randn(4, 77, 32, generator=generator)
+    down, skips, mid = residual_shapes()
+
+    def draw(shape):
+        return torch.randn(4, shape[0], 16 // shape[1], 24 // shape[1], generator=generator)
+
+    added = Residuals(tuple(map(draw, down)), tuple(map(draw, skips)), draw(mid))
+    whole, _ = tiny.unet(x[[0, 1, 0, 1]], 300, context, residuals=added)
+    shared, _ = tiny.unet(x, 300, context, copies=(0, 1, 0, 1), residuals=added)
+    assert (shared - whole).abs().max() < 1e-4
+    for layer in (2, 6, 9):
+        left, _ = tiny.unet(x, 300, context, copies=(0, 1, 0, 1), retire=Retirement(layer, (1, 3)), residuals=added)
+        assert (left - whole[[1, 3]]).abs().max() < 1e-4
+
+
+def test_residuals_of_several_controls_add_up(tiny):
+    both = run(tiny, [AddResiduals(0.2, ("down",)), AddResiduals(0.3, ("skips", "mid"))]).latents
+    at_once = run(tiny, [AddResiduals(0.2, ("down",)), AddResiduals(0.3, ("skips",)), AddResiduals(0.3, ("mid",))])
+    same(at_once.latents, both)
+    for place, scale in (("down", 0.3), ("skips", 0.3), ("mid", 30.0)):  # the middle's weighs little in this network
+        differs(run(tiny, AddResiduals(scale, (place,))).latents, run(tiny, []).latents)
+    assert torch.equal(run(tiny, AddResiduals(0.0)).latents, run(tiny, []).latents)
+
+
+# --------------------------------------------------------------------------------------------------------------- joints
+
+
+def test_free_u_equals_diffusers(tiny, tiny_folder, generator):
+    oracle = Oracle(tiny_folder, tiny.tokenizer)
+    oracle.unet.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6)
+    # Their factors are chosen by the channels of SD's two deepest levels, 1280 and 640; these are the levels here.
+    x, context = torch.randn(2, 4, 16, 16, generator=generator), torch.randn(2, 77, 32, generator=generator)
+    from diffusers.utils.torch_utils import fourier_filter
+
+    from masa.controls.freeu import scale_low_frequencies
+
+    assert torch.allclose(fourier_filter(x, 1, 0.2), scale_low_frequencies(x, 0.2), atol=1e-6)
+    with torch.no_grad():
+        ref = oracle.unet(x, 300, context).sample
+    active = masa.FreeU().begin(describe(tiny))
+    out, _ = tiny.unet(x, 300, context, dict(active.edits(0, None)))
+    assert (out - ref).abs().max() / ref.abs().max() < 1e-4
+
+
+def describe(sd):
+    from masa.checks import describe_run
+    from masa.samplers.base import Levels
+
+    return describe_run(sd, Levels.of_schedule(sd.schedule, STEPS), (SOURCE, *TARGETS), (16, 16))
+
+
+def test_every_factor_of_free_u_matters(tiny):
+    usual = run(tiny, masa.FreeU(), []).latents
+    for control in (masa.FreeU((1.0, 1.6)), masa.FreeU((1.5, 1.0)), masa.FreeU(skip=(1.0, 0.2))):
+        differs(run(tiny, control, []).latents, usual, 1e-3)
+    same(run(tiny, masa.FreeU((1.0, 1.0), (1.0, 1.0)), []).latents, run(tiny, [], []).latents)
+    with pytest.raises(masa.MasaError, match=r"FreeU skip is \(1.0,\); expected two numbers"):
+        masa.FreeU(skip=(1.0,))
+
+
+# ----------------------------------------------------------------------------------------------------- several parts
+
+
+def test_every_field_of_an_edit_matters(tiny, plain):
+    usual = plain["several parts", 5.0]
+    whole = Several(1.3, 0.3, 0.2)
+    for control in (replace(whole, contrast=1.0), replace(whole, plain=0.0), replace(whole, blend=0.0)):
+        differs(run(tiny, control, guidance_scale=5.0).latents[1:], usual[1:], 1e-3)
+    same(run(tiny, Several(plain=1.0), guidance_scale=5.0).latents, run(tiny, [], guidance_scale=5.0).latents)
+
+
+def test_an_extra_scale_of_zero_is_none(tiny):
+    same(run(tiny, ImagePrompt(0.0)).latents, run(tiny, []).latents, 1e-5)
+    differs(run(tiny, ImagePrompt(0.5)).latents[1:], run(tiny, ImagePrompt(1.0)).latents[1:])
+    same(run(tiny, ImagePrompt()).latents[:1], run(tiny, []).latents[:1], 1e-5)
+
+
+def test_two_controls_that_say_what_is_read_are_refused(tiny):
+    for other in (masa.MasaCtrl(0, 0), masa.MasaCtrl(0, 0, union=True)):
+        with pytest.raises(masa.MasaError, match="two controls both set"):
+            run(tiny, [StyleAligned(), other])
