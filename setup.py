@@ -44,17 +44,20 @@ setup(
         "masa.weights": data("masa.weights", "clip/*"),
         "masa.weights.demo": data("masa.weights.demo", "*.md", "*.png", "*.json", "*.safetensors", "model/**/*.*"),
     },
+    # .ci/versions runs the suite's core with all lower bounds at once, and with the newest releases. torch is bounded
+    # above because the compiler's private names change with it.
     install_requires=[
-        "torch>=2.6,<2.14",
-        "safetensors>=0.5",
+        "torch>=2.6,<2.15",  # each pins its Triton: 2.6 has 3.2, 2.14 has 3.8
+        "safetensors>=0.6.1",  # the first that lists tensors in the file's order
         "transformers>=4.45",
-        "tokenizers>=0.20",
+        "tokenizers>=0.20.3",  # the first that refuses broken bytes
         "huggingface_hub>=0.26",
         "einops>=0.8",
         "pillow>=10.1",
         "numpy>=1.26",
         "tqdm>=4.66",
-        "triton>=3.2; sys_platform == 'linux'",
+        # Below 3.4 it serialises the products of compute capability 9.x, where "auto" then is SDPA: kernels/launch.py.
+        "triton>=3.2,<3.10; sys_platform == 'linux'",
     ],
     extras_require={
         "test": [

@@ -115,6 +115,15 @@ class Limits:
 EXPS_PER_CLOCK = 16
 
 
+def specified_gigaexps(properties: Any) -> float:
+    """Billions of exponentials per second that a GPU with these properties computes at its highest clock.
+
+    Infinite where torch does not tell the clock (below 2.10): the floor then counts products and bytes alone.
+    """
+    kilohertz = getattr(properties, "clock_rate", math.inf)
+    return float(EXPS_PER_CLOCK * properties.multi_processor_count * kilohertz / 1e6)
+
+
 def limits(device: str, dtype: torch.dtype) -> Limits:
     """Measure the device's limits with one large matrix product and one large copy.
 
@@ -127,8 +136,7 @@ def limits(device: str, dtype: torch.dtype) -> Limits:
     target = torch.empty_like(source)
     copy = measure(target.copy_, [(source,)], repeats=10, warm_up=3, device=device)
     if device == "cuda":
-        properties = torch.cuda.get_device_properties(0)
-        gigaexps = EXPS_PER_CLOCK * properties.multi_processor_count * properties.clock_rate / 1e6
+        gigaexps = specified_gigaexps(torch.cuda.get_device_properties(0))
     else:
         few = torch.rand(1 << 20)
         gigaexps = few.numel() / measure(few.exp, [()], repeats=50, warm_up=5, device=device).p20 / 1e6

@@ -15,6 +15,7 @@ LOG2_E = 1.4426950408889634
 MAX_HEAD_WIDTH = 256
 MAX_PROGRAMS = 65535  # CUDA's limit on the second axis of a grid
 MAX_SPAN = 2**31 - 1  # kernels count in 32 bits within a row and head
+WARPGROUPS_SINCE = (3, 4)  # releases of Triton before serialise warpgroup products (ptxas C7515)
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 SERVED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -38,7 +39,7 @@ def choose_backend(backend: str, q: Tensor, why_not: str | None) -> str:
     if backend == "auto":
         # Exact float32 products take three passes and many registers: SDPA does those better.
         wanted = q.is_cuda and q.dtype != torch.float32 and why_not is None
-        return "triton" if wanted and triton_unavailable(q.device) is None else "sdpa"
+        return "triton" if wanted and triton_unavailable(q.device) is None and triton_is_fast(q.device) else "sdpa"
     if backend == "triton":
         reason = why_not or triton_unavailable(q.device)
         if reason is not None:
@@ -58,8 +59,26 @@ def triton_unavailable(device: torch.device) -> str | None:
     return None
 
 
+def triton_is_fast(device: torch.device) -> bool:
+    """Whether "auto" takes Triton on this CUDA device, on which it can run.
+
+    Not where an old Triton would serialise the warpgroup products of compute capability 9.x: SDPA does not.
+    """
+    warpgroups = torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
+    return not warpgroups or triton_release() >= WARPGROUPS_SINCE
+
+
 # What torch.compiler.assume_constant_result sets; calling that imports the whole compiler, seconds of every import.
 triton_unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
+triton_is_fast._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def triton_release() -> tuple[int, int]:
+    """Major and minor number of the Triton that is installed."""
+    import triton
+
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)
 
 
 @functools.cache

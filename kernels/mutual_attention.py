@@ -96,7 +96,11 @@ def mutual_attention_with_lse(q: Tensor, k: Tensor, v: Tensor, *, kv_index: tupl
     return torch.ops.masa.mutual_attention_with_lse(q, k, v, list(kv_index))
 
 
-@torch.library.custom_op("masa::mutual_attention_with_lse", mutates_args=())
+@torch.library.custom_op(
+    "masa::mutual_attention_with_lse",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, int[] kv_rows) -> (Tensor, Tensor)",
+)
 def _mutual_attention_with_lse(q: Tensor, k: Tensor, v: Tensor, kv_rows: list[int]) -> tuple[Tensor, Tensor]:
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     out = _launch(q, k, v, None, None, tuple(kv_rows), None, None, q.shape[-1] ** -0.5, 1.0, lse)

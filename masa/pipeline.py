@@ -23,8 +23,8 @@ from masa.models.clip import TextEncoder
 from masa.models.tokenizer import Tokenizer
 from masa.models.unet import UNet
 from masa.models.vae import VAE
-from masa.runtime.networks import build_models, ends
-from masa.runtime.offload import Shelf
+from masa.runtime.networks import build_models, weight_samples
+from masa.runtime.offload import OffloadedNetworks
 from masa.schedule import Schedule
 from masa.weights import hub
 from masa.weights.model_files import open_checkpoint
@@ -55,7 +55,7 @@ class Origin:
 class StableDiffusion:
     """The parts of a Stable Diffusion v1 model in one dtype and, unless offloaded, on one device.
 
-    offload: as `load` was told. shelf: of an offloaded model on a CPU, what empties and fills its networks.
+    offload: as `load` was told. offloaded: of an offloaded model on a CPU, what empties and fills its networks.
     compiled: the UNet's compiler, by name. cuda_graphs: as `compile` was told.
     """
 
@@ -67,7 +67,7 @@ class StableDiffusion:
     config: ModelConfig
     origin: Origin
     offload: bool = False
-    shelf: Shelf | None = None
+    offloaded: OffloadedNetworks | None = None
     compiled: str | None = None
     cuda_graphs: bool | None = None
 
@@ -85,12 +85,12 @@ class StableDiffusion:
         """A digest of the weights as loaded: it differs between models, and between dtypes of the same model."""
         digest = hashlib.sha256()
         for network in (self.unet, self.vae, self.text_encoder):
-            digest.update(ends(network) if self.shelf is None else self.shelf.ends(network))
+            digest.update(weight_samples(network) if self.offloaded is None else self.offloaded.weight_samples(network))
         return digest.hexdigest()[:16]
 
     @property
     def device(self) -> torch.device:
-        return self.unet.conv_in.weight.device if self.shelf is None else torch.device("cpu")
+        return self.unet.conv_in.weight.device if self.offloaded is None else torch.device("cpu")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -107,7 +107,7 @@ class StableDiffusion:
         """
         from masa.runtime.compile import compile_unet  # the compiler takes seconds to import
 
-        if self.shelf is not None:
+        if self.offloaded is not None:
             raise MasaError(
                 "offload=True on a CPU reads the UNet's weights anew, and a compiled UNet keeps them; leave one of the "
                 "two out"
@@ -152,8 +152,8 @@ class StableDiffusion:
     @contextmanager
     def _at_work(self, network: UNet | VAE | TextEncoder) -> Iterator[None]:
         """The network ready; offloaded, it goes back afterwards, also if it did not fit."""
-        if self.shelf is not None:
-            with self.shelf.at_work(network):
+        if self.offloaded is not None:
+            with self.offloaded.at_work(network):
                 yield
             return
         if not self.offload:
@@ -204,10 +204,10 @@ def load(
             f"the tokenizer has {words.vocab_size:,} tokens and {opened.path}'s text encoder knows "
             f"{opened.config.text.vocab_size:,}; give its own tokenizer's folder as tokenizer="
         )
-    shelf = None
+    offloaded = None
     if offload and device.type == "cpu":
-        shelf = Shelf.read(opened, vae_path, prefer_half, dtype, progress)
-    networks = build_models(opened, dtype, device, progress, offload) if shelf is None else shelf.networks
+        offloaded = OffloadedNetworks.read(opened, vae_path, prefer_half, dtype, progress)
+    networks = build_models(opened, dtype, device, progress, offload) if offloaded is None else offloaded.networks
     return StableDiffusion(
         *networks,
         words,
@@ -219,7 +219,7 @@ def load(
             None if tokenizer is None else str(tokenizer),
         ),
         offload,
-        shelf,
+        offloaded,
     )
 
 

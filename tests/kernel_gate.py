@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -29,7 +30,7 @@ from triton.compiler import ASTSource, compile
 
 from masa.kernels import device, tiles
 from masa.kernels.cross_attention_maps import MAX_MAPS
-from masa.kernels.launch import dot_precision, split_width
+from masa.kernels.launch import dot_precision, split_width, triton_release
 from masa.kernels.tiles import Tile
 
 # Dynamic shared memory per block, bytes (AMD: LDS per workgroup).
@@ -141,7 +142,8 @@ def build(launch: Launch) -> Report:
     values |= {"weights_batch": 0}
     if launch.form == "maps":
         values["n_keys"] = 77
-    signature, attributes = {}, {}
+    signature: dict[str, str] = {}
+    aligned: list[int] = []
     for place, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
@@ -150,18 +152,29 @@ def build(launch: Launch) -> Report:
         stride = {"batch": tokens * width, "token": width, "head": width // 8}.get(name.split("_")[-1], 1)
         value = values.get(name, stride)
         if signature[name].startswith("*") or (signature[name] == "i32" and value % 16 == 0):
-            attributes[(place,)] = [["tt.divisibility", 16]]
+            aligned.append(place)
 
     hip = arch.startswith("gfx")
     target = GPUTarget("hip", arch, 64) if hip else GPUTarget("cuda", int(arch[3:]), 32)
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
     began = time.perf_counter()
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    compiled = compile(source, target=target, options=options)
+    compiled = compile(_source(kernel, signature, constants, aligned), target=target, options=options)
     seconds = time.perf_counter() - began
     parts = _amd(compiled.asm["amdgcn"]) if hip else _nvidia(compiled, int(arch[3:]), tile)
     shared = compiled.metadata.shared
     return Report(launch.name, tile, shared=shared, shared_limit=SHARED_LIMIT[arch], seconds=seconds, **parts)
+
+
+def _source(kernel: Any, signature: dict[str, str], constants: dict[str, object], aligned: list[int]) -> ASTSource:
+    """What is compiled. aligned: places of the arguments that are multiples of 16."""
+    if triton_release() >= (3, 3):
+        attributes = {(place,): [["tt.divisibility", 16]] for place in aligned}
+        return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    from triton.backends.compiler import AttrsDescriptor
+
+    variables = {name: kind for name, kind in signature.items() if kind != "constexpr"}
+    hints = AttrsDescriptor.from_hints(dict.fromkeys(aligned, 16))
+    return ASTSource(fn=kernel, signature=variables, constants=constants, attrs=hints)
 
 
 def _type(name: str, dtype: str) -> str:

@@ -45,765 +45,565 @@ class Mutant:
         return f"{old[:70]} -> {new[:50] or '(nothing)'}"
 
 
-def mutant(module: str, tests: str, old: str, new: str) -> Mutant:
-    """module: the test module, without test_ and .py; tests: names of its tests, without test_, or "" for all."""
-    file = f"tests/test_{module}.py"
-    return Mutant(old, new, tuple(f"{file}::test_{name}" for name in tests.split()) or (file,))
+# Tests -> mutations, each (old, new). Tests: a test module without test_ and .py, and names of its tests without test_;
+# where none is named, all of the module's.
+Mutations = dict[str, list[tuple[str, str]]]
+
+SOURCE_CACHE: Mutations = {
+    "source_cache a_cache_recorded_from_a_later_step_serves": [
+        ("self.latents[step + 1 - self.first_step]", "self.latents[step + 1]"),
+        ('return self.latents[:1] if self.settings["latents"] is not None else latents', "return latents"),
+        (" and not (cache.pinned and run.first_step > cache.first_step)", ""),
+    ],
+    "source_cache the_seed_of_an_edit_s_noise_is_the_recorded_one": [
+        ('self.settings["eta"] > 0 and (', "False and ("),
+    ],
+    "source_cache noise_that_a_trajectory_brings_is_kept": [
+        ("(self.trajectory is None or self.trajectory.noise is None)", "(True)"),
+        ('TRAJECTORY = ("latents", "context", "noise")', 'TRAJECTORY = ("latents", "context")'),
+    ],
+    "source_cache targets_may_start_from_latents_of_their_own": [
+        (" or not torch.equal(latents[:1].cpu(), self.latents[:1])", ""),
+    ],
+    "source_cache what_agrees_with_the_cache_is_taken": [
+        ("not torch.equal(trajectory.latents, self.trajectory.latents)", "False"),
+    ],
+    "source_cache what_contradicts_the_cache_is_refused": [
+        ("if generator is not None and self.seeded:", "if False:"),
+        ('name = "RecordQueries"\n    watches_source = True', 'name = "RecordQueries"'),
+        ('name = "RecordPredictions"\n    watches_source = True', 'name = "RecordPredictions"'),
+    ],
+    "source_cache cached_equals_uncached[style]": [
+        ('("k", "v") if isinstance(control, MasaCtrl) else ("q", "k")', '("k", "v")'),
+    ],
+    "source_cache the_store_goes_by_size": [
+        ("if nbytes <= SHARE * free_memory(device):", "if nbytes <= free_memory(device):"),
+    ],
+    "source_cache another_model_is_refused": [
+        (
+            'if sd.fingerprint != settings["fingerprint"]:\n        raise MasaError(\n            f"the cache',
+            'if False:\n        raise MasaError(\n            f"the cache',
+        ),
+    ],
+    "source_cache lent_maps_stand_behind_those_of_the_batch": [
+        ("maps = torch.cat([maps, lent_maps])", "maps = torch.cat([lent_maps, maps])"),
+    ],
+}
+
+RUN: Mutations = {
+    "prompt_to_prompt recorded_maps_are_those_that_the_edit_makes": [
+        ("own_tokens * mix.own[:, None]", "own_tokens"),
+        ("own_tokens @ mix.from_source.mT", "own_tokens @ mix.from_source"),
+    ],
+    "prompt_to_prompt equals_the_published_controller[refine]": [
+        ("mix.own[:, None, :, None].to(v.dtype) * own_v", "own_v"),
+    ],
+    "guidance source_and_targets_may_be_guided_by_different_scales": [
+        ("uncond is None or uncond == cond or scale <= 1.0", "uncond is None or uncond == cond"),
+        ("scale = source_scale if replayed and source_scale is not None else guidance_scale", "scale = guidance_scale"),
+    ],
+    "branches every_row_reads_the_source_of_its_half": [
+        ("self.row(SOURCE, row.halves[0]) for row in self.rows", 'self.row(SOURCE, "cond") for row in self.rows'),
+    ],
+    "sampling bad_settings_are_named": [
+        (" or changed.shape != x.shape", ""),
+        ("if seed is not None and generator is not None:", "if False:"),
+        ("not 0.0 <= eta <= 1.0", "not 0.0 <= eta"),
+    ],
+    "sampling results_that_are_no_numbers_are_refused": [
+        ("torch.isfinite(x).all()", "torch.isfinite(x).any()"),
+    ],
+    "sampling edit_inverts_and_samples_with_its_schedule_and_backend": [
+        (
+            "generator=generator,\n        schedule=schedule,\n        tiled=tiled,\n        backend",
+            "generator=generator,\n        tiled=tiled,\n        backend",
+        ),
+        (
+            "backend=backend,\n        progress=progress,\n    )\n    return run(",
+            "progress=progress,\n    )\n    return run(",
+        ),
+    ],
+    "sampling whole_numbers_may_be_latents": [
+        ("return latents.float().expand(", "return latents.expand("),
+    ],
+    "sampling one_edit_costs_196_rows": [
+        ("Context(rows(step, equal[step])", "Context(rows(step, False)"),
+    ],
+    "sampling editing_a_picture_equals_the_published_loop": [
+        ("run.pinned[run.steps - step][None]", "run.pinned[run.steps - step - 1][None]"),
+        ("math.sqrt(a_next) * predict_x0(eps, x, a)", "math.sqrt(a) * predict_x0(eps, x, a)"),
+    ],
+    "sampling leaving_rows_out_changes_nothing": [
+        ("last_layer = max(run.sd", "last_layer = min(run.sd"),
+    ],
+    "sampling seed_decides_the_noise": [
+        ("self.generator = torch.Generator().manual_seed(self.seed)", "self.generator = torch.Generator()"),
+    ],
+    "sampling eta_equals_diffusers": [
+        ("math.sqrt(1.0 - a_prev - sigma**2) * eps", "math.sqrt(1.0 - a_prev) * eps"),
+        (" * math.sqrt(1.0 - a_t / a_prev)", ""),
+    ],
+    "schedule": [
+        ("self.alphas_cumprod[max(timestep, 0)]", "self.alphas_cumprod[timestep]"),
+        ("if self.offset not in (0, 1):", "if False:"),
+    ],
+    "sampling timesteps_match_the_published_ones": [
+        ("stride * k + self.offset for k in", "stride * k for k in"),
+    ],
+    "sampling callback_sees_and_may_change_latents": [
+        ("return changed.to(x)", "return x"),
+    ],
+    "inversion_methods guidance_has_no_say_in_a_negative_prompt_inversion": [
+        ("        uncond = cond\n", "        pass\n"),
+    ],
+    "inversion_methods edit_friendly_noise_replays_the_source": [
+        ("run.draw_noise() if run.noise is None else run.noise[step][None]", "run.draw_noise()"),
+    ],
+    "inversion_methods edit_friendly_equals_the_naive_loop": [
+        ("return torch.cat(found[::-1])", "return torch.cat(found)"),
+    ],
+    "inversion_methods edit_friendly_noise_skips_12_of_50_steps": [
+        ("steps * 12 // 50", "steps * 0"),
+    ],
+    "inversion_methods a_guided_inversion_s_source_is_replayed_under_its_guidance": [
+        ('None if self.noise is None else float(self.settings["guidance_scale"])', "None"),
+        ("guided = max(settings.guidance_scale, source_scale) > 1.0", "guided = settings.guidance_scale > 1.0"),
+    ],
+    "inversion_methods skipping_steps_of_pure_noise_is_refused": [
+        ("if skip_steps and from_noise:", "if False:"),
+    ],
+    "null_text tolerance_and_learning_rate_are_the_published_ones": [
+        ("return 1e-5 + 2e-5 * step", "return 2e-5 * step"),
+        ("LEARNING_RATE * (1.0 - step / MAX_STEPS)", "LEARNING_RATE"),
+    ],
+    "sdedit strength_0_is_the_picture_through_the_autoencoder": [
+        ("trajectory.latents[trajectory.steps - first_step]", "trajectory.latents[trajectory.steps]"),
+    ],
+    "sdedit sdedit_equals_the_naive_loop": [
+        ("shared=True)", "shared=False)"),
+    ],
+    "inversion_methods negative_prompt_source_takes_one_row_and_null_text_two": [
+        ("(last and run.retraces)", "last"),
+    ],
+    "pipeline the_default_dtype_is_what_the_processor_multiplies": [
+        ('torch.bfloat16 if device.type == "cpu" and cpu_has_bf16() else torch.float32', "torch.float32"),
+    ],
+    "pipeline fingerprint_tells_models_apart": [
+        ("for network in (self.unet, self.vae, self.text_encoder):", "for network in (self.unet,):"),
+    ],
+    "memory_options sampling_decodes_in_tiles": [
+        ("return max(size) > LARGEST if tiled is None else tiled", "return max(size) > LARGEST"),
+    ],
+}
+
+GUIDANCE_AND_SAMPLERS: Mutations = {
+    "guidance a_source_that_replays_its_noise_is_the_same_under_every_rule": [
+        ("not settings.pin_source or step == steps - 1", "not settings.pin_source"),
+        ("source_guided=replayed", "source_guided=False"),
+        ("of_branch = ClassifierFree() if replayed else rule", "of_branch = rule"),
+    ],
+    "guidance outside_its_interval_the_unconditional_rows_are_not_computed": [
+        ("both = guided and rule.guides(step)", "both = guided"),
+        ("not (replayed or rule.guides(step))", "False"),
+        ("self.start <= step < self.end", "self.start <= step <= self.end"),
+    ],
+    "guidance rescaled_guidance_equals_diffusers": [
+        ("cond.std() / guided.std()", "guided.std() / cond.std()"),
+        ("(1.0 - self.phi) * guided", "guided"),
+    ],
+    "samplers whole_trajectories_equal_diffusers": [
+        ("FEW_STEPS = 15", "FEW_STEPS = 14"),
+        ("h / (2.0 * h_before)", "h_before / (2.0 * h)"),
+        ("math.exp(-h) * x", "x"),
+        ("last and self.levels.steps < FEW_STEPS", "last"),
+    ],
+    "samplers grids_equal_diffusers": [
+        ("training // (steps + 1)", "training // steps"),
+        ("KARRAS_RHO = 7.0", "KARRAS_RHO = 6.0"),
+        ("round(low + min(max(share, 0.0), 1.0))", "round(low)"),
+    ],
+    "samplers leading_timesteps_have_the_schedules_offset": [
+        ("stride * k + schedule.offset", "stride * k + 1"),
+    ],
+    "samplers a_pinned_source_has_no_history": [
+        ("x0[:1] if run.pinned is not None and run.solver.keeps_history else moved[:1]", "moved[:1]"),
+    ],
+    "samplers a_pictures_cache_serves_it a_cached_source_serves_it": [
+        ("self.predictions[step - self.first_step]", "self.predictions[step]"),
+        ("run.cache.predicted(step) if run.cache is not None else", "run.cache.source_after(step) if run.cache else"),
+    ],
+    "samplers blended_latents_blend_the_history_with_the_clean_picture": [
+        ("return self._put_back(history, self.source)", "return history"),
+    ],
+    "samplers local_blend_blends_the_history_alike": [
+        ("history if self.local_blend is None else self.local_blend.blend(history)", "history"),
+    ],
+    "samplers what_is_put_back_goes_on_as_the_source_does": [
+        ("history = tuple(control.blend(kept) for kept in history)", "pass"),
+    ],
+    "samplers controls_see_the_samplers_levels": [
+        ("alphas=(*levels.alphas[:-1], 1.0)", "alphas=levels.alphas"),
+    ],
+    "samplers noise_that_is_no_inversion_needs_not_be_retraced": [
+        ('method not in (None, "noise") and free', "method is not None and free"),
+    ],
+    "registration older_pictures_run_again": [
+        ('{"sampler": DDIM(), "guidance": ClassifierFree()}.get(name)', "None"),
+    ],
+    "registration a_schedule_of_ones_own_holds_for_the_edit_too": [
+        ("own = None if type(schedule) is Schedule else schedule", "own = None"),
+        ("check_kept(schedule=self.schedule)", "pass"),
+    ],
+    "registration derived_fields_are_not_given_twice": [
+        ("for f in fields(value) if f.init", "for f in fields(value)"),
+    ],
+}
+
+ROUND_TRIPS: Mutations = {
+    "result an_edit_runs_again_with_what_is_not_the_default": [
+        ('schedule=restore_schedule(settings["schedule"]),\n        tiled', "tiled"),
+        ('guidance_scale=settings["guidance_scale"],\n        method', "method"),
+        *(
+            (
+                "for f in fields(cls) if f.name in settings",
+                f"for f in fields(cls) if f.name in settings.keys() - {{{name!r}}}",
+            )
+            for name in ("pin_source", "negative_prompt", "eta", "targets_at_once", "skip_steps", "guidance_scale")
+        ),
+    ],
+    "result settings_are_json_and_come_back": [
+        (', "skip": value.skip}', "}"),
+    ],
+    "result every_kind_of_start_runs_again": [
+        (
+            "for f in fields(cls) if f.name in settings",
+            'for f in fields(cls) if f.name in settings.keys() - {"latents"}',
+        ),
+        ("generator.set_state(unpack(state))", "pass"),
+    ],
+    "result large_maps_are_saved_in_half_precision": [
+        ("tensor.is_floating_point() and tensor.numel() > BIG", "tensor.numel() > BIG"),
+    ],
+    "result an_older_results_further_targets_are_removed": [
+        ("[1 + targets : -2]", "[2 + targets : -2]"),
+    ],
+    "result an_edit_runs_again_from_its_picture": [
+        ("if file_digest(found) != digest:", "if False:"),
+    ],
+    "result other_weights_are_noticed": [
+        (
+            'if sd.fingerprint != settings["fingerprint"]:\n        raise MasaError(\n            f"{settings[',
+            'if False:\n        raise MasaError(\n            f"{settings[',
+        ),
+    ],
+    "result large_settings_survive_in_the_picture": [
+        ('while (name := f"{KEY}.{len(pieces)}") in texts:', 'while (name := f"{KEY}.{len(pieces)}") is None:'),
+    ],
+    "result schedule_and_backend_run_again": [
+        ('schedule=Schedule.restore(settings["schedule"]),\n        targets_at_once', "targets_at_once"),
+        (
+            'backend=settings["backend"],\n        progress=progress,\n    )\n\n\ndef restore_generator',
+            "progress=progress,\n    )\n\n\ndef restore_generator",
+        ),
+    ],
+}
+
+CONTROLS: Mutations = {
+    "prompt_to_prompt recorded_maps_are_those_that_the_edit_makes": [
+        ("own[branch - 1, list(positions)] *= factor", "own[branch - 1, list(positions)] *= 1.0"),
+        ("from_source[branch - 1][:, list(positions)] *= factor", "from_source[branch - 1][:, list(positions)] *= 1.0"),
+    ],
+    "prompt_to_prompt equals_the_published_controller": [
+        ("int(fraction * len(schedule))", "int(fraction * run.steps)"),
+    ],
+    "prompt_to_prompt equals_the_published_controller[refine]": [
+        ("range(int(run.steps * start), int(run.steps * end))", "range(0, int(run.steps * end))"),
+        ("if step in self.own_steps else None", "if False else None"),
+    ],
+    "prompt_to_prompt self_attention_reaches_half_the_latents_side_at_any_size": [
+        ("math.prod(run.grid) // 4 if", "math.prod(run.grid) // 16 if"),
+    ],
+    "masks word_masks_are_those_of_this_step_or_of_the_last": [
+        ("self.previous = maps[[", "self.previous = self.previous if self.previous is not None else maps[["),
+        ("normalise(self.previous)[0] >= self.threshold", "normalise(self.previous)[0] > self.threshold"),
+        ("self.map_grid), grid) >= self.threshold", "self.map_grid), grid) > self.threshold"),
+    ],
+    "masks a_row_whose_source_has_no_map_sees_every_key": [
+        (" | constant[source]", ""),
+    ],
+    "masks a_given_mask_counts_from_one_half_on": [
+        ("region = rows >= SOURCE_THRESHOLD", "region = rows > SOURCE_THRESHOLD"),
+        ("(load_mask(self.source) >= SOURCE_THRESHOLD)", "(load_mask(self.source) > SOURCE_THRESHOLD)"),
+    ],
+    "masks a_mask_of_any_shape_covers_the_picture given_masks_are_resized_to_every_grid": [
+        ('size=size, mode="nearest")[:, 0]', 'size=size[::-1], mode="nearest")[:, 0]'),
+    ],
+    "masks a_mask_of_any_shape_covers_the_picture": [
+        ("self.by_grid[max(self.by_grid)]", "self.by_grid[min(self.by_grid)]"),
+    ],
+    "masks source_masks_are_cut_and_target_masks_may_be_soft": [
+        ("queries = (rows if self.soft else region)", "queries = (region)"),
+    ],
+    "masks source_weight_matters_in_a_union": [
+        ("source_weight=self.control.source_weight if self.control.union else None", "source_weight=None"),
+    ],
+    "masks normalise_spans_0_to_1_and_finds_constant_maps": [
+        ("(maps - low) / torch.where", "maps / torch.where"),
+    ],
+    "token_alignment of_equally_good_alignments_the_targets_end_is_left_out_first": [
+        ("if score[i][j] == score[i][j - 1]:", "if score[i][j] == score[i][j - 1] != score[i - 1][j]:"),
+    ],
+    "token_alignment only_equal_tokens_are_paired refinement_equals_the_published_alignment": [
+        ("(1 if source[i - 1] == target[j - 1] else -1)", "(1 if source[i - 1] == target[j - 1] else 1)"),
+    ],
+    "token_alignment replacement_equals_the_published_walk": [
+        ("= 1.0 / len(theirs)", "= 1.0"),
+    ],
+    "token_alignment a_shorter_target_takes_no_word_for_its_padding": [
+        ("range(max(len(source.ids), len(target.ids)), tokens)", "range(len(target.ids), tokens)"),
+    ],
+    "local_blend equals_the_published_blend outside_its_mask_the_target_is_the_source": [
+        ("return region | region[:1]", "return region"),
+        ("maps if self.sum is None else self.sum + maps", "maps"),
+        ("region & ~self._region(", "region & self._region("),
+        ("if step < self.first_blended:", "if step <= self.first_blended:"),
+    ],
+    "sdedit blending_equals_the_naive_loop": [
+        ("background = self.noised(self.alphas[step + 1])", "background = self.noised(self.alphas[step])"),
+        ("max(run.first_step, int(self.skip * run.steps))", "run.first_step"),
+    ],
+    "plug_and_play equals_the_published_arithmetic both_settings_matter": [
+        ("s.layer >= FIRST_ATTENTION_LAYER", "s.layer > FIRST_ATTENTION_LAYER"),
+        ("if step < self.feature_steps:", "if step <= self.feature_steps:"),
+    ],
+    "style equals_the_formula": [
+        (
+            "return dict.fromkeys(self.sites, Edit(q_from=branches.source_rows, k_from=branches.source_rows))",
+            "return dict.fromkeys(self.sites, Edit(k_from=branches.source_rows))",
+        ),
+    ],
+    "plots maps_are_the_probabilities words_add_up_their_tokens": [
+        ("self.sums[kind] + mean if kind in self.sums else mean", "mean"),
+        ('means["self"].mT.unflatten', 'means["self"].unflatten'),
+    ],
+    "sampling edit_refuses_before_inverting": [
+        (" & set(range(run.first_step, run.steps))", ""),
+    ],
+    "sampling controls_at_odds_in_a_late_step_are_refused_before_the_first": [
+        ("if index in merged and field in merged[index].changed():", "if False:"),
+    ],
+    "sampling equals_the_published_loop[lists]": [
+        ('site.kind == "self" and site.layer in layers)\n        mask =', "site.layer in layers)\n        mask ="),
+    ],
+}
+
+MODELS: Mutations = {
+    "unet features_are_those_of_the_row_s_own_timestep": [
+        ("None if emb is None else emb_of(emb, read)", "emb"),
+    ],
+    "unet rows_that_stay_keep_their_timesteps": [
+        ("emb, context = emb_of(emb, keep), take(context, keep)", "context = take(context, keep)"),
+        (" or (retire is not None and retire.layer == 0)", ""),
+    ],
+    "unet copies_are_computed_once_until_the_prompt_is_read": [
+        ("emb, copies = emb_of(emb, copies), None\n                if", "copies = None\n                if"),
+    ],
+    "unet timestep_embedding_has_cosines_first": [
+        ("torch.cat([angles.cos(), angles.sin()]", "torch.cat([angles.sin(), angles.cos()]"),
+    ],
+    "unet equals_diffusers": [
+        ("return x * F.gelu(gate)", "return x * F.silu(gate)"),
+    ],
+    "unet norm_eps_are_the_checkpoints": [
+        ("GroupNorm(norm_groups, width, eps=1e-6)", "GroupNorm(norm_groups, width, eps=1e-5)"),
+    ],
+    "unet rows_retire_where_nothing_more_is_read_of_them": [
+        ("if keep is not None and self._self_attention_is_last_read(call):", "if False:"),
+    ],
+    "unet retired_rows_do_not_change_the_others": [
+        (" and call.edit_at(self.attn2.site) is PLAIN", ""),
+    ],
+    "unet residual_sites_name_the_layer_that_follows": [
+        (
+            "if i < len(block.attentions):\n                    layer += 1",
+            "if i <= len(block.attentions):\n                    layer += 1",
+        ),
+    ],
+    "unet rows_that_do_not_fit_are_refused": [
+        (" or any(not 0 <= row < len(x) for row in copies or ())", ""),
+    ],
+    "attention masks_are_planned_once_per_forward": [
+        ("key = (id(mask), grid, len(self.tape))", "key = (id(mask), grid)"),
+    ],
+    "attention rows_read_what_the_edit_says": [
+        ("v_index = tuple(v_rows.index(row) for row in edit.v_from or own)", "v_index = k_index"),
+    ],
+    "attention keys_and_values_of_different_rows_are_not_masked_or_united": [
+        ("if plan is not None or edit.union_with is not None:", "if plan is not None:"),
+    ],
+    "vae the_log_variance_is_kept_between_minus_30_and_20": [
+        ("logvar.clamp(-30.0, 20.0)", "logvar"),
+    ],
+    "vae equals_diffusers": [
+        ("latents / self.config.scaling_factor", "latents"),
+        ("F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x", "F.pad(x, (1, 0, 1, 0)) if self.asymmetric else x"),
+    ],
+    "rowwise the_results_are_torch_s": [
+        (
+            "(self.kernel_size, self.stride, self.padding, self.groups) == ((1, 1), (1, 1), (0, 0), 1)",
+            "(self.kernel_size, self.padding, self.groups) == ((1, 1), (0, 0), 1)",
+        ),
+    ],
+    "rowwise it_applies_where_it_serves": [
+        ("torch.compiler.is_compiling() or torch.is_grad_enabled()", "torch.compiler.is_compiling()"),
+    ],
+    "tiling a_tile_s_share_falls_linearly_to_its_borders": [
+        ("* _ramp(out.shape[-1], out)", "* torch.ones_like(_ramp(out.shape[-1], out))"),
+        ("_ramp(out.shape[-2], out)[:, None]", "torch.ones_like(_ramp(out.shape[-2], out))[:, None]"),
+        ("length - 1 - place) + 1", "length - 1 - place) + 2"),
+    ],
+    "tiling tiles_cover_and_overlap": [
+        ("// step * step for i in range(count)", "for i in range(count)"),
+        ("math.ceil((length - overlap) / (tile - overlap))", "math.ceil(length / tile)"),
+    ],
+    "tokenizer tokenizer_json_has_its_own_padding_too": [
+        ("return cls(vocab, merges, pad)", "return cls(vocab, merges)"),
+    ],
+    "tokenizer a_small_vocabulary_with_its_own_padding": [
+        ('"merges.txt"), pad)', '"merges.txt"))'),
+    ],
+    "tokenizer token_positions": [
+        ("start < span_end and end > span_start for", "start <= span_end and end > span_start for"),
+    ],
+    "tokenizer a_prompt_of_exactly_75_tokens_is_whole": [
+        ("room = self.length - 2\n            if", "room = self.length - 3\n            if"),
+    ],
+    "winograd is_the_convolution the_size_of_a_pass_changes_nothing_but_rounding": [
+        ("above, below = TILE * top - 1,", "above, below = TILE * top,"),
+        ("if some.start == 0:", "if True:"),
+        ("begin, end = max(0, above), min(height, below)", "begin, end = max(0, above), min(height, below - 1)"),
+    ],
+}
+
+KERNELS_AND_WEIGHTS: Mutations = {
+    "kernels_cross_attention_maps gradients_flow_through_both_results": [
+        (
+            "cross_attention_with_maps_sdpa(q, k, v, token_weights, ctx.scale)",
+            "cross_attention_with_maps_sdpa(q, k, v, token_weights)",
+        ),
+    ],
+    "kernels_cross_attention_maps sdpa_is_as_exact_as_torch": [
+        (".to(wide).mean(1).mT", ".to(wide).sum(1).mT"),
+    ],
+    "kernels_mutual_attention plan_keeps_weights_between_0_and_1": [
+        ("query_weight.float().clamp(0, 1)", "query_weight.float()"),
+    ],
+    "kernels_mutual_attention plan_knows_binary_weights": [
+        ("((weight == 0) | (weight == 1)).all()", "((weight == 0) | (weight == 1)).any()"),
+    ],
+    "kernels_mutual_attention every_path_is_as_exact_as_torch": [
+        ("torch.where(count == 0, 0.0, weight)", "weight"),
+        ("plan.query_weight[row].index_select(0, order[soft])", "plan.query_weight[row][soft]"),
+        ("logits = logits + math.log(source_weight)", "logits = logits"),
+    ],
+    "kernels_mutual_attention blending_rounds_once": [
+        ("torch.promote_types(foreground.dtype, torch.float32)", "foreground.dtype"),
+    ],
+    "kernels_mutual_attention source_weight_counts_source_keys_repeatedly": [
+        ("bias[..., :first] = math.log(source_weight)", "bias[..., :first] = source_weight"),
+    ],
+    "kernels_mutual_attention masactrl_rows_copy_nothing": [
+        ("step > 0 and values ==", "False and values =="),
+    ],
+    "kernels_mutual_attention rows_packed_in_an_integer": [
+        ("value - (1 << 64) if value >= 1 << 63 else value", "value"),
+    ],
+    "kernels_mutual_attention rows_of_any_pattern": [
+        ("if step < 1 or any(", "if any("),
+    ],
+    "kernels_mutual_attention triton_asked_for_by_name_does_not_fall_back": [
+        ("if width % 8 or not 8", "if not 8"),
+    ],
+    "kernels_mutual_attention full_rows_are_plain": [
+        ("whole[row]:", "False:"),
+    ],
+    "model_files heads_are_read_from_the_settings": [
+        ('settings.get("num_attention_heads") or ', ""),
+    ],
+    "model_files settings_are_read": [
+        ('text_json.get("num_attention_heads"),', "None,"),
+        ('settings.get("num_train_timesteps", base.training_timesteps)', "base.training_timesteps"),
+    ],
+    "model_files another_autoencoder_may_be_a_folder settings_that_the_models_do_not_compute_are_refused": [
+        ("found = settings.get(key, value)", "found = value"),
+    ],
+    "layouts": [
+        ("after = 1 if level == 0 else 2", "after = 2"),
+        ('levels - 1 - level if place == "up" else level', "level"),
+    ],
+    "model_files parts_of_different_models_are_refused": [
+        ("if config.text.width != config.unet.context_width:", "if False:"),
+    ],
+}
+
+FILES_AND_COMMANDS: Mutations = {
+    "image": [
+        ("+ 1.0) * 127.5).round()", "+ 1.0) * 127.5)"),
+        ("ImageOps.exif_transpose(picture)", "picture"),
+    ],
+    "files": [
+        ("temporary.unlink(missing_ok=True)", "pass"),
+    ],
+    "shelf a_changed_unet_is_not_thrown_away": [
+        ("if Mark.of(unet) != self.marks[0] or any(", "if any("),
+    ],
+    "compile the_oldest_captures_are_dropped captures_are_dropped_with_the_weights_they_read": [
+        ("while len(self.captured) >= MOST_GRAPHS:", "while False:"),
+        ("if self.places != self._places():", "if False:"),
+    ],
+    "cli edit_equals_the_library": [
+        ("**given(threshold=args.threshold)", ""),
+    ],
+    "cli options_describe_controls": [
+        ("cross_replace_steps=args.cross_steps, ", ""),
+    ],
+    "cli number_lists": [
+        ("int(last or first) + 1", "int(last or first)"),
+    ],
+    "cli options_describe_recorders": [
+        ("RecordQueries(layers, steps)", "RecordQueries(layers)"),
+    ],
+    "idle_options": [
+        ("if is_given(args, option) and not set(owners) & set(names):", "if False:"),
+    ],
+    "sheets a_sweep_synthesises_every_pair a_sweep_over_a_picture_inverts_once": [
+        ("{**fixed, **of_sampling,", "{**of_sampling, **fixed,"),
+    ],
+    "sdedit sdedit_equals_the_naive_loop": [
+        ("round(strength * steps)", "int(strength * steps) - 1"),
+    ],
+}
 
 
-SOURCE_CACHE = [
-    mutant(
-        "source_cache",
-        "a_cache_recorded_from_a_later_step_serves",
-        "self.latents[step + 1 - self.first_step]",
-        "self.latents[step + 1]",
-    ),
-    mutant(
-        "source_cache",
-        "a_cache_recorded_from_a_later_step_serves",
-        'return self.latents[:1] if self.settings["latents"] is not None else latents',
-        "return latents",
-    ),
-    mutant(
-        "source_cache",
-        "a_cache_recorded_from_a_later_step_serves",
-        " and not (cache.pinned and run.first_step > cache.first_step)",
-        "",
-    ),
-    mutant(
-        "source_cache",
-        "the_seed_of_an_edit_s_noise_is_the_recorded_one",
-        'self.settings["eta"] > 0 and (',
-        "False and (",
-    ),
-    mutant(
-        "source_cache",
-        "noise_that_a_trajectory_brings_is_kept",
-        "(self.trajectory is None or self.trajectory.noise is None)",
-        "(True)",
-    ),
-    mutant(
-        "source_cache",
-        "noise_that_a_trajectory_brings_is_kept",
-        'TRAJECTORY = ("latents", "context", "noise")',
-        'TRAJECTORY = ("latents", "context")',
-    ),
-    mutant(
-        "source_cache",
-        "targets_may_start_from_latents_of_their_own",
-        " or not torch.equal(latents[:1].cpu(), self.latents[:1])",
-        "",
-    ),
-    mutant(
-        "source_cache",
-        "what_agrees_with_the_cache_is_taken",
-        "not torch.equal(trajectory.latents, self.trajectory.latents)",
-        "False",
-    ),
-    mutant(
-        "source_cache",
-        "what_contradicts_the_cache_is_refused",
-        "if generator is not None and self.seeded:",
-        "if False:",
-    ),
-    mutant(
-        "source_cache",
-        "cached_equals_uncached[style]",
-        '("k", "v") if isinstance(control, MasaCtrl) else ("q", "k")',
-        '("k", "v")',
-    ),
-    mutant(
-        "source_cache",
-        "the_store_goes_by_size",
-        "if nbytes <= SHARE * free_memory(device):",
-        "if nbytes <= free_memory(device):",
-    ),
-    mutant(
-        "source_cache",
-        "what_contradicts_the_cache_is_refused",
-        'name = "RecordQueries"\n    watches_source = True',
-        'name = "RecordQueries"',
-    ),
-    mutant(
-        "source_cache",
-        "what_contradicts_the_cache_is_refused",
-        'name = "RecordPredictions"\n    watches_source = True',
-        'name = "RecordPredictions"',
-    ),
-    mutant(
-        "source_cache",
-        "another_model_is_refused",
-        'if sd.fingerprint != settings["fingerprint"]:\n        raise MasaError(\n            f"the cache',
-        'if False:\n        raise MasaError(\n            f"the cache',
-    ),
-    mutant(
-        "source_cache",
-        "lent_maps_stand_behind_those_of_the_batch",
-        "maps = torch.cat([maps, lent_maps])",
-        "maps = torch.cat([lent_maps, maps])",
-    ),
-]
-
-RUN = [
-    mutant(
-        "prompt_to_prompt", "recorded_maps_are_those_that_the_edit_makes", "own_tokens * mix.own[:, None]", "own_tokens"
-    ),
-    mutant(
-        "prompt_to_prompt",
-        "recorded_maps_are_those_that_the_edit_makes",
-        "own_tokens @ mix.from_source.mT",
-        "own_tokens @ mix.from_source",
-    ),
-    mutant(
-        "prompt_to_prompt",
-        "equals_the_published_controller[refine]",
-        "mix.own[:, None, :, None].to(v.dtype) * own_v",
-        "own_v",
-    ),
-    mutant(
-        "branches",
-        "source_and_targets_may_be_guided_by_different_scales",
-        "uncond is None or uncond == cond or scale <= 1.0",
-        "uncond is None or uncond == cond",
-    ),
-    mutant(
-        "branches",
-        "source_and_targets_may_be_guided_by_different_scales",
-        "guidance_scale if branch != SOURCE or source_scale is None else source_scale",
-        "guidance_scale",
-    ),
-    mutant(
-        "branches",
-        "every_row_reads_the_source_of_its_half",
-        "self.row(SOURCE, row.halves[0]) for row in self.rows",
-        'self.row(SOURCE, "cond") for row in self.rows',
-    ),
-    mutant("sampling", "bad_settings_are_named", " or changed.shape != x.shape", ""),
-    mutant("sampling", "results_that_are_no_numbers_are_refused", "torch.isfinite(x).all()", "torch.isfinite(x).any()"),
-    mutant(
-        "sampling",
-        "edit_inverts_and_samples_with_its_schedule_and_backend",
-        "seed=seed,\n        generator=generator,\n        schedule=schedule,\n        tiled=tiled,\n        "
-        "backend=backend,",
-        "seed=seed,\n        generator=generator,\n        tiled=tiled,\n        backend=backend,",
-    ),
-    mutant(
-        "sampling",
-        "edit_inverts_and_samples_with_its_schedule_and_backend",
-        "schedule=schedule,\n        tiled=tiled,\n        backend=backend,\n        progress=progress,\n    )\n"
-        "    return sample(",
-        "schedule=schedule,\n        tiled=tiled,\n        progress=progress,\n    )\n    return sample(",
-    ),
-    mutant("sampling", "whole_numbers_may_be_latents", "return latents.float().expand(", "return latents.expand("),
-    mutant("sampling", "one_edit_costs_196_rows", "rows[torch.equal(uncond, cond[:1])]", "rows[False]"),
-    mutant(
-        "sampling",
-        "editing_a_picture_equals_the_published_loop",
-        "run.pinned[run.steps - step][None]",
-        "run.pinned[run.steps - step - 1][None]",
-    ),
-    mutant("sampling", "leaving_rows_out_changes_nothing", "last_layer = max(run.sd", "last_layer = min(run.sd"),
-    mutant("sampling", "bad_settings_are_named", "if seed is not None and generator is not None:", "if False:"),
-    mutant("sampling", "bad_settings_are_named", "not 0.0 <= eta <= 1.0", "not 0.0 <= eta"),
-    mutant(
-        "sampling",
-        "seed_decides_the_noise",
-        "self.generator = torch.Generator().manual_seed(self.seed)",
-        "self.generator = torch.Generator()",
-    ),
-    mutant(
-        "sampling", "eta_equals_diffusers", "math.sqrt(1.0 - a_prev - sigma**2) * eps", "math.sqrt(1.0 - a_prev) * eps"
-    ),
-    mutant("sampling", "eta_equals_diffusers", " * math.sqrt(1.0 - a_t / a_prev)", ""),
-    mutant(
-        "sampling",
-        "editing_a_picture_equals_the_published_loop",
-        "math.sqrt(a_next) * predict_x0(eps, x, a)",
-        "math.sqrt(a) * predict_x0(eps, x, a)",
-    ),
-    mutant("schedule", "", "self.alphas_cumprod[max(timestep, 0)]", "self.alphas_cumprod[timestep]"),
-    mutant("schedule", "", "if self.offset not in (0, 1):", "if False:"),
-    mutant(
-        "sampling", "timesteps_match_the_published_ones", "stride * k + self.offset for k in", "stride * k for k in"
-    ),
-    mutant("sampling", "callback_sees_and_may_change_latents", "return changed.to(x)", "return x"),
-    mutant(
-        "inversion_methods",
-        "guidance_has_no_say_in_a_negative_prompt_inversion",
-        "        uncond = cond\n",
-        "        pass\n",
-    ),
-    mutant(
-        "inversion_methods",
-        "edit_friendly_noise_replays_the_source",
-        "run.draw_noise() if run.noise is None else run.noise[step][None]",
-        "run.draw_noise()",
-    ),
-    mutant(
-        "inversion_methods",
-        "edit_friendly_equals_the_naive_loop",
-        "return torch.cat(found[::-1])",
-        "return torch.cat(found)",
-    ),
-    mutant("inversion_methods", "edit_friendly_noise_skips_12_of_50_steps", "steps * 12 // 50", "steps * 0"),
-    mutant(
-        "inversion_methods",
-        "a_guided_inversion_s_source_is_replayed_under_its_guidance",
-        'None if self.noise is None else float(self.settings["guidance_scale"])',
-        "None",
-    ),
-    mutant(
-        "inversion_methods",
-        "a_guided_inversion_s_source_is_replayed_under_its_guidance",
-        "guided = max(guidance_scale, source_guidance or 0.0) > 1.0",
-        "guided = guidance_scale > 1.0",
-    ),
-    mutant(
-        "inversion_methods", "skipping_steps_of_pure_noise_is_refused", "if skip_steps and from_noise:", "if False:"
-    ),
-    mutant(
-        "null_text",
-        "tolerance_and_learning_rate_are_the_published_ones",
-        "return 1e-5 + 2e-5 * step",
-        "return 2e-5 * step",
-    ),
-    mutant(
-        "null_text",
-        "tolerance_and_learning_rate_are_the_published_ones",
-        "LEARNING_RATE * (1.0 - step / MAX_STEPS)",
-        "LEARNING_RATE",
-    ),
-    mutant(
-        "sdedit", "strength_0_is_the_picture_through_the_autoencoder", "steps - first_step, noise)", "steps, noise)"
-    ),
-    mutant("sdedit", "sdedit_equals_the_naive_loop", "shared=True)", "shared=False)"),
-    mutant(
-        "inversion_methods", "negative_prompt_source_takes_one_row_and_null_text_two", "(last and run.retraces)", "last"
-    ),
-    mutant(
-        "pipeline",
-        "the_default_dtype_is_what_the_processor_multiplies",
-        'torch.bfloat16 if device.type == "cpu" and cpu_has_bf16() else torch.float32',
-        "torch.float32",
-    ),
-    mutant(
-        "pipeline",
-        "fingerprint_tells_models_apart",
-        "for network in (self.unet, self.vae, self.text_encoder):",
-        "for network in (self.unet,):",
-    ),
-    mutant(
-        "memory_options",
-        "sampling_decodes_in_tiles",
-        "return max(size) > LARGEST if tiled is None else tiled",
-        "return max(size) > LARGEST",
-    ),
-]
-
-ROUND_TRIPS = [
-    *(
-        mutant("result", "an_edit_runs_again_with_what_is_not_the_default", old, new)
-        for old, new in (
-            ('schedule=Schedule.restore(settings["schedule"]),\n        tiled', "tiled"),
-            ('schedule=Schedule.restore(settings["schedule"]),\n        targets_at_once', "targets_at_once"),
-            ('pin_source=settings["pin_source"],', ""),
-            ('negative_prompt=settings["negative_prompt"],', ""),
-            ('eta=settings["eta"],', ""),
-            ('targets_at_once=settings.get("targets_at_once"),', ""),
-            ('skip_steps=settings["skip_steps"],', ""),
-            ('guidance_scale=settings["guidance_scale"],\n        method', "method"),
-            ('guidance_scale=settings["guidance_scale"],\n        negative', "negative"),
-        )
-    ),
-    mutant("result", "settings_are_json_and_come_back", ', "skip": value.skip}', "}"),
-    mutant(
-        "result",
-        "every_kind_of_start_runs_again",
-        'latents=None if settings["latents"] is None else unpack(settings["latents"]),',
-        "",
-    ),
-    mutant("result", "every_kind_of_start_runs_again", "generator.set_state(unpack(state))", "pass"),
-    mutant(
-        "result",
-        "large_maps_are_saved_in_half_precision",
-        "tensor.is_floating_point() and tensor.numel() > BIG",
-        "tensor.numel() > BIG",
-    ),
-    mutant("result", "an_older_results_further_targets_are_removed", "[1 + targets : -2]", "[2 + targets : -2]"),
-    mutant("result", "an_edit_runs_again_from_its_picture", "if file_digest(found) != digest:", "if False:"),
-    mutant(
-        "result",
-        "other_weights_are_noticed",
-        'if sd.fingerprint != settings["fingerprint"]:\n        raise MasaError(\n            f"{settings[',
-        'if False:\n        raise MasaError(\n            f"{settings[',
-    ),
-    mutant(
-        "result",
-        "large_settings_survive_in_the_picture",
-        'while (name := f"{KEY}.{len(pieces)}") in texts:',
-        'while (name := f"{KEY}.{len(pieces)}") is None:',
-    ),
-]
-
-CONTROLS = [
-    mutant(
-        "prompt_to_prompt",
-        "recorded_maps_are_those_that_the_edit_makes",
-        "own[branch - 1, list(positions)] *= factor",
-        "own[branch - 1, list(positions)] *= 1.0",
-    ),
-    mutant(
-        "prompt_to_prompt",
-        "recorded_maps_are_those_that_the_edit_makes",
-        "from_source[branch - 1][:, list(positions)] *= factor",
-        "from_source[branch - 1][:, list(positions)] *= 1.0",
-    ),
-    mutant(
-        "prompt_to_prompt",
-        "equals_the_published_controller",
-        "int(fraction * len(schedule))",
-        "int(fraction * run.steps)",
-    ),
-    mutant(
-        "prompt_to_prompt",
-        "equals_the_published_controller[refine]",
-        "range(int(run.steps * start), int(run.steps * end))",
-        "range(0, int(run.steps * end))",
-    ),
-    mutant(
-        "prompt_to_prompt",
-        "equals_the_published_controller[refine]",
-        "if step in self.own_steps else None",
-        "if False else None",
-    ),
-    mutant(
-        "prompt_to_prompt",
-        "self_attention_reaches_half_the_latents_side_at_any_size",
-        "math.prod(run.grid) // 4 if",
-        "math.prod(run.grid) // 16 if",
-    ),
-    mutant(
-        "masks",
-        "word_masks_are_those_of_this_step_or_of_the_last",
-        "self.previous = maps[[",
-        "self.previous = self.previous if self.previous is not None else maps[[",
-    ),
-    mutant(
-        "masks",
-        "word_masks_are_those_of_this_step_or_of_the_last",
-        "normalise(self.previous)[0] >= self.threshold",
-        "normalise(self.previous)[0] > self.threshold",
-    ),
-    mutant(
-        "masks",
-        "word_masks_are_those_of_this_step_or_of_the_last",
-        "self.map_grid), grid) >= self.threshold",
-        "self.map_grid), grid) > self.threshold",
-    ),
-    mutant("masks", "a_row_whose_source_has_no_map_sees_every_key", " | constant[source]", ""),
-    mutant(
-        "masks",
-        "a_given_mask_counts_from_one_half_on",
-        "region = rows >= SOURCE_THRESHOLD",
-        "region = rows > SOURCE_THRESHOLD",
-    ),
-    mutant(
-        "masks",
-        "a_given_mask_counts_from_one_half_on",
-        "(load_mask(self.source) >= SOURCE_THRESHOLD)",
-        "(load_mask(self.source) > SOURCE_THRESHOLD)",
-    ),
-    mutant(
-        "masks",
-        "a_mask_of_any_shape_covers_the_picture given_masks_are_resized_to_every_grid",
-        'size=size, mode="nearest")[:, 0]',
-        'size=size[::-1], mode="nearest")[:, 0]',
-    ),
-    mutant(
-        "masks",
-        "a_mask_of_any_shape_covers_the_picture",
-        "self.by_grid[max(self.by_grid)]",
-        "self.by_grid[min(self.by_grid)]",
-    ),
-    mutant(
-        "masks",
-        "source_masks_are_cut_and_target_masks_may_be_soft",
-        "queries = (rows if self.soft else region)",
-        "queries = (region)",
-    ),
-    mutant(
-        "masks",
-        "source_weight_matters_in_a_union",
-        "source_weight=self.control.source_weight if self.control.union else None",
-        "source_weight=None",
-    ),
-    mutant(
-        "masks", "normalise_spans_0_to_1_and_finds_constant_maps", "(maps - low) / torch.where", "maps / torch.where"
-    ),
-    mutant(
-        "token_alignment",
-        "of_equally_good_alignments_the_targets_end_is_left_out_first",
-        "        if score[i][j] == score[i][j - 1]:\n            j -= 1\n        elif score[i][j] == score[i - 1][j]:\n"
-        "            i -= 1",
-        "        if score[i][j] == score[i - 1][j]:\n            i -= 1\n        elif score[i][j] == score[i][j - 1]:\n"
-        "            j -= 1",
-    ),
-    mutant(
-        "token_alignment",
-        "only_equal_tokens_are_paired refinement_equals_the_published_alignment",
-        "(1 if source[i - 1] == target[j - 1] else -1)",
-        "(1 if source[i - 1] == target[j - 1] else 0)",
-    ),
-    mutant("token_alignment", "replacement_equals_the_published_walk", "= 1.0 / len(theirs)", "= 1.0"),
-    mutant(
-        "token_alignment",
-        "a_shorter_target_takes_no_word_for_its_padding",
-        "range(max(len(source.ids), len(target.ids)), tokens)",
-        "range(len(target.ids), tokens)",
-    ),
-    mutant(
-        "local_blend",
-        "equals_the_published_blend outside_its_mask_the_target_is_the_source",
-        "return region | region[:1]",
-        "return region",
-    ),
-    mutant(
-        "local_blend",
-        "equals_the_published_blend outside_its_mask_the_target_is_the_source",
-        "maps if self.sum is None else self.sum + maps",
-        "maps",
-    ),
-    mutant(
-        "local_blend",
-        "equals_the_published_blend outside_its_mask_the_target_is_the_source",
-        "region & ~self._region(",
-        "region & self._region(",
-    ),
-    mutant(
-        "local_blend",
-        "equals_the_published_blend outside_its_mask_the_target_is_the_source",
-        "if step < self.first_blended:",
-        "if step <= self.first_blended:",
-    ),
-    mutant(
-        "sdedit",
-        "blending_equals_the_naive_loop",
-        "background = self.noised(self.alphas[step + 1])",
-        "background = self.noised(self.alphas[step])",
-    ),
-    mutant(
-        "sdedit", "blending_equals_the_naive_loop", "max(run.first_step, int(self.skip * run.steps))", "run.first_step"
-    ),
-    mutant(
-        "plug_and_play",
-        "equals_the_published_arithmetic both_settings_matter",
-        "s.layer >= FIRST_ATTENTION_LAYER",
-        "s.layer > FIRST_ATTENTION_LAYER",
-    ),
-    mutant(
-        "plug_and_play",
-        "equals_the_published_arithmetic both_settings_matter",
-        "if step < self.feature_steps:",
-        "if step <= self.feature_steps:",
-    ),
-    mutant(
-        "style",
-        "equals_the_formula",
-        "return dict.fromkeys(self.sites, Edit(q_from=branches.source_rows, k_from=branches.source_rows))",
-        "return dict.fromkeys(self.sites, Edit(k_from=branches.source_rows))",
-    ),
-    mutant(
-        "plots",
-        "maps_are_the_probabilities words_add_up_their_tokens",
-        "self.sums[kind] + mean if kind in self.sums else mean",
-        "mean",
-    ),
-    mutant(
-        "plots",
-        "maps_are_the_probabilities words_add_up_their_tokens",
-        'means["self"].mT.unflatten',
-        'means["self"].unflatten',
-    ),
-    mutant("sampling", "edit_refuses_before_inverting", " & set(range(run.first_step, run.steps))", ""),
-    mutant(
-        "sampling",
-        "controls_at_odds_in_a_late_step_are_refused_before_the_first",
-        "if index in merged and field in merged[index].changed():",
-        "if False:",
-    ),
-    mutant(
-        "sampling",
-        "equals_the_published_loop[lists]",
-        'site.kind == "self" and site.layer in layers)\n        mask =',
-        "site.layer in layers)\n        mask =",
-    ),
-]
-
-MODELS = [
-    mutant("unet", "features_are_those_of_the_row_s_own_timestep", "None if emb is None else emb_of(emb, read)", "emb"),
-    mutant(
-        "unet",
-        "rows_that_stay_keep_their_timesteps",
-        "emb, context = emb_of(emb, keep), take(context, keep)",
-        "context = take(context, keep)",
-    ),
-    mutant("unet", "rows_that_stay_keep_their_timesteps", " or (retire is not None and retire.layer == 0)", ""),
-    mutant(
-        "unet",
-        "copies_are_computed_once_until_the_prompt_is_read",
-        "emb, copies = emb_of(emb, copies), None\n                if",
-        "copies = None\n                if",
-    ),
-    mutant(
-        "unet",
-        "timestep_embedding_has_cosines_first",
-        "torch.cat([angles.cos(), angles.sin()]",
-        "torch.cat([angles.sin(), angles.cos()]",
-    ),
-    mutant("unet", "equals_diffusers", "return x * F.gelu(gate)", "return x * F.silu(gate)"),
-    mutant(
-        "unet",
-        "norm_eps_are_the_checkpoints",
-        "GroupNorm(norm_groups, width, eps=1e-6)",
-        "GroupNorm(norm_groups, width, eps=1e-5)",
-    ),
-    mutant(
-        "unet",
-        "rows_retire_where_nothing_more_is_read_of_them",
-        "if keep is not None and self._self_attention_is_last_read(call):",
-        "if False:",
-    ),
-    mutant("unet", "retired_rows_do_not_change_the_others", " and call.edit_at(self.attn2.site) is PLAIN", ""),
-    mutant(
-        "unet",
-        "residual_sites_name_the_layer_that_follows",
-        "if i < len(block.attentions):\n                    layer += 1",
-        "if i <= len(block.attentions):\n                    layer += 1",
-    ),
-    mutant("unet", "rows_that_do_not_fit_are_refused", " or any(not 0 <= row < len(x) for row in copies or ())", ""),
-    mutant(
-        "attention",
-        "masks_are_planned_once_per_forward",
-        "key = (id(mask), grid, len(self.tape))",
-        "key = (id(mask), grid)",
-    ),
-    mutant(
-        "attention",
-        "rows_read_what_the_edit_says",
-        "v_index = tuple(v_rows.index(row) for row in edit.v_from or own)",
-        "v_index = k_index",
-    ),
-    mutant(
-        "attention",
-        "keys_and_values_of_different_rows_are_not_masked_or_united",
-        "if plan is not None or edit.union_with is not None:",
-        "if plan is not None:",
-    ),
-    mutant("vae", "the_log_variance_is_kept_between_minus_30_and_20", "logvar.clamp(-30.0, 20.0)", "logvar"),
-    mutant("vae", "equals_diffusers", "latents / self.config.scaling_factor", "latents"),
-    mutant(
-        "vae",
-        "equals_diffusers",
-        "F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x",
-        "F.pad(x, (1, 0, 1, 0)) if self.asymmetric else x",
-    ),
-    mutant(
-        "rowwise",
-        "the_results_are_torch_s",
-        "(self.kernel_size, self.stride, self.padding, self.groups) == ((1, 1), (1, 1), (0, 0), 1)",
-        "(self.kernel_size, self.padding, self.groups) == ((1, 1), (0, 0), 1)",
-    ),
-    mutant(
-        "rowwise",
-        "it_applies_where_it_serves",
-        "torch.compiler.is_compiling() or torch.is_grad_enabled()",
-        "torch.compiler.is_compiling()",
-    ),
-    mutant(
-        "tiling",
-        "a_tile_s_share_falls_linearly_to_its_borders",
-        "* _ramp(out.shape[-1], out)",
-        "* torch.ones_like(_ramp(out.shape[-1], out))",
-    ),
-    mutant(
-        "tiling",
-        "a_tile_s_share_falls_linearly_to_its_borders",
-        "_ramp(out.shape[-2], out)[:, None]",
-        "torch.ones_like(_ramp(out.shape[-2], out))[:, None]",
-    ),
-    mutant(
-        "tiling", "a_tile_s_share_falls_linearly_to_its_borders", "length - 1 - place) + 1", "length - 1 - place) + 2"
-    ),
-    mutant("tiling", "tiles_cover_and_overlap", "// step * step for i in range(count)", "for i in range(count)"),
-    mutant(
-        "tiling",
-        "tiles_cover_and_overlap",
-        "math.ceil((length - overlap) / (tile - overlap))",
-        "math.ceil(length / tile)",
-    ),
-    mutant(
-        "tokenizer",
-        "tokenizer_json_has_its_own_padding_too",
-        "return cls(vocab, merges, pad)",
-        "return cls(vocab, merges)",
-    ),
-    mutant("tokenizer", "a_small_vocabulary_with_its_own_padding", '"merges.txt"), pad)', '"merges.txt"))'),
-    mutant(
-        "tokenizer",
-        "token_positions",
-        "start < span_end and end > span_start for",
-        "start <= span_end and end > span_start for",
-    ),
-    mutant(
-        "tokenizer",
-        "a_prompt_of_exactly_75_tokens_is_whole",
-        "room = self.length - 2\n            if",
-        "room = self.length - 3\n            if",
-    ),
-    mutant(
-        "winograd",
-        "is_the_convolution the_size_of_a_pass_changes_nothing_but_rounding",
-        "above, below = TILE * top - 1,",
-        "above, below = TILE * top,",
-    ),
-    mutant(
-        "winograd",
-        "is_the_convolution the_size_of_a_pass_changes_nothing_but_rounding",
-        "if some.start == 0:",
-        "if True:",
-    ),
-    mutant(
-        "winograd",
-        "is_the_convolution the_size_of_a_pass_changes_nothing_but_rounding",
-        "begin, end = max(0, above), min(height, below)",
-        "begin, end = max(0, above), min(height, below - 1)",
-    ),
-]
-
-KERNELS_AND_WEIGHTS = [
-    mutant(
-        "kernels_cross_attention_maps",
-        "gradients_flow_through_both_results",
-        "cross_attention_with_maps_sdpa(q, k, v, token_weights, ctx.scale)",
-        "cross_attention_with_maps_sdpa(q, k, v, token_weights)",
-    ),
-    mutant("kernels_cross_attention_maps", "sdpa_is_as_exact_as_torch", ".to(wide).mean(1).mT", ".to(wide).sum(1).mT"),
-    mutant(
-        "kernels_mutual_attention",
-        "plan_keeps_weights_between_0_and_1",
-        "query_weight.float().clamp(0, 1)",
-        "query_weight.float()",
-    ),
-    mutant(
-        "kernels_mutual_attention",
-        "plan_knows_binary_weights",
-        "((weight == 0) | (weight == 1)).all()",
-        "((weight == 0) | (weight == 1)).any()",
-    ),
-    mutant(
-        "kernels_mutual_attention", "every_path_is_as_exact_as_torch", "torch.where(count == 0, 0.0, weight)", "weight"
-    ),
-    mutant(
-        "kernels_mutual_attention",
-        "every_path_is_as_exact_as_torch",
-        "plan.query_weight[row].index_select(0, order[soft])",
-        "plan.query_weight[row][soft]",
-    ),
-    mutant(
-        "kernels_mutual_attention",
-        "blending_rounds_once",
-        "torch.promote_types(foreground.dtype, torch.float32)",
-        "foreground.dtype",
-    ),
-    mutant(
-        "kernels_mutual_attention",
-        "source_weight_counts_source_keys_repeatedly",
-        "bias[..., :first] = math.log(source_weight)",
-        "bias[..., :first] = source_weight",
-    ),
-    mutant(
-        "kernels_mutual_attention",
-        "every_path_is_as_exact_as_torch",
-        "logits = logits + math.log(source_weight)",
-        "logits = logits",
-    ),
-    mutant("kernels_mutual_attention", "masactrl_rows_copy_nothing", "step > 0 and values ==", "False and values =="),
-    mutant(
-        "kernels_mutual_attention",
-        "rows_packed_in_an_integer",
-        "value - (1 << 64) if value >= 1 << 63 else value",
-        "value",
-    ),
-    mutant("kernels_mutual_attention", "rows_of_any_pattern", "if step < 1 or any(", "if any("),
-    mutant(
-        "kernels_mutual_attention", "triton_asked_for_by_name_does_not_fall_back", "if width % 8 or not 8", "if not 8"
-    ),
-    mutant("kernels_mutual_attention", "full_rows_are_plain", "whole[row]:", "False:"),
-    mutant("model_files", "heads_are_read_from_the_settings", 'settings.get("num_attention_heads") or ', ""),
-    mutant("model_files", "settings_are_read", 'text_json.get("num_attention_heads"),', "None,"),
-    mutant(
-        "model_files",
-        "settings_are_read",
-        'settings.get("num_train_timesteps", base.training_timesteps)',
-        "base.training_timesteps",
-    ),
-    mutant(
-        "model_files",
-        "another_autoencoder_may_be_a_folder settings_that_the_models_do_not_compute_are_refused",
-        "found = settings.get(key, value)",
-        "found = value",
-    ),
-    mutant("layouts", "", "after = 1 if level == 0 else 2", "after = 2"),
-    mutant("layouts", "", 'levels - 1 - level if place == "up" else level', "level"),
-    mutant(
-        "model_files",
-        "parts_of_different_models_are_refused",
-        "if config.text.width != config.unet.context_width:",
-        "if False:",
-    ),
-]
-
-FILES_AND_COMMANDS = [
-    mutant("image", "", "+ 1.0) * 127.5).round()", "+ 1.0) * 127.5)"),
-    mutant("image", "", "ImageOps.exif_transpose(picture)", "picture"),
-    mutant("files", "", "temporary.unlink(missing_ok=True)", "pass"),
-    mutant("shelf", "a_changed_unet_is_not_thrown_away", "if Mark.of(unet) != self.marks[0] or any(", "if any("),
-    mutant(
-        "compile",
-        "the_oldest_captures_are_dropped captures_are_dropped_with_the_weights_they_read",
-        "while len(self.captured) >= MOST_GRAPHS:",
-        "while False:",
-    ),
-    mutant(
-        "compile",
-        "the_oldest_captures_are_dropped captures_are_dropped_with_the_weights_they_read",
-        "if self.places != self._places():",
-        "if False:",
-    ),
-    mutant("cli", "edit_equals_the_library", "**given(threshold=args.threshold)", ""),
-    mutant("cli", "options_describe_controls", "cross_replace_steps=args.cross_steps, ", ""),
-    mutant("cli", "number_lists", "int(last or first) + 1", "int(last or first)"),
-    mutant("cli", "options_describe_recorders", "RecordQueries(layers, steps)", "RecordQueries(layers)"),
-    mutant("idle_options", "", "if is_given(args, option) and not set(owners) & set(names):", "if False:"),
-    mutant(
-        "sheets",
-        "a_sweep_synthesises_every_pair a_sweep_over_a_picture_inverts_once",
-        "{**fixed, **of_sampling,",
-        "{**of_sampling, **fixed,",
-    ),
-    mutant("sdedit", "sdedit_equals_the_naive_loop", "round(strength * steps)", "int(strength * steps) - 1"),
-    mutant("plots", "maps_are_the_probabilities words_add_up_their_tokens", "heat / heat.max()", "heat"),
-]
-
-MUTANTS = [
-    *SOURCE_CACHE,
-    *RUN,
-    *ROUND_TRIPS,
-    *CONTROLS,
-    *MODELS,
-    *KERNELS_AND_WEIGHTS,
-    *FILES_AND_COMMANDS,
-]
+def mutants() -> list[Mutant]:
+    """All of them."""
+    found = []
+    parts = (
+        SOURCE_CACHE,
+        RUN,
+        GUIDANCE_AND_SAMPLERS,
+        ROUND_TRIPS,
+        CONTROLS,
+        MODELS,
+        KERNELS_AND_WEIGHTS,
+        FILES_AND_COMMANDS,
+    )
+    for key, mutations in ((key, mutations) for part in parts for key, mutations in part.items()):
+        module, *names = key.split(" ")
+        file = f"tests/test_{module}.py"
+        tests = tuple(f"{file}::test_{name}" for name in names) or (file,)
+        found += [Mutant(old, new, tests) for old, new in mutations]
+    return found
 
 
 def places(tree: Path, text: str) -> list[Path]:
@@ -895,7 +695,9 @@ def main() -> int:
     parser.add_argument("words", nargs="*", help="only mutants with one of these in their text or their tests")
     parser.add_argument("--check", action="store_true", help="only whether every mutant's text is found")
     args = parser.parse_args()
-    chosen = [m for m in MUTANTS if not args.words or any(w in " ".join((m.old, m.new, *m.tests)) for w in args.words)]
+    chosen = [
+        m for m in mutants() if not args.words or any(w in " ".join((m.old, m.new, *m.tests)) for w in args.words)
+    ]
     if args.check:
         lost = [m for m in chosen if len(places(ROOT, m.old)) != 1]
         for m in lost:

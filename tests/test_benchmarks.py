@@ -6,6 +6,7 @@ import argparse
 import csv
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
 import bench_edit
 import edit_report
+import harness
 from call_timer import CallTimer, Kind, Seconds
 from edit_flows import CACHED, TARGETS, CompiledMasa, DiffusersBest, MasaFlow, Plan, Published
 from profile_unet import COUNTED, attention_operations, group_of, profile_call
@@ -36,6 +38,7 @@ def free_source(tiny_folder, picture) -> masa.Result:
     return MasaFlow(tiny_folder, "cpu", torch.float32, STEPS).edit(picture, TARGETS[:1], pin_source=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("peer", [Published, DiffusersBest])
 def test_peer_computes_the_same_edit(tiny_folder, picture, free_source, peer):
     flow = peer(tiny_folder, "cpu", torch.float32, STEPS)
@@ -94,6 +97,7 @@ def test_target_of_a_recorded_source_is_the_same(tiny_folder, picture):
     assert (anew - cached).abs().max() < 1e-4 * anew.abs().max()
 
 
+@pytest.mark.slow
 def test_compiled_flow_is_compiled_timed_and_the_same(tiny_folder, picture):
     compiled = CompiledMasa(tiny_folder, "cpu", torch.float32, STEPS, compiler="eager")
     plain = MasaFlow(tiny_folder, "cpu", torch.float32, STEPS)
@@ -124,6 +128,7 @@ def test_typical_call_is_the_median():
     assert timer.typical(Kind("unet", 1)) == Seconds(2.0, 2.0)
 
 
+@pytest.mark.slow
 def test_profile_groups_all_of_the_time(tiny):
     x, context = torch.randn(2, 4, 16, 16), torch.randn(2, 77, 32)
     lines = profile_call(lambda: tiny.unet(x, 1, context), seconds=2.0, dtype=torch.float32)
@@ -134,6 +139,7 @@ def test_profile_groups_all_of_the_time(tiny):
     assert all(by_work[work]["gflop"] != "" and by_work[work]["limit_gflops"] > 0 for work in COUNTED)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", [8, 16])
 def test_profile_counts_a_convolution_as_a_direct_one(side):
     layer = Conv3x3(256, 256).to(memory_format=torch.channels_last)
@@ -142,6 +148,14 @@ def test_profile_counts_a_convolution_as_a_direct_one(side):
     by_work = {line["work"]: line for line in lines}
     assert by_work["convolutions"]["gflop"] == round(2 * 9 * 256 * 256 * side**2 / 1e9, 1) > 0
     assert not {"linear layers", "attention", "copies"} & set(by_work)
+
+
+def test_exponentials_count_as_free_where_the_clock_is_not_told():
+    told = SimpleNamespace(multi_processor_count=100, clock_rate=2_000_000)  # kHz
+    assert harness.specified_gigaexps(told) == 3200
+    untold = harness.specified_gigaexps(SimpleNamespace(multi_processor_count=100))
+    assert harness.Limits(1.0, 1.0, untold).floor(2e9, 1e6, 1e30) == 2
+    assert harness.Limits(1.0, 1.0, 3200).floor(2e9, 1e6, 3.2e13) == 10
 
 
 def test_operations_of_attention():

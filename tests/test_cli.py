@@ -131,6 +131,7 @@ def test_options_describe_recorders():
     ]
 
 
+@pytest.mark.slow
 def test_what_a_run_recorded_is_plotted(home, tiny_folder, capsys):
     pytest.importorskip("matplotlib")
     record = ["--record-words", "cat,sitting", "--record-self", "--record-queries", "--record-x0"]
@@ -278,6 +279,7 @@ def test_every_command_has_help_with_an_example(capsys):
         assert f"masa {name}" in parser.format_help()
 
 
+@pytest.mark.slow
 def test_module_runs():
     out = subprocess.run([sys.executable, "-m", "masa", "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "masa demo" in out.stdout

@@ -18,7 +18,7 @@ PROMPTS = ["a photo of a cat", "", "two dogs, in the snow!", "red " * 74]
 def theirs(tiny_folder: Path):
     from transformers import CLIPTextModel
 
-    return CLIPTextModel.from_pretrained(tiny_folder / "text_encoder", dtype=torch.float32).eval()
+    return CLIPTextModel.from_pretrained(tiny_folder / "text_encoder").float().eval()
 
 
 def test_context_equals_transformers(tiny, theirs):

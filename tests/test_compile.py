@@ -16,6 +16,8 @@ from masa.models import rowwise
 from masa.models.batch_rows import Retirement
 from masa.runtime.compile import CompiledUNet, join, replayed, split
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = {"steps": 3, "height": 64, "width": 64, "guidance_scale": 3.0, "progress": False}
 SOURCE, TARGET = "a sitting cat", "a running cat"
 CONTROLS = {

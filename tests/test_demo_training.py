@@ -98,6 +98,7 @@ def test_vae_learns_and_resumes_exactly(pool, tmp_path):
     assert state["progress"]["samples"] == 120
 
 
+@pytest.mark.slow
 def test_resumed_unet_training_is_bit_identical(pool, tokenizer, tmp_path):
     latents = torch.randn(24, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     recipe = UNetRecipe(batch=4, checkpoint_minutes=0.0, checkpoints_per_report=1)  # a checkpoint after every step
@@ -142,6 +143,7 @@ def test_only_twins_that_the_caption_tells_apart_are_made_alike(tokenizer, tmp_p
     assert not torch.equal(train(told, 0.0), train(told, 1.0))
 
 
+@pytest.mark.slow
 def test_unet_loss_falls(pool, tokenizer, tmp_path):
     latents = torch.full((24, 4, 8, 8), 1.0)  # nothing to learn but one value
     recipe = UNetRecipe(batch=4, peak_rate=3e-3, warmup=5)

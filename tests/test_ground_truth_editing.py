@@ -181,6 +181,7 @@ def test_the_table_holds_every_method_and_says_its_setting():
     assert not any(word in name for name in pairs for word in ("SDEdit", "null-text", "free", "Blended"))
 
 
+@pytest.mark.slow
 def test_every_method_edits_and_no_two_alike(tiny):
     settings = Settings(steps=2, guidance_scale=4.0, start_step=1, start_layer=8)
     editor = Editor(tiny, WHO, settings)

@@ -72,6 +72,7 @@ def test_negative_prompt_equals_the_naive_loop(tiny, oracle, trajectories, pinne
     same(edit(tiny, trajectory, (TARGET, OTHER), pin_source=pinned).latents, reference)
 
 
+@pytest.mark.slow
 def test_null_text_equals_the_naive_loop(tiny, oracle, trajectories):
     trajectory = trajectories["null-text"]
     assert torch.equal(trajectory.latents, trajectories["ddim"].latents)
@@ -201,7 +202,7 @@ def short(tiny, picture):
         ("null-text", {"edit_guidance_scale": 3.0}),
         ("null-text", {"guidance_scale": 3.0}),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else " and ".join(value),
 )
 def test_parameters_change_the_trajectory(tiny, picture, short, method, change):
     parts = [short[method], masa.invert(tiny, picture, **(SHORT | {"method": method} | change))]
@@ -209,6 +210,7 @@ def test_parameters_change_the_trajectory(tiny, picture, short, method, change):
     assert not torch.equal(one, other)
 
 
+@pytest.mark.slow
 def test_computing_activations_again_changes_nothing(tiny, picture, short, monkeypatch):
     """As large latents do, which would not all fit into memory."""
     calls = []

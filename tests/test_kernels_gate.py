@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from masa.kernels.launch import TRITON_INSTALLED
+from masa.kernels.launch import TRITON_INSTALLED, WARPGROUPS_SINCE, triton_release
 from masa.kernels.tiles import FORMS, TABLES
 
 TESTS = Path(__file__).parent
@@ -45,9 +45,13 @@ def compiled(*arguments: str) -> list[dict[str, Any]]:
 
 
 def problems(records: list[dict[str, Any]]) -> dict[str, list[str]]:
-    return {record["name"]: record["problems"] for record in records if record["problems"]}
+    """By name, but for the serialised products of an old Triton, for which "auto" leaves sm_90 to SDPA."""
+    known = "wgmma.mma_async instructions are serialized" if triton_release() < WARPGROUPS_SINCE else None
+    found = {record["name"]: [p for p in record["problems"] if not (known and known in p)] for record in records}
+    return {name: listed for name, listed in found.items() if listed}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arch", "width", "form", "keys"), [(arch, *entry) for arch, entries in SELECTED.items() for entry in entries]
 )

@@ -33,7 +33,10 @@ def _unusable() -> str | None:
     return None
 
 
-pytestmark = pytest.mark.skipif(_unusable() is not None, reason=str(_unusable()))
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(_unusable() is not None, reason=str(_unusable())),
+]
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from kernel_cases import Case, error, exact, interpreter_cases, low_precision, m
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from masa.kernels import reference
+from masa.kernels import launch, reference
 from masa.kernels.launch import dot_precision, split_width, unserved
 from masa.kernels.mutual_attention import MaskPlan, mutual_attention
 from masa.kernels.rows import NO_ROW, fill_runs, packed, pick_rows, put_rows, row_tensor
@@ -400,6 +401,30 @@ def test_host_rows_reach_a_device_without_a_copy(monkeypatch: pytest.MonkeyPatch
 )
 def test_what_triton_does_not_serve(q: torch.Tensor, programs: int, message: str) -> None:
     assert re.search(message, unserved({"q": q}, programs) or "served")
+
+
+@pytest.mark.parametrize(
+    ("release", "capability", "expected"),
+    [
+        ("3.2.0", (9, 0), "sdpa"),
+        ("3.3.1", (9, 0), "sdpa"),
+        ("3.4.0", (9, 0), "triton"),
+        ("3.10.0+git1234", (9, 0), "triton"),
+        ("3.2.0", (8, 0), "triton"),
+        ("3.2.0", (8, 9), "triton"),
+    ],
+)
+def test_auto_leaves_serialised_warpgroups_to_sdpa(
+    release: str, capability: tuple[int, int], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only "auto" does: Triton that is asked for by name serves there too."""
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__=release))
+    monkeypatch.setattr(launch, "TRITON_INSTALLED", True)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    q: Any = SimpleNamespace(is_cuda=True, dtype=torch.float16, device=torch.device("cuda", 0))
+    assert launch.choose_backend("auto", q, None) == expected
+    assert launch.choose_backend("triton", q, None) == "triton"
 
 
 def test_amd_multiplies_without_tf32() -> None:

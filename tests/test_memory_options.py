@@ -127,6 +127,7 @@ def test_the_command_line_tiles_and_parts(tiny, tiny_folder, tmp_path, monkeypat
     assert pixels("again/target_0.png") == pixels("parts/target_0.png")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("processor")
 def test_the_command_line_inverts_and_edits_in_tiles(tiny_folder, picture, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -173,6 +174,7 @@ def quick_compiler(monkeypatch):
     return asked
 
 
+@pytest.mark.slow
 def test_the_command_line_compiles_and_rerun_does_again(tiny_folder, tmp_path, monkeypatch, quick_compiler):
     monkeypatch.chdir(tmp_path)
     argv = ["sample", SOURCE, TARGETS[0], "-c", str(tiny_folder), *FAST]
@@ -187,6 +189,7 @@ def test_the_command_line_compiles_and_rerun_does_again(tiny_folder, tmp_path, m
     assert pixels("again/target_0.png") == pixels("compiled/target_0.png")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cuda_graphs", [None, False])
 def test_what_was_asked_of_cuda_graphs_is_asked_again(tiny, tmp_path, monkeypatch, quick_compiler, cuda_graphs):
     settings = masa.sample(tiny.compile(cuda_graphs=cuda_graphs), SOURCE, **SETTINGS).settings
@@ -216,6 +219,7 @@ def test_offloaded_and_compiled_on_a_cpu_is_refused_before_the_model_is_loaded(m
     assert "--offload and --compile go together on a GPU only; leave one of the two out" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_compiler_without_a_name_is_not_asked_for_again(tiny, tmp_path):
     def mine(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
         return graph

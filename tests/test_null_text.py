@@ -16,6 +16,7 @@ from masa.workflows.rerun import restore_trajectory
 STEPS = 50  # the tolerance is made for these
 
 
+@pytest.mark.slow
 def test_20_inner_steps_retrace_a_picture_to_the_tolerance_on_the_demo_model():
     """And at least 3 dB better than DDIM, at guidance 7.5. With the published 10 the end is just above."""
     sd = masa.load(device="cpu", dtype="fp32", progress=False)
@@ -54,6 +55,7 @@ def invert(tiny, picture, **settings) -> masa.Trajectory:
                        width=64, **settings)  # fmt: skip
 
 
+@pytest.mark.slow
 def test_more_inner_steps_come_closer_and_the_published_ten_are_the_default(tiny, picture):
     usual = invert(tiny, picture)
     assert usual.settings["inner_steps"] == INNER_STEPS == 10

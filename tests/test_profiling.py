@@ -67,6 +67,7 @@ def test_none_profiles_nothing(capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.slow
 def test_the_command_line_profiles(tmp_path, tiny_folder, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     argv = ["sample", "a cat", "-c", str(tiny_folder), "--steps", "1", "--height", "64", "--width", "64", "-q"]

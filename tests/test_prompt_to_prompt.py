@@ -159,6 +159,7 @@ def test_self_attention_reaches_half_the_latents_side_at_any_size(tiny, grid):
         assert P2P(self_replace_steps=1.0, self_replace_tokens=32 * 32).begin(run).self_sites == active.self_sites
 
 
+@pytest.mark.slow
 def test_every_setting_matters(tiny, noise):
     """By far more than the tolerance, else equality with the published controllers would say nothing."""
     target = "a photo of a labradoodle cat"

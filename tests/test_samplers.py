@@ -269,6 +269,14 @@ def test_edits_take_it(tiny):
         assert not torch.equal(out.latents[1:], make(**settings).latents[1:])
 
 
+def test_noise_that_is_no_inversion_needs_not_be_retraced(tiny):
+    picture = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    noised = masa.invert(tiny, picture, method="noise", steps=4, seed=0, height=64, width=64, progress=False)
+    start = {"trajectory": noised, "sampler": "dpm++2m-sde", "controls": [], "seed": 0, "progress": False}
+    free = masa.sample(tiny, target="a cat", pin_source=False, **start)
+    assert not torch.equal(free.latents[0], masa.sample(tiny, target="a cat", **start).latents[0])
+
+
 # ------------------------------------------------------------------------------------------------- noise and levels
 
 

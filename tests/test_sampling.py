@@ -100,6 +100,7 @@ def test_equals_the_published_loop(tiny, oracle, noise, case):
     same(out.latents, reference[-1])
 
 
+@pytest.mark.slow
 def test_the_cases_differ_by_far_more_than_the_tolerance(tiny, noise):
     """Else equality with the published loop would say nothing."""
     controls = [CASES[name][0] for name in ("plain", "lists", "union", "given masks", "word masks", "fixed seed")]
@@ -175,6 +176,7 @@ class Rows:
         self.handle.remove()
 
 
+@pytest.mark.slow
 def test_one_edit_costs_196_rows(tiny, generator):
     picture = torch.rand(3, 64, 64, generator=generator) * 2 - 1
     with Rows(tiny.unet) as rows:
@@ -370,6 +372,9 @@ def test_whole_numbers_may_be_latents(tiny, noise):
     out = run(tiny, whole.to(torch.int64), controls=[])
     assert out.latents.dtype == torch.float32
     assert torch.equal(out.latents, run(tiny, whole, controls=[]).latents)
+    untouched = run(tiny, whole.to(torch.int64), controls=[], skip_steps=STEPS).latents
+    assert untouched.dtype == torch.float32
+    assert torch.equal(untouched[:1], whole)
 
 
 def test_arguments_that_contradict_the_trajectory_are_refused(tiny, generator):

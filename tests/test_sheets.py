@@ -149,6 +149,7 @@ def test_values_on_the_command_line():
     assert parse_sweep("negative_prompt=blurry,") == ("negative_prompt", ["blurry", ""])
 
 
+@pytest.mark.slow
 def test_commands_make_one_picture_each(tiny_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     pixels = torch.randint(0, 256, (64, 64, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)

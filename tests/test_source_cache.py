@@ -97,10 +97,13 @@ def test_a_cached_picture_is_edited_the_same(tiny, caches, source, control):
     compare(cached, plain)
 
 
+@pytest.mark.slow
 def test_only_rounding_is_between_them(tiny):
-    """With networks in float64 the latents agree to float32's last places: the arithmetic is the same."""
-    parts = {name: copy.deepcopy(getattr(tiny, name)).double() for name in ("unet", "vae", "text_encoder")}
-    wide = replace(tiny, **parts)
+    """With UNet and VAE in float64 the latents agree to float32's last places: the arithmetic is the same."""
+    parts = {name: copy.deepcopy(getattr(tiny, name)) for name in ("unet", "vae", "text_encoder")}
+    wide = replace(tiny, **parts | {name: parts[name].double() for name in ("unet", "vae")})
+    # Not in float64 itself: transformers 4 makes its mask in float32, which has no room for float64's least number.
+    wide.text_encoder.register_forward_hook(lambda _module, _given, context: context.double())
     control = masa.MasaCtrl(1, 4, mask=masa.WordMasks("cat", "cat", threshold=0.4), union=True)
     cache = masa.record(wide, SOURCE, controls=control, seed=3, **SETTINGS)
     plain = masa.sample(wide, SOURCE, TARGETS[:2], controls=control, seed=3, **SETTINGS)
@@ -274,6 +277,7 @@ def rows_of(unet: torch.nn.Module, run) -> list[int]:
     return counts
 
 
+@pytest.mark.slow
 def test_a_further_target_costs_its_own_rows(tiny, trajectory):
     settings = {"steps": 50, "height": 64, "width": 64, "progress": False}
     made = {}

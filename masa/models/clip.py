@@ -17,8 +17,10 @@ class TextEncoder(nn.Module):
 
     def __init__(self, config: TextConfig = TextConfig()) -> None:
         super().__init__()
-        # Imported here: transformers takes seconds, and `import masa` should not.
-        from transformers import CLIPTextConfig, CLIPTextModel
+        # Imported here: transformers takes seconds, and `import masa` should not. It may import torch's compiler,
+        # which computes as it is imported (torch 2.6) and could not on the meta device.
+        with torch.device("cpu"):
+            from transformers import CLIPTextConfig, CLIPTextModel
 
         self.config = config
         self.model = CLIPTextModel(

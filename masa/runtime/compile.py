@@ -72,7 +72,8 @@ class CompiledUNet(UNet):
         time = torch.full((1,), timestep, device=x.device) if isinstance(timestep, int) else timestep
         graded = torch.is_grad_enabled() and any(t.requires_grad for t in (x, context))
         plain = edits or {}
-        limits = torch._dynamo.config.patch(recompile_limit=MOST_SHAPES, accumulated_recompile_limit=MOST_SHAPES)
+        # Names of torch 2.6; later releases say recompile_limit and take these too.
+        limits = torch._dynamo.config.patch(cache_size_limit=MOST_SHAPES, accumulated_cache_size_limit=MOST_SHAPES)
         with limits, _compiler_at_work():
             if graded or self.capture is None or any(edit.masks_keys for edit in plain.values()):
                 with torch.set_grad_enabled(graded):  # the compiler tells the two modes apart

@@ -81,7 +81,7 @@ def checkpoint_parts(opened: Checkpoint, networks: Sequence[Network]) -> dict[st
     return parts
 
 
-def ends(network: Network) -> bytes:
+def weight_samples(network: Network) -> bytes:
     """A few values of each weight: any training, merging or conversion changes some of them."""
     values = [first_values(weight.detach()).float() for weight in network.parameters()]
     return torch.cat(values).cpu().numpy().tobytes()

@@ -18,7 +18,7 @@ from masa.errors import CheckpointError, MasaError
 from masa.models.clip import TextEncoder
 from masa.models.unet import UNet
 from masa.models.vae import VAE
-from masa.runtime.networks import Network, checkpoint_parts, ends, fill, meta_models
+from masa.runtime.networks import Network, checkpoint_parts, fill, meta_models, weight_samples
 from masa.weights.checkpoint import check_parts
 from masa.weights.model_files import Checkpoint, open_checkpoint
 
@@ -27,15 +27,15 @@ BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a float
 
 
 @dataclass(frozen=True)
-class Mark:
+class WeightDigest:
     """What tells a network's weights from others: names, sums of their bits, some of their values."""
 
     names: tuple[str, ...]
     sums: str
-    ends: bytes
+    samples: bytes
 
     @staticmethod
-    def of(network: Network) -> Mark:
+    def of(network: Network) -> WeightDigest:
         digest = hashlib.sha256()
         for tensor in network.state_dict().values():
             if tensor.is_floating_point():
@@ -43,7 +43,7 @@ class Mark:
                 if bits.dim() > 1:  # sums that run over: exact in any order, and as fast as memory is read
                     bits = bits.sum(tuple(range(1, bits.dim())), dtype=bits.dtype)
                 digest.update(bits.cpu().contiguous().numpy().tobytes())
-        return Mark(names_of(network), digest.hexdigest(), ends(network))
+        return WeightDigest(names_of(network), digest.hexdigest(), weight_samples(network))
 
 
 def names_of(network: Network) -> tuple[str, ...]:
@@ -52,11 +52,11 @@ def names_of(network: Network) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Shelf:
+class OffloadedNetworks:
     """A model's UNet, VAE and text encoder, of which only those at work are in memory.
 
     The UNet is, except while the VAE works, whose maps need the room. For inference, and for one run at a time.
-    checkpoint, vae, prefer_half: as `open_checkpoint` takes them. marks: of the networks as first read.
+    checkpoint, vae, prefer_half: as `open_checkpoint` takes them. digests: of the networks as first read.
     """
 
     checkpoint: Path
@@ -64,33 +64,35 @@ class Shelf:
     prefer_half: bool
     dtype: torch.dtype
     networks: tuple[UNet, VAE, TextEncoder]
-    marks: tuple[Mark, Mark, Mark]
+    digests: tuple[WeightDigest, WeightDigest, WeightDigest]
 
     @staticmethod
-    def read(opened: Checkpoint, vae: Path | None, prefer_half: bool, dtype: torch.dtype, progress: bool) -> Shelf:
+    def read(
+        opened: Checkpoint, vae: Path | None, prefer_half: bool, dtype: torch.dtype, progress: bool
+    ) -> OffloadedNetworks:
         """Read the three networks, which finds what is wrong with them, and keep the UNet."""
         networks = meta_models(opened.config)
         unet, vae_model, text_encoder = networks
         check_parts(checkpoint_parts(opened, networks), opened.path)
-        marks = []
+        digests = []
         for network in (vae_model, text_encoder):
             fill(opened, [network], dtype, torch.device("cpu"), progress)
-            marks.append(Mark.of(network))
+            digests.append(WeightDigest.of(network))
             _empty(network)
         fill(opened, [unet], dtype, torch.device("cpu"), progress)
         # Absolute, since the program may change its folder.
         where = opened.path.absolute(), None if vae is None else vae.absolute()
-        return Shelf(*where, prefer_half, dtype, networks, (Mark.of(unet), marks[0], marks[1]))
+        return OffloadedNetworks(*where, prefer_half, dtype, networks, (WeightDigest.of(unet), digests[0], digests[1]))
 
     def holds(self, network: object) -> bool:
         """Whether a network is one of these, and not one that the user put in its place."""
         return any(network is own for own in self.networks)
 
-    def ends(self, network: Network) -> bytes:
-        """As `ends`, without reading a network that is absent."""
+    def weight_samples(self, network: Network) -> bytes:
+        """As `networks.weight_samples`, without reading a network that is absent."""
         if not self.holds(network) or not _is_empty(network):
-            return ends(network)
-        return self.marks[self._place(network)].ends
+            return weight_samples(network)
+        return self.digests[self._place(network)].samples
 
     @contextmanager
     def at_work(self, network: Network) -> Iterator[None]:
@@ -104,13 +106,13 @@ class Shelf:
         if not self.holds(network):
             yield
             return
-        if Mark.of(unet) != self.marks[0] or any(weight.requires_grad for weight in unet.parameters()):
+        if WeightDigest.of(unet) != self.digests[0] or any(weight.requires_grad for weight in unet.parameters()):
             raise MasaError(
                 "the UNet's weights were changed, or want gradients, and offload=True on a CPU reads them from the "
                 "checkpoint anew; load the model without it"
             )
         kept = not all(weight.is_meta for weight in network.parameters())
-        if kept or names_of(network) != self.marks[self._place(network)].names:
+        if kept or names_of(network) != self.digests[self._place(network)].names:
             raise MasaError(
                 f"the {type(network).__name__} was given other weights, and offload=True on a CPU reads them from the "
                 "checkpoint anew; load the model without it, or put a whole network in its place"
@@ -138,7 +140,7 @@ class Shelf:
         """Read a network. CheckpointError, with the network empty, unless it is what was read first."""
         try:
             fill(opened, [network], self.dtype, torch.device("cpu"))
-            if Mark.of(network) != self.marks[self._place(network)]:
+            if WeightDigest.of(network) != self.digests[self._place(network)]:
                 raise CheckpointError("the weights are others")
         except FILE_ERRORS as error:
             _empty(network)

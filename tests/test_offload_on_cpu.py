@@ -21,6 +21,7 @@ def absent(network: torch.nn.Module) -> bool:
     return all(tensor.is_meta for tensor in (*network.parameters(), *network.buffers()))
 
 
+@pytest.mark.slow
 def test_on_a_cpu_networks_are_read_for_their_work(tiny_folder, generator, monkeypatch):
     kept = masa.load(tiny_folder, device="cpu", dtype="fp32")
     sd = masa.load(tiny_folder, device="cpu", dtype="fp32", offload=True)
@@ -119,7 +120,7 @@ def test_an_absent_network_given_weights_keeps_them(offloaded, tiny, change):
 
 def test_memory_that_lacks_for_the_unet_loses_no_picture(offloaded, monkeypatch):
     sd, _ = offloaded
-    shelf, fill = sys.modules["masa.runtime.offload"], sys.modules["masa.runtime.offload"].fill
+    module, fill = sys.modules["masa.runtime.offload"], sys.modules["masa.runtime.offload"].fill
 
     def filled(opened, networks, *more):
         if networks == [sd.unet]:
@@ -127,7 +128,7 @@ def test_memory_that_lacks_for_the_unet_loses_no_picture(offloaded, monkeypatch)
         fill(opened, networks, *more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(shelf, "fill", filled)
+        patch.setattr(module, "fill", filled)
         with pytest.warns(UserWarning, match="the UNet could not be read again: can't allocate memory"):
             assert len(sd.decode_latents(LATENTS)) == 1
     assert absent(sd.unet)
@@ -246,10 +247,10 @@ def test_a_picture_is_not_lost_for_the_unet(offloaded, monkeypatch, how):
 
 def test_vae_and_unet_are_read_once_for_the_pictures(offloaded, monkeypatch):
     sd, _ = offloaded
-    shelf, read = sys.modules["masa.runtime.offload"], []
-    fill = shelf.fill
+    module, read = sys.modules["masa.runtime.offload"], []
+    fill = module.fill
     monkeypatch.setattr(
-        shelf, "fill", lambda opened, networks, *more: read.extend(networks) or fill(opened, networks, *more)
+        module, "fill", lambda opened, networks, *more: read.extend(networks) or fill(opened, networks, *more)
     )
     masa.sample(sd, "a cat", "a dog", controls=[], steps=1, height=64, width=64, progress=False)
     assert [sum(network is one for one in read) for network in (sd.vae, sd.unet)] == [1, 1]
