@@ -98,9 +98,9 @@ RUN: Mutations = {
     "prompt_to_prompt equals_the_published_controller[refine]": [
         ("mix.own[:, None, :, None].to(v.dtype) * own_v", "own_v"),
     ],
-    "branches source_and_targets_may_be_guided_by_different_scales": [
+    "guidance source_and_targets_may_be_guided_by_different_scales": [
         ("uncond is None or uncond == cond or scale <= 1.0", "uncond is None or uncond == cond"),
-        ("guidance_scale if branch != SOURCE or source_scale is None else source_scale", "guidance_scale"),
+        ("scale = source_scale if replayed and source_scale is not None else guidance_scale", "scale = guidance_scale"),
     ],
     "branches every_row_reads_the_source_of_its_half": [
         ("self.row(SOURCE, row.halves[0]) for row in self.rows", 'self.row(SOURCE, "cond") for row in self.rows'),
@@ -119,15 +119,15 @@ RUN: Mutations = {
             "generator=generator,\n        tiled=tiled,\n        backend",
         ),
         (
-            "backend=backend,\n        progress=progress,\n    )\n    return sample(",
-            "progress=progress,\n    )\n    return sample(",
+            "backend=backend,\n        progress=progress,\n    )\n    return run(",
+            "progress=progress,\n    )\n    return run(",
         ),
     ],
     "sampling whole_numbers_may_be_latents": [
         ("return latents.float().expand(", "return latents.expand("),
     ],
     "sampling one_edit_costs_196_rows": [
-        ("rows[torch.equal(uncond, cond[:1])]", "rows[False]"),
+        ("Context(rows(step, equal[step])", "Context(rows(step, False)"),
     ],
     "sampling editing_a_picture_equals_the_published_loop": [
         ("run.pinned[run.steps - step][None]", "run.pinned[run.steps - step - 1][None]"),
@@ -167,7 +167,7 @@ RUN: Mutations = {
     ],
     "inversion_methods a_guided_inversion_s_source_is_replayed_under_its_guidance": [
         ('None if self.noise is None else float(self.settings["guidance_scale"])', "None"),
-        ("guided = max(guidance_scale, source_guidance or 0.0) > 1.0", "guided = guidance_scale > 1.0"),
+        ("guided = max(settings.guidance_scale, source_scale) > 1.0", "guided = settings.guidance_scale > 1.0"),
     ],
     "inversion_methods skipping_steps_of_pure_noise_is_refused": [
         ("if skip_steps and from_noise:", "if False:"),
@@ -177,7 +177,7 @@ RUN: Mutations = {
         ("LEARNING_RATE * (1.0 - step / MAX_STEPS)", "LEARNING_RATE"),
     ],
     "sdedit strength_0_is_the_picture_through_the_autoencoder": [
-        ("steps - first_step, noise)", "steps, noise)"),
+        ("trajectory.latents[trajectory.steps - first_step]", "trajectory.latents[trajectory.steps]"),
     ],
     "sdedit sdedit_equals_the_naive_loop": [
         ("return run.pinned[run.steps - step - 1][None]", "return run.pinned[run.steps - step][None]"),
@@ -248,16 +248,80 @@ RUN: Mutations = {
     ],
 }
 
+GUIDANCE_AND_SAMPLERS: Mutations = {
+    "guidance a_source_that_replays_its_noise_is_the_same_under_every_rule": [
+        ("not settings.pin_source or step == steps - 1", "not settings.pin_source"),
+        ("source_guided=replayed", "source_guided=False"),
+        ("of_branch = ClassifierFree() if replayed else rule", "of_branch = rule"),
+    ],
+    "guidance outside_its_interval_the_unconditional_rows_are_not_computed": [
+        ("both = guided and rule.guides(step)", "both = guided"),
+        ("not (replayed or rule.guides(step))", "False"),
+        ("self.start <= step < self.end", "self.start <= step <= self.end"),
+    ],
+    "guidance rescaled_guidance_equals_diffusers": [
+        ("cond.std() / guided.std()", "guided.std() / cond.std()"),
+        ("(1.0 - self.phi) * guided", "guided"),
+    ],
+    "samplers whole_trajectories_equal_diffusers": [
+        ("FEW_STEPS = 15", "FEW_STEPS = 14"),
+        ("h / (2.0 * h_before)", "h_before / (2.0 * h)"),
+        ("math.exp(-h) * x", "x"),
+        ("last and self.levels.steps < FEW_STEPS", "last"),
+    ],
+    "samplers grids_equal_diffusers": [
+        ("training // (steps + 1)", "training // steps"),
+        ("KARRAS_RHO = 7.0", "KARRAS_RHO = 6.0"),
+        ("round(low + min(max(share, 0.0), 1.0))", "round(low)"),
+    ],
+    "samplers leading_timesteps_have_the_schedules_offset": [
+        ("stride * k + schedule.offset", "stride * k + 1"),
+    ],
+    "samplers a_pinned_source_has_no_history": [
+        ("x0[:1] if run.pinned is not None and run.solver.keeps_history else moved[:1]", "moved[:1]"),
+    ],
+    "samplers a_pictures_cache_serves_it a_cached_source_serves_it": [
+        ("self.predictions[step - self.first_step]", "self.predictions[step]"),
+        ("run.cache.predicted(step) if run.cache is not None else", "run.cache.source_after(step) if run.cache else"),
+    ],
+    "samplers blended_latents_blend_the_history_with_the_clean_picture": [
+        ("return self._put_back(history, self.source)", "return history"),
+    ],
+    "samplers local_blend_blends_the_history_alike": [
+        ("history if self.local_blend is None else self.local_blend.blend(history)", "history"),
+    ],
+    "samplers what_is_put_back_goes_on_as_the_source_does": [
+        ("history = tuple(control.blend(kept) for kept in history)", "pass"),
+    ],
+    "samplers controls_see_the_samplers_levels": [
+        ("alphas=(*levels.alphas[:-1], 1.0)", "alphas=levels.alphas"),
+    ],
+    "samplers noise_that_is_no_inversion_needs_not_be_retraced": [
+        ('method not in (None, "noise") and free', "method is not None and free"),
+    ],
+    "registration older_pictures_run_again": [
+        ('{"sampler": DDIM(), "guidance": ClassifierFree()}.get(name)', "None"),
+    ],
+    "registration a_schedule_of_ones_own_holds_for_the_edit_too": [
+        ("own = None if type(schedule) is Schedule else schedule", "own = None"),
+        ("check_kept(schedule=self.schedule)", "pass"),
+    ],
+    "registration derived_fields_are_not_given_twice": [
+        ("for f in fields(value) if f.init", "for f in fields(value)"),
+    ],
+}
+
 ROUND_TRIPS: Mutations = {
     "result an_edit_runs_again_with_what_is_not_the_default": [
-        ('schedule=Schedule.restore(settings["schedule"]),\n        tiled', "tiled"),
-        ('pin_source=settings["pin_source"],', ""),
-        ('negative_prompt=settings["negative_prompt"],', ""),
-        ('eta=settings["eta"],', ""),
-        ('targets_at_once=settings.get("targets_at_once"),', ""),
-        ('skip_steps=settings["skip_steps"],', ""),
+        ('schedule=restore_schedule(settings["schedule"]),\n        tiled', "tiled"),
         ('guidance_scale=settings["guidance_scale"],\n        method', "method"),
-        ('guidance_scale=settings["guidance_scale"],\n        negative', "negative"),
+        *(
+            (
+                "for f in fields(cls) if f.name in settings",
+                f"for f in fields(cls) if f.name in settings.keys() - {{{name!r}}}",
+            )
+            for name in ("pin_source", "negative_prompt", "eta", "targets_at_once", "skip_steps", "guidance_scale")
+        ),
     ],
     "result settings_are_json_and_come_back": [
         (', "skip": value.skip}', "}"),
@@ -265,6 +329,10 @@ ROUND_TRIPS: Mutations = {
     "result every_kind_of_start_runs_again": [
         ("whole.float() if whole.dtype == torch.bfloat16 else whole", "whole"),
         ('latents=None if settings["latents"] is None else unpack(settings["latents"]),', ""),
+        (
+            "for f in fields(cls) if f.name in settings",
+            'for f in fields(cls) if f.name in settings.keys() - {"latents"}',
+        ),
         ("generator.set_state(unpack(state))", "pass"),
     ],
     "result large_maps_are_saved_in_half_precision": [
@@ -712,7 +780,16 @@ FILES_AND_COMMANDS: Mutations = {
 def mutants() -> list[Mutant]:
     """All of them."""
     found = []
-    parts = (SOURCE_CACHE, RUN, ROUND_TRIPS, CONTROLS, MODELS, KERNELS_AND_WEIGHTS, FILES_AND_COMMANDS)
+    parts = (
+        SOURCE_CACHE,
+        RUN,
+        GUIDANCE_AND_SAMPLERS,
+        ROUND_TRIPS,
+        CONTROLS,
+        MODELS,
+        KERNELS_AND_WEIGHTS,
+        FILES_AND_COMMANDS,
+    )
     for key, mutations in ((key, mutations) for part in parts for key, mutations in part.items()):
         module, *names = key.split(" ")
         file = f"tests/test_{module}.py"

@@ -47,6 +47,14 @@ def test_a_scale_of_1_takes_the_conditional_row():
     assert guide(branches, column(0, 10, 1, 12), masa.ClassifierFree(), 0, 1.0).flatten().tolist() == [1.0, 12.0]
 
 
+def test_source_and_targets_may_be_guided_by_different_scales():
+    """Up to 1 a branch is its conditional half alone, whatever the other's scale."""
+    branches, eps, plain = Branches.build(1, guided=True), column(0, 10, 1, 12), masa.ClassifierFree()
+    assert guide(branches, eps, plain, 0, 0.5, source_scale=3.0).flatten().tolist() == [3.0, 12.0]
+    assert guide(branches, eps, plain, 0, 3.0, source_scale=0.5).flatten().tolist() == [1.0, 16.0]
+    assert guide(branches, eps, plain, 0, 2.0, source_scale=3.0).flatten().tolist() == [3.0, 14.0]
+
+
 def test_a_replayed_source_keeps_plain_guidance_of_its_own_scale():
     """Its recorded noise makes up for exactly the prediction that its inversion saw."""
     branches, eps = Branches.build(1, guided=True), column(0, 10, 1, 12).expand(-1, 1, 1, 2)
