@@ -49,10 +49,10 @@ def test_a_scale_of_1_takes_the_conditional_row():
 
 def test_source_and_targets_may_be_guided_by_different_scales():
     """Up to 1 a branch is its conditional half alone, whatever the other's scale."""
-    branches, eps, rule = Branches.build(1, guided=True), column(0, 10, 1, 12), masa.ClassifierFree()
-    assert guide(branches, eps, rule, 0, 0.5, source_scale=3.0).flatten().tolist() == [3.0, 12.0]
-    assert guide(branches, eps, rule, 0, 3.0, source_scale=0.5).flatten().tolist() == [1.0, 16.0]
-    assert guide(branches, eps, rule, 0, 2.0, source_scale=3.0).flatten().tolist() == [3.0, 14.0]
+    branches, eps, plain = Branches.build(1, guided=True), column(0, 10, 1, 12), masa.ClassifierFree()
+    assert guide(branches, eps, plain, 0, 0.5, source_scale=3.0).flatten().tolist() == [3.0, 12.0]
+    assert guide(branches, eps, plain, 0, 3.0, source_scale=0.5).flatten().tolist() == [1.0, 16.0]
+    assert guide(branches, eps, plain, 0, 2.0, source_scale=3.0).flatten().tolist() == [3.0, 14.0]
 
 
 def test_a_replayed_source_keeps_plain_guidance_of_its_own_scale():

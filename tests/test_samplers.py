@@ -75,6 +75,13 @@ def test_grids_equal_diffusers(karras, spacing, end):
         assert torch.allclose(sigmas, scheduler.sigmas, rtol=1e-5, atol=0), steps
 
 
+def test_leading_timesteps_have_the_schedules_offset():
+    with_one, without = (
+        masa.DPMSolverPP(spacing="leading").levels(masa.Schedule(offset=offset), 12).timesteps for offset in (1, 0)
+    )
+    assert [t - 1 for t in with_one] == list(without)
+
+
 @pytest.mark.parametrize("sde", [False, True], ids=["ode", "sde"])
 @pytest.mark.parametrize(("karras", "spacing", "end"), every_grid())
 def test_whole_trajectories_equal_diffusers(sde, karras, spacing, end):
@@ -200,9 +207,12 @@ def test_a_cached_source_serves_it(tiny, sampled, name, tmp_path):
 
 @pytest.mark.parametrize(("name", "pinned"), [("2m", True), ("2m", False), ("2m sde", True)])
 def test_a_pictures_cache_serves_it(tiny, trajectory, name, pinned):
+    """From a later step on, of which the recording has one prediction less."""
     sampler = masa.DPMSolverPP(sde=SAMPLERS[name].sde)
-    start = {"trajectory": trajectory, "pin_source": pinned, "sampler": sampler, "seed": 2, "progress": False}
-    controls = [CONTROL, masa.LocalBlend("cat", "cat", threshold=0.95)]
+    start = {"trajectory": trajectory, "pin_source": pinned, "sampler": sampler, "seed": 2, "skip_steps": 1}
+    start["progress"] = False
+    # A region that changes from step to step shows what was remembered where it was put back.
+    controls = [CONTROL, masa.LocalBlend("cat", "cat", threshold=0.98, start=0.0)]
     uncached = masa.sample(tiny, target=TARGETS, controls=controls, **start)
     cache = masa.record(tiny, controls=CONTROL, **start)
     cached = masa.sample(tiny, target=TARGETS, controls=controls, cache=cache, seed=2, progress=False)
@@ -257,6 +267,14 @@ def test_edits_take_it(tiny):
         out = make(sampler="dpm++2m", **settings)
         assert out.settings["sampler"]["kind"] == "DPMSolverPP"
         assert not torch.equal(out.latents[1:], make(**settings).latents[1:])
+
+
+def test_noise_that_is_no_inversion_needs_not_be_retraced(tiny):
+    picture = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    noised = masa.invert(tiny, picture, method="noise", steps=4, seed=0, height=64, width=64, progress=False)
+    start = {"trajectory": noised, "sampler": "dpm++2m-sde", "controls": [], "seed": 0, "progress": False}
+    free = masa.sample(tiny, target="a cat", pin_source=False, **start)
+    assert not torch.equal(free.latents[0], masa.sample(tiny, target="a cat", **start).latents[0])
 
 
 # ------------------------------------------------------------------------------------------------- noise and levels
