@@ -19,7 +19,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +52,12 @@ class Launch:
     dtype: str
     tile: Tile
     even: bool = False  # the keys fill whole blocks; ragged lengths need more registers
+    lse: bool = False  # log-sum-exps are stored too, for answers over parts of the keys to merge
 
     @property
     def name(self) -> str:
-        return f"{self.arch}-{self.form}-{self.width}-{self.dtype}" + ("-even" if self.even else "")
+        ends = ("-even" if self.even else "") + ("-lse" if self.lse else "")
+        return f"{self.arch}-{self.form}-{self.width}-{self.dtype}{ends}"
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,9 @@ def build(launch: Launch) -> Report:
     if launch.form != "maps":
         kernel = device.mutual_attention_kernel
         constants |= {"MASKED": "masked" in launch.form, "UNION": "union" in launch.form}
-        constants |= {"KV_INDEX": None, "KV_INDEX2": None, "LSE": None}  # rows by value
+        constants |= {"KV_INDEX": None, "KV_INDEX2": None}  # rows by value
+        if not launch.lse:
+            constants["LSE"] = None
         if "masked" not in launch.form:
             constants |= dict.fromkeys(("KEY_ORDER", "KEY_COUNT", "QUERY_ORDER", "QUERY_WEIGHT", "FULL_ROWS"))
         constants["EVEN"] = launch.even
@@ -180,7 +184,7 @@ def _source(kernel: Any, signature: dict[str, str], constants: dict[str, object]
 def _type(name: str, dtype: str) -> str:
     if name in ("Q", "K", "V", "K2", "V2", "OUT"):
         return f"*{dtype}"
-    if name in ("QUERY_WEIGHT", "TOKEN_WEIGHTS", "MAPS"):
+    if name in ("QUERY_WEIGHT", "TOKEN_WEIGHTS", "MAPS", "LSE"):
         return "*fp32"
     if name == "FULL_ROWS":
         return "*i1"
@@ -297,13 +301,14 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["fp16"], choices=list(DTYPES))
     parser.add_argument("--forms", nargs="+", default=list(tiles.FORMS), choices=list(tiles.FORMS))
     parser.add_argument("--keys", nargs="+", default=["ragged", "even"], choices=["ragged", "even"])
+    parser.add_argument("--lse", action="store_true", help="with log-sum-exps, of plain attention")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache  # compile for real, and leave no files behind
         for arch in arguments.arch:
             selected = launches(arch, arguments.widths, arguments.dtypes, arguments.forms, arguments.keys)
             for launch in selected:
-                report = build(launch)
+                report = build(replace(launch, lse=arguments.lse))
                 record = asdict(report) | {"problems": report.problems(launch.dtype)}
                 print(json.dumps(record), flush=True)
 

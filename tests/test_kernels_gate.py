@@ -61,6 +61,14 @@ def test_what_is_launched_most_compiles_cleanly(arch: str, width: str, form: str
     assert problems(records) == {}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("arch", "width"), [("sm_80", "160"), ("sm_90", "40")])
+def test_log_sum_exps_cost_no_spill(arch: str, width: str) -> None:
+    records = compiled(arch, "--widths", width, "--forms", "plain", "--keys", "even", "--lse")
+    assert [record["name"].endswith("-even-lse") for record in records] == [True]
+    assert problems(records) == {}
+
+
 @full_sweep
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
