@@ -207,6 +207,9 @@ GUIDANCE_AND_SAMPLERS: Mutations = {
         ("not (replayed or rule.guides(step))", "False"),
         ("self.start <= step < self.end", "self.start <= step <= self.end"),
     ],
+    "guidance an_interval_within_another_is_the_steps_of_both": [
+        ("step < self.end and self.within.guides(step)", "step < self.end"),
+    ],
     "guidance rescaled_guidance_equals_diffusers": [
         ("cond.std() / guided.std()", "guided.std() / cond.std()"),
         ("(1.0 - self.phi) * guided", "guided"),
@@ -300,11 +303,8 @@ ROUND_TRIPS: Mutations = {
         ('while (name := f"{KEY}.{len(pieces)}") in texts:', 'while (name := f"{KEY}.{len(pieces)}") is None:'),
     ],
     "result schedule_and_backend_run_again": [
-        ('schedule=Schedule.restore(settings["schedule"]),\n        targets_at_once', "targets_at_once"),
-        (
-            'backend=settings["backend"],\n        progress=progress,\n    )\n\n\ndef restore_generator',
-            "progress=progress,\n    )\n\n\ndef restore_generator",
-        ),
+        ("for f in fields(cls) if f.name in settings", 'for f in fields(cls) if f.name in {*settings} - {"schedule"}'),
+        ("for f in fields(cls) if f.name in settings", 'for f in fields(cls) if f.name in {*settings} - {"backend"}'),
     ],
 }
 
