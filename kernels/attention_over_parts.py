@@ -129,7 +129,7 @@ def _bias(parts: Sequence[KeyPart], rows: tuple[int, ...], q: Tensor) -> Tensor 
 
 
 def _contrasted(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, contrast: tuple[float, ...]) -> Tensor:
-    """Attention whose probabilities are spread by a factor around 1/N, some queries at a time (2311.03335, eq. 6)."""
+    """Attention whose probabilities are spread by a factor around 1/N, some queries at a time (2311.03335)."""
     factor = torch.tensor(contrast, dtype=_wide(q), device=q.device)[:, None, None, None]
     count = k.shape[2] if bias is None else (bias > -math.inf).sum(-1, keepdim=True)
     mean = torch.ones_like(factor) / count

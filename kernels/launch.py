@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 Backend = Literal["auto", "triton", "sdpa", "reference"]
+BACKENDS: tuple[str, ...] = get_args(Backend)
 
 LOG2_E = 1.4426950408889634
 MAX_HEAD_WIDTH = 256
@@ -34,8 +35,8 @@ def choose_backend(backend: str, q: Tensor, why_not: str | None) -> str:
     why_not: the reason why this call's arguments are not for Triton, None if they are. Raises ValueError for an
     unknown name, RuntimeError when "triton" was asked for and cannot serve.
     """
-    if backend not in get_args(Backend):
-        raise ValueError(f"backend is {backend!r}, expected one of {', '.join(map(repr, get_args(Backend)))}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}, expected one of {', '.join(map(repr, BACKENDS))}")
     if backend == "auto":
         # Exact float32 products take three passes and many registers: SDPA does those better.
         wanted = q.is_cuda and q.dtype != torch.float32 and why_not is None

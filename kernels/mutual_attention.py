@@ -66,7 +66,9 @@ def mutual_attention(
     if kv_index2 is not None and (k2 is None or v2 is None):
         k2, v2 = k, v
     _check(q, k, v, kv_index, k2, v2, kv_index2, plan, scale, source_weight)
-    tensors = {"q": q, "k": k, "v": v} | ({"k2": k2, "v2": v2} if k2 is not None and v2 is not None else {})
+    tensors = {"q": q, "k": k, "v": v}
+    if k2 is not None and v2 is not None:
+        tensors["k2"], tensors["v2"] = k2, v2
     chosen = launch.choose_backend(backend, q, launch.unserved(tensors, q.shape[0] * q.shape[1]))
 
     if chosen == "reference":

@@ -66,7 +66,8 @@ def mutual_attention_reference(
     if plan is None:
         return attend(every).to(q.dtype)
     region, full = plan.key_region[source], plan.full_rows[:, None]
-    # Empty regions and full rows see everything; where both hold, the two answers are the same.
+    # MasaCtrl eq. 7 and 8: attention to the subject's keys, and to the background's; eq. 9 joins them by the target's
+    # mask. Empty regions and full rows see everything; where both hold, the two answers are the same.
     foreground = attend(torch.where(full | ~region.any(1, keepdim=True), every, region))
     background = attend(torch.where(full | region.all(1, keepdim=True), every, ~region))
     weight = plan.query_weight.to(wide)[:, None, :, None]

@@ -153,7 +153,7 @@ class _Read:
 def _match(x: _Rows, rows: RowTuple, to: RowTuple, cached: Tensor | None) -> tuple[Tensor, Tensor]:
     """AdaIN as gain and offset (len(rows), heads, 1, d): rows' mean and deviation become those of `to`, -1 for none.
 
-    Statistics are over positions, per head and channel, in float32, the variance unbiased. StyleAligned, eq. 5.
+    Statistics are over positions, per head and channel, in float32, the variance unbiased. 2312.02133.
     """
 
     def of(wanted: int) -> tuple[Tensor, Tensor]:

@@ -91,7 +91,10 @@ class Branches:
         """For each row, the row of a branch in the same half. MasaError where the batch, and its cache, has none."""
         rows = [self.row(branch, row.halves[0]) for row in self.rows]
         if None in rows:
-            raise MasaError(f"branch {branch} has no rows in this batch, which has {self.present}")
+            raise MasaError(
+                f"a control reads branch {branch}, and this call of the network has {self.present}: leave "
+                "targets_at_once out, or let it read the source alone"
+            )
         return tuple(row for row in rows if row is not None)
 
     def own_rows(self, but: int = SOURCE) -> tuple[int, ...]:

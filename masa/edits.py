@@ -44,7 +44,7 @@ class Site:
 
     index: int
     layer: int  # transformer block, 0..15; of other kinds the next one to run, 16 where none is left
-    name: str  # module name, as in the checkpoint
+    name: str  # module name, as in the checkpoint; of skips the residual block's that takes them, with ".skip"
     place: Place
     kind: Kind
     downsample: int  # 1, 2, 4 or 8, relative to the latents
@@ -91,7 +91,8 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class ExtraKeys:
-    """Further keys and values with a softmax of their own: out + scale * softmax(q kᵀ / √d) v (2308.06721, eq. 5).
+    """Further keys and values with a softmax of their own: out + scale * softmax(q kᵀ / √d) v, the
+    decoupled cross-attention of 2308.06721.
 
     k, v (n, heads, tokens, d), in the model's dtype. rows: for each row of the batch, which of the n it reads, -1 for
     none. scale: one number, or one for each row.
@@ -216,6 +217,14 @@ class Edit:
         names = (f.name for f in fields(self) if f.name not in added)
         return tuple(name for name in names if getattr(self, name) is not None)
 
+    def misplaced(self, kind: Kind) -> tuple[str, ...]:
+        """The fields that a site of this kind could not carry out."""
+        set_here = (*self.changed(), *(name for name in ("extra", "records", "query_records") if getattr(self, name)))
+        elsewhere = {name for some, names in ONLY_AT.items() if some != kind for name in names}
+        if kind in ONLY_AT:
+            return tuple(name for name in set_here if name not in (*ONLY_AT[kind], "cached"))
+        return tuple(name for name in set_here if name in elsewhere)
+
     def claims(self) -> tuple[str, ...]:
         """The fields that no other control may set too: parts say what k_from and v_from would."""
         changed = self.changed()
@@ -323,6 +332,8 @@ class Edit:
 
 
 PLAIN = Edit()
+# What sites that are no attentions carry out, and nothing else.
+ONLY_AT: dict[Kind, tuple[str, ...]] = {"res": ("features_from",), "norm": ("norm_with",), "skip": ("joint",)}
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,6 +18,7 @@ from masa.attention import Backend
 from masa.config import ScheduleConfig
 from masa.controls.base import Control
 from masa.controls.blended import BlendedLatents
+from masa.controls.freeu import FreeU
 from masa.controls.local_blend import LocalBlend
 from masa.controls.masactrl import MasaCtrl
 from masa.controls.masks import GivenMasks, WordMasks
@@ -156,6 +157,7 @@ for _kind in (
     ClassifierFree,
     DDIM,
     DPMSolverPP,
+    FreeU,
     GivenMasks,
     GuidanceInterval,
     LocalBlend,

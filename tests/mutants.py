@@ -180,6 +180,7 @@ RUN: Mutations = {
         ("trajectory.latents[trajectory.steps - first_step]", "trajectory.latents[trajectory.steps]"),
     ],
     "sdedit sdedit_equals_the_naive_loop": [
+        ("return run.pinned[run.steps - step - 1][None]", "return run.pinned[run.steps - step][None]"),
         ("shared=True)", "shared=False)"),
     ],
     "inversion_methods negative_prompt_source_takes_one_row_and_null_text_two": [
@@ -193,6 +194,57 @@ RUN: Mutations = {
     ],
     "memory_options sampling_decodes_in_tiles": [
         ("return max(size) > LARGEST if tiled is None else tiled", "return max(size) > LARGEST"),
+    ],
+    "sampling a_source_alone_denoises_freely": [
+        ("pin_source and (bool(targets) or any(isinstance(control, Recorder) for control in chosen))", "pin_source"),
+    ],
+    "sampling arguments_that_agree_with_the_trajectory_are_taken": [
+        ('"width": (width, size[1])', '"width": (width, size[0])'),
+        ('"schedule": (schedule, trajectory.schedule)', '"schedule": (schedule, sd.schedule)'),
+    ],
+    "sampling an_unguided_inversion_costs_one_row_a_step": [
+        ("guided=guidance_scale > 1.0 and not torch.equal(uncond, cond)", "guided=not torch.equal(uncond, cond)"),
+    ],
+    "sampling what_controls_set_may_depend_on_the_pictures_size": [
+        ("return fitted.shape[2], fitted.shape[3]", "return fitted.shape[2], fitted.shape[2]"),
+    ],
+    "inversion_methods skipping_steps_changes_the_edit": [
+        ("usual = 0 if trajectory is None else trajectory.skip_steps", "usual = 0"),
+    ],
+    "inversion_methods null_text_equals_the_naive_loop": [
+        ("if loss < tolerance(step):", "if False:"),
+        (
+            "embedding.grad = torch.autograd.grad(total, embedding)[0] / wanted.numel()",
+            "embedding.grad = torch.autograd.grad(total, embedding)[0]",
+        ),
+    ],
+    "inversion_methods computing_activations_again_changes_nothing": [
+        ("checkpoint = pivot[0, 0].numel() > KEPT", "checkpoint = False"),
+    ],
+    "inversion_methods trajectories_come_back_whole": [
+        ('tensors.get("noise"))', "None)"),
+        ('tensors.get("context"),', "None,"),
+    ],
+    "plots a_pinned_source_predicts_the_picture": [
+        ("_source_after(run, run.steps - 1)", "_source_after(run, step)"),
+    ],
+    "source_cache a_cached_source_serves_parts": [
+        ("first[row] for row in (*rows, *lent)", "first[row] for row in rows"),
+    ],
+    "memory_options inversions_encode_in_tiles": [
+        ("width=picture.shape[3], tiled=tiled)", "width=picture.shape[3])"),
+    ],
+    "sdedit controls_choose_among_the_steps_that_blending_leaves": [
+        ("control.begin(replace(run, first_step=first_step))", "control.begin(run)"),
+    ],
+    "attention a_backend_asked_for_by_name_is_used_everywhere": [
+        ('if edit is PLAIN and call.backend == "auto":', "if edit is PLAIN:"),
+    ],
+    "plots recording_changes_nothing": [
+        ("if edit.records:  # of masked", "if False:  # of masked"),
+    ],
+    "pipeline emulated_dtypes_are_warned_about": [
+        ("not (chosen == torch.bfloat16 and cpu_has_bf16())", "chosen != torch.bfloat16"),
     ],
 }
 
@@ -278,6 +330,8 @@ ROUND_TRIPS: Mutations = {
         (', "skip": value.skip}', "}"),
     ],
     "result every_kind_of_start_runs_again": [
+        ("whole.float() if whole.dtype == torch.bfloat16 else whole", "whole"),
+        ('latents=None if settings["latents"] is None else unpack(settings["latents"]),', ""),
         (
             "for f in fields(cls) if f.name in settings",
             'for f in fields(cls) if f.name in settings.keys() - {"latents"}',
@@ -306,6 +360,30 @@ ROUND_TRIPS: Mutations = {
         ("for f in fields(cls) if f.name in settings", 'for f in fields(cls) if f.name in {*settings} - {"schedule"}'),
         ("for f in fields(cls) if f.name in settings", 'for f in fields(cls) if f.name in {*settings} - {"backend"}'),
     ],
+    "result a_callback_is_told": [
+        ('if settings["callback"]:', "if False:"),
+    ],
+    "result a_relative_picture_is_found_from_elsewhere": [
+        ("(Path(), *Path(near).resolve().parents)", "(Path(),)"),
+    ],
+    "result another_device_or_dtype_keeps_the_checks": [
+        ("if str(sd.dtype) != f\"torch.{settings['dtype']}\":", "if False:"),
+    ],
+    "result pictures_are_saved_together_or_not_at_all": [
+        ("temporaries = [stack.enter_context(replacing(path)) for path in paths]", "temporaries = paths"),
+    ],
+    "result what_is_no_saved_result_is_named": [
+        ('!= settings | {"branch": branch}:', "is None:"),
+    ],
+    "result a_saved_result_comes_back_whole": [
+        ("return int(layer), int(step)", "return int(step), int(layer)"),
+    ],
+    "memory_options a_gpu_s_run_that_was_offloaded_and_compiled_is_compiled_on_a_cpu": [
+        ('and not (compiler and choose_device(settings["device"]).type == "cpu")', ""),
+    ],
+    "null_text inner_steps_are_repeated_from_the_settings": [
+        ('settings.get("inner_steps") or INNER_STEPS', "INNER_STEPS"),
+    ],
 }
 
 CONTROLS: Mutations = {
@@ -314,6 +392,11 @@ CONTROLS: Mutations = {
         ("from_source[branch - 1][:, list(positions)] *= factor", "from_source[branch - 1][:, list(positions)] *= 1.0"),
     ],
     "prompt_to_prompt equals_the_published_controller": [
+        ("schedule[:, branch - 1, list(positions)] = 0.0", "pass"),
+        (
+            'branches.row(branch, "cond") for branch in branches.targets',
+            'branches.row(branch, "uncond") for branch in branches.targets',
+        ),
         ("int(fraction * len(schedule))", "int(fraction * run.steps)"),
     ],
     "prompt_to_prompt equals_the_published_controller[refine]": [
@@ -394,6 +477,47 @@ CONTROLS: Mutations = {
     ],
     "sampling equals_the_published_loop[lists]": [
         ('site.kind == "self" and site.layer in layers)\n        mask =', "site.layer in layers)\n        mask ="),
+    ],
+    "plots maps_are_the_probabilities": [
+        ("total / self.steps for kind", "total for kind"),
+    ],
+    "plots by_default_queries_are_few": [
+        ("for layer in sorted(up, reverse=True)}", "for layer in sorted(up)}"),
+        ("round(n * (len(items) - 1) / max(1, count - 1))", "n"),
+    ],
+    "plots queries_are_recorded_as_used": [
+        ('rearrange(q, "b h n d -> b n (h d)")\n\n    if', 'rearrange(q, "b h n d -> b n (d h)")\n\n    if'),
+    ],
+    "masks every_setting_of_word_masks_matters": [
+        ("self.source if branch == SOURCE else self.target", "self.target"),
+        (
+            "site.downsample == MAP_DOWNSAMPLE and site.layer < max(layers)",
+            "site.downsample == MAP_DOWNSAMPLE and site.layer < 1",
+        ),
+    ],
+    "masks word_masks_are_kept_per_step": [
+        (
+            "if masks is not None:\n                self.used[step] = masks",
+            "if masks is not None:\n                self.used[0] = masks",
+        ),
+    ],
+    "image masks_of_every_kind": [
+        ("x.dtype == torch.uint8 and x.numel() and int(x.max()) > 1", "x.dtype == torch.uint8 and x.numel()"),
+    ],
+    "prompt_to_prompt words_of_one_target_need_not_be_in_the_others": [
+        (
+            "if not found:\n        raise errors[0]\n    return found",
+            "if errors:\n        raise errors[0]\n    return found",
+        ),
+    ],
+    "local_blend every_target_needs_a_word": [
+        ("if not weights[branch, i].any():", "if False:"),
+    ],
+    "plug_and_play a_control_that_selects_nothing_is_refused": [
+        (
+            "max(feature_steps, attention_steps) <= run.first_step",
+            "max(feature_steps, attention_steps) < run.first_step",
+        ),
     ],
 }
 
@@ -483,6 +607,27 @@ MODELS: Mutations = {
         ("if some.start == 0:", "if True:"),
         ("begin, end = max(0, above), min(height, below)", "begin, end = max(0, above), min(height, below - 1)"),
     ],
+    "winograd what_a_norm_gave_others_is_not_written_over": [
+        (" and not norm._forward_hooks", ""),
+    ],
+    "winograd a_module_that_was_changed_does_as_it_was_told": [
+        ('if self.padding_mode != "zeros" or (', "if ("),
+    ],
+    "tokenizer a_long_prompt_is_cut_with_a_warning_that_names_the_rest": [
+        ("dropped = prompt[spans[room][0] :]", "dropped = prompt[spans[room][1] :]"),
+    ],
+    "tokenizer a_word_beyond_the_cut_is_said_to_be_cut": [
+        ("if position <= room]", "if position]"),
+    ],
+    "tokenizer ids_equal_transformers": [
+        ('Replace(Regex(r"\\s+"), " "), Lowercase()', 'Replace(Regex(r"\\s+"), " ")'),
+    ],
+    "unet sites_are_the_published_layers": [
+        ('"up", level, i))', '"up", level + 1, i))'),
+    ],
+    "unet rows_may_take_the_features_of_others": [
+        ("(self.conv_shortcut(before) if self.has_shortcut else before) + x", "x"),
+    ],
 }
 
 KERNELS_AND_WEIGHTS: Mutations = {
@@ -502,6 +647,11 @@ KERNELS_AND_WEIGHTS: Mutations = {
         ("((weight == 0) | (weight == 1)).all()", "((weight == 0) | (weight == 1)).any()"),
     ],
     "kernels_mutual_attention every_path_is_as_exact_as_torch": [
+        ("full | region.all(1, keepdim=True), every", "full, every"),
+        (
+            "foreground, background = attend(weight > 0), attend(weight == 1)",
+            "foreground, background = attend(weight > 0), attend(weight > 0)",
+        ),
         ("torch.where(count == 0, 0.0, weight)", "weight"),
         ("plan.query_weight[row].index_select(0, order[soft])", "plan.query_weight[row][soft]"),
         ("logits = logits + math.log(source_weight)", "logits = logits"),
@@ -544,10 +694,23 @@ KERNELS_AND_WEIGHTS: Mutations = {
     "model_files parts_of_different_models_are_refused": [
         ("if config.text.width != config.unet.context_width:", "if False:"),
     ],
+    "kernels_mutual_attention what_triton_does_not_serve": [
+        ("if programs > MAX_PROGRAMS:", "if False:"),
+        ("if tensor.shape[2] * token > MAX_SPAN:", "if False:"),
+    ],
+    "kernels_mutual_attention split_width_covers_every_served_head": [
+        ("max(16, 1 << (width - low - 1).bit_length())", "1 << (width - low - 1).bit_length()"),
+    ],
+    "detect": [
+        ("if len(shape) == 4 and shape[1] != 4:", "if False:"),
+        ("if width in OTHER_CONTEXTS:", "if False:"),
+        ("Counter(found).most_common(1)[0][0] if found else default", "found[0] if found else default"),
+    ],
 }
 
 FILES_AND_COMMANDS: Mutations = {
     "image": [
+        ("round(length * scale) // MULTIPLE * MULTIPLE", "int(length * scale) // MULTIPLE * MULTIPLE"),
         ("+ 1.0) * 127.5).round()", "+ 1.0) * 127.5)"),
         ("ImageOps.exif_transpose(picture)", "picture"),
     ],
@@ -581,6 +744,35 @@ FILES_AND_COMMANDS: Mutations = {
     ],
     "sdedit sdedit_equals_the_naive_loop": [
         ("round(strength * steps)", "int(strength * steps) - 1"),
+    ],
+    "cli every_option_reaches_the_library": [
+        ("eta=args.eta,\n        **given(", "**given("),
+        ("eta=args.eta,\n        **size_and_seed", "**size_and_seed"),
+        ('"backend": args.backend,', ""),
+        ("edit_guidance_scale=args.edit_guidance,", ""),
+        ("tokenizer=args.tokenizer,\n        vae=args.vae,\n        offload", "vae=args.vae,\n        offload"),
+        ("image=args.image,\n        control", "control"),
+    ],
+    "cli a_rerun_s_options_reach_the_library": [
+        (
+            "dtype=args.dtype,\n        vae=args.vae,\n        tokenizer=args.tokenizer,\n        progress",
+            "vae=args.vae,\n        tokenizer=args.tokenizer,\n        progress",
+        ),
+    ],
+    "cli next_free_folder": [
+        ("max(used, default=0) + 1:04d", "len(used) + 1:04d"),
+    ],
+    "cli nothing_is_overwritten_unasked": [
+        ("if taken and not overwrite:", "if False:"),
+    ],
+    "files permissions_are_the_users_own": [
+        ("temporary.chmod(mode)", "pass"),
+    ],
+    "shelf files_that_are_not_as_they_were_are_refused": [
+        ("if Mark.of(network) != self.marks[self._place(network)]:", "if False:"),
+    ],
+    "compile structures_compare_without_tensors": [
+        ("return Slot(len(tensors) - 1)", "return Slot(0)"),
     ],
 }
 

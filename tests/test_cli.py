@@ -15,6 +15,7 @@ from masa.cli.arguments import PLOTS, build_parser
 from masa.cli.commands import COMMANDS, choose_folder, main
 from masa.cli.control_arguments import build_controls, parse_numbers
 from masa.output.result import file_names
+from masa.workflows.sheets import comparison
 
 ROOT = Path(__file__).parent.parent
 PLAIN = ["--steps", "3", "--height", "64", "--width", "64", "-q"]
@@ -156,6 +157,134 @@ def test_what_a_run_recorded_is_plotted(home, tiny_folder, capsys):
     assert "no masks in steps [0]" in mistake(capsys, "plot", "out", "masks", "--steps", "0", "-o", "m.png")
     assert "not supported" in mistake(capsys, "plot", "out", "masks", "-o", "m.txt")
     assert not Path("m.txt").exists()
+
+
+MODEL = ["-c", "m", "--device", "cpu", "--dtype", "fp32", "--vae", "v", "--tokenizer", "words", "--offload"]
+LOADED = {"device": "cpu", "dtype": "fp32", "vae": "v", "tokenizer": "words", "offload": True, "progress": False}
+SHARED = ["--height", "128", "--width", "192", "--seed", "4", "--backend", "sdpa", "--steps", "7", "-q"]
+SHARED_GIVEN = {"height": 128, "width": 192, "seed": 4, "backend": "sdpa", "steps": 7, "progress": False}
+GUIDED = ["--guidance", "3", "--negative-prompt", "blurry"]
+GUIDED_GIVEN = {"guidance_scale": 3.0, "negative_prompt": "blurry"}
+RUN = [*GUIDED, "--skip-steps", "2", "--eta", "0.3", "--free-source", "--targets-at-once", "1", "--no-tiled"]
+RUN_GIVEN = GUIDED_GIVEN | {"skip_steps": 2, "eta": 0.3, "pin_source": False, "targets_at_once": 1, "tiled": False}
+START = ["--start-step", "1", "--start-layer", "9"]
+# command -> its options with other values than the defaults, and what the library is then given
+CALLS = {
+    "sample": (
+        ["a cat", "a dog", "a bird", "--trajectory", "photo.safetensors", "--no-control", *RUN],
+        ("a cat", ["a dog", "a bird"]),
+        RUN_GIVEN | {"controls": [], "trajectory": "photo.safetensors"},
+    ),
+    "edit": (
+        [
+            "photo.jpg",
+            "a dog",
+            "--source",
+            "a cat",
+            "--method",
+            "null-text",
+            "--invert-guidance",
+            "2",
+            "--inner-steps",
+            "3",
+            "--no-control",
+            *RUN,
+        ],
+        ("photo.jpg", ["a dog"], "a cat"),
+        RUN_GIVEN | {"controls": [], "method": "null-text", "invert_guidance_scale": 2.0, "inner_steps": 3},
+    ),
+    "invert": (
+        [
+            "photo.jpg",
+            "--prompt",
+            "a cat",
+            "--method",
+            "null-text",
+            "--invert-guidance",
+            "2",
+            "--inner-steps",
+            "3",
+            "--edit-guidance",
+            "5",
+            "--tiled",
+        ],
+        ("photo.jpg", "a cat"),
+        {"method": "null-text", "guidance_scale": 2.0, "inner_steps": 3, "edit_guidance_scale": 5.0, "tiled": True},
+    ),
+    "sdedit": (
+        ["photo.jpg", "a dog", "a bird", "--strength", "0.4", "--tiled", *GUIDED],
+        ("photo.jpg", ["a dog", "a bird"], 0.4),
+        GUIDED_GIVEN | {"tiled": True},
+    ),
+    "grid": (
+        ["photo.jpg", "a dog", "--source", "a cat", "--methods", "ddim", "noise", "--guidance", "3", *START],
+        ("photo.jpg", "a dog", "a cat"),
+        {
+            "methods": ["ddim", "noise"],
+            "guidance_scale": 3.0,
+            "controls": comparison("a cat", masa.MasaCtrl(1, 9)),
+        },
+    ),
+    "sweep": (
+        [
+            "a cat",
+            "a dog",
+            "--image",
+            "photo.jpg",
+            "--method",
+            "null-text",
+            "--rows",
+            "union=True,False",
+            "--columns",
+            "skip_steps=0,1",
+            "--guidance",
+            "3",
+            *START,
+        ],
+        ("a cat", "a dog", ("union", [True, False]), ("skip_steps", [0, 1])),
+        {
+            "image": "photo.jpg",
+            "method": "null-text",
+            "guidance_scale": 3.0,
+            "control": masa.MasaCtrl(1, 9),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("command", CALLS)
+def test_every_option_reaches_the_library(home, monkeypatch, command):
+    argv, positional, named = CALLS[command]
+    seen = []
+
+    def load(checkpoint, **given):
+        seen.append((checkpoint, given))
+        return "the model"
+
+    def function(*given, **more):
+        seen.append((given, more))
+        raise masa.MasaError("seen enough")
+
+    monkeypatch.setattr("masa.load", load)
+    monkeypatch.setattr(f"masa.{command}", function)
+    monkeypatch.setattr(masa.Trajectory, "load", lambda path: path)
+    assert main([command, *argv, *MODEL, *SHARED]) == 2
+    assert seen == [("m", LOADED), (("the model", *positional), SHARED_GIVEN | named)]
+
+
+def test_a_rerun_s_options_reach_the_library(home, monkeypatch):
+    seen = []
+
+    def rerun(*given, **more):
+        seen.append((given, more))
+        raise masa.MasaError("seen enough")
+
+    monkeypatch.setattr("masa.rerun", rerun)
+    monkeypatch.setattr("masa.output.result.read_settings", lambda path: {"target": []})
+    model = [option for option in MODEL if option != "--offload"]
+    assert main(["rerun", "photo.jpg", *model, "-q"]) == 2
+    given = {name: value for name, value in LOADED.items() if name != "offload"}
+    assert seen == [(("photo.jpg",), given | {"checkpoint": "m"})]
 
 
 def test_inspect_tells_what_a_file_is(capsys):

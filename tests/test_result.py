@@ -95,12 +95,13 @@ def test_a_saved_picture_runs_again(tiny, out, tmp_path):
     assert torch.equal(again.latents, out.latents)
 
 
-@pytest.mark.parametrize("start", ["latents", "whole numbers", "generator"])
+@pytest.mark.parametrize("start", ["latents", "whole numbers", "bfloat16", "generator"])
 def test_every_kind_of_start_runs_again(tiny, tmp_path, start):
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     given = {
         "latents": {"latents": noise},
         "whole numbers": {"latents": (noise * 2).to(torch.int64)},
+        "bfloat16": {"latents": noise.bfloat16()},
         "generator": {"generator": torch.Generator().manual_seed(9)},
     }[start]
     first = masa.sample(tiny, "a cat", "a dog", controls=masa.MasaCtrl(1), **given, **SETTINGS)

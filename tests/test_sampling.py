@@ -398,6 +398,36 @@ def test_edit_refuses_before_inverting(tiny, generator, monkeypatch):
         masa.edit(tiny, picture, TARGET, steps=5, method="edit-friendly", controls=masa.MasaCtrl(steps=[0]))
 
 
+def test_arguments_that_agree_with_the_trajectory_are_taken(tiny, generator):
+    picture = torch.rand(3, 64, 128, generator=generator) * 2 - 1
+    schedule = masa.Schedule(offset=0)
+    settings = {"steps": 3, "height": 64, "width": 128, "schedule": schedule, "progress": False}
+    trajectory = masa.invert(tiny, picture, SOURCE, **settings)
+    use = {"target": TARGET, "trajectory": trajectory, "controls": masa.MasaCtrl(1)}
+    plain = masa.sample(tiny, progress=False, **use)
+    assert torch.equal(masa.sample(tiny, source=SOURCE, **use, **settings).latents, plain.latents)
+
+
+def test_a_source_alone_denoises_freely(tiny, generator):
+    """There is nobody to read it: what is asked for is what the model makes of the noise."""
+    picture = torch.rand(3, 64, 64, generator=generator) * 2 - 1
+    trajectory = masa.invert(tiny, picture, SOURCE, steps=3, height=64, width=64, progress=False)
+    alone = masa.sample(tiny, trajectory=trajectory, progress=False)
+    free = masa.sample(tiny, target=TARGET, trajectory=trajectory, controls=[], pin_source=False, progress=False)
+    same(alone.latents, free.latents[:1], 1e-4)
+    assert (alone.latents[0] - trajectory.latents[0]).abs().max() > 0.01
+
+
+def test_an_unguided_inversion_costs_one_row_a_step(tiny, generator):
+    picture = torch.rand(3, 64, 64, generator=generator) * 2 - 1
+    for guidance_scale, expected in ((1.0, [1, 1]), (2.0, [2, 2])):
+        with Rows(tiny.unet) as rows:
+            masa.invert(
+                tiny, picture, SOURCE, steps=2, guidance_scale=guidance_scale, height=64, width=64, progress=False
+            )
+        assert rows.counts == expected
+
+
 AT_ODDS = [masa.StyleTransfer(steps=[3], layers=[12]), masa.MasaCtrl(2, 10)]
 
 

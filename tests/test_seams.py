@@ -397,3 +397,32 @@ def test_two_controls_that_say_what_is_read_are_refused(tiny):
     for other in (masa.MasaCtrl(0, 0), masa.MasaCtrl(0, 0, union=True)):
         with pytest.raises(masa.MasaError, match="two controls both set"):
             run(tiny, [StyleAligned(), other])
+
+
+@dataclass(frozen=True)
+class At:
+    """Puts one edit at one site."""
+
+    site: int
+    edit: Edit
+
+    def begin(self, run):
+        active = ActiveControl()
+        active.name, active.edits = "At", lambda step, branches: {self.site: self.edit}
+        return active
+
+
+@pytest.mark.parametrize(
+    ("site", "edit", "message"),
+    [
+        (32, Edit(joint=lambda x, skip: (x, skip)), "sets joint at down_blocks.0.resnets.0, a site of kind 'res'"),
+        (54, Edit(features_from=(0, 0, 2, 2)), "sets features_from at .*norm1, a site of kind 'norm'"),
+        (120, Edit(norm_with=(0, 0, 2, 2)), r"sets norm_with at up_blocks\..*skip, a site of kind 'skip'"),
+        (0, Edit(norm_with=(0, 0, 2, 2)), "sets norm_with at .*attn1, a site of kind 'self'"),
+        (54, Edit(q_from=(0, 0, 2, 2)), "sets q_from at"),
+        (127, Edit(), "the network has sites 0 to 126"),
+    ],
+)
+def test_an_edit_that_its_site_cannot_carry_out_is_refused(tiny, site, edit, message):
+    with pytest.raises(masa.MasaError, match=message):
+        run(tiny, At(site, edit), TARGETS[:1])

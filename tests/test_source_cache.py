@@ -88,6 +88,22 @@ def test_cached_equals_uncached(tiny, caches, control):
     same(cached.latents[:1], plain.latents[:1])
 
 
+@pytest.mark.parametrize(
+    "control",
+    [
+        masa.PromptToPrompt("refine", reweight={"snow": 3.0}, local_blend=masa.LocalBlend("cat", "cat", start=0.4)),
+        masa.PromptToPrompt(None, reweight={"cat": 2.0}, cross_replace_steps={"default": 0.2, "cat": 0.9}),
+        masa.PlugAndPlay(),
+    ],
+    ids=["refine", "words of their own", "Plug-and-Play"],
+)
+def test_what_a_control_reads_is_recorded_before_its_targets_are_known(tiny, control):
+    settings = SETTINGS | {"controls": control, "seed": 3}
+    cache = masa.record(tiny, SOURCE, **settings)
+    plain = masa.sample(tiny, SOURCE, TARGETS[:2], **settings)
+    compare(masa.sample(tiny, target=TARGETS[:2], controls=control, cache=cache, progress=False), plain)
+
+
 @pytest.mark.parametrize("source", ["pinned", "free"])
 @pytest.mark.parametrize("control", ["plain", "word masks", "local blend"])
 def test_a_cached_picture_is_edited_the_same(tiny, caches, source, control):

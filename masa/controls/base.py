@@ -150,6 +150,8 @@ def resolve(controls: Sequence[ActiveControl], step: int, branches: Branches, si
     owners: dict[tuple[int, str], str] = {}
     for control in controls:
         for index, edit in control.edits(step, branches).items():
+            if index not in range(len(sites)) or edit.misplaced(sites[index].kind):
+                raise _misplaced(control, edit, index, sites)
             for field in edit.claims():
                 owner = owners.setdefault((index, field), control.name)
                 if index in merged and field in merged[index].claims():
@@ -159,6 +161,16 @@ def resolve(controls: Sequence[ActiveControl], step: int, branches: Branches, si
                     )
             merged[index] = merged[index].merge(edit) if index in merged else edit
     return merged
+
+
+def _misplaced(control: ActiveControl, edit: Edit, index: int, sites: Sequence[Site]) -> MasaError:
+    if index not in range(len(sites)):
+        return MasaError(f"{control.name} edits site {index}; the network has sites 0 to {len(sites) - 1}")
+    site, names = sites[index], ", ".join(edit.misplaced(sites[index].kind))
+    return MasaError(
+        f"{control.name} sets {names} at {site.name}, a site of kind {site.kind!r}, which cannot carry it out; choose "
+        "sites by their kind"
+    )
 
 
 def find_words(run: Run, words: Any) -> dict[int, tuple[int, ...]]:

@@ -72,7 +72,7 @@ class _Active(ActiveControl):
         self.used: dict[int, Tensor] = {}
 
     def edits(self, step: int, branches: Branches) -> Mapping[int, Edit]:
-        if step not in self.steps:
+        if step not in self.steps:  # eq. 6: before step S, and in layers before L, attention stays as it is
             return {}
         source_rows = branches.source_rows
         if self.control.union:  # the source's keys and the row's own, in one softmax

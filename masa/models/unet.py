@@ -143,7 +143,7 @@ class UNet(nn.Module):
                 self.sites += (own,)
                 resnet.sites = (own, norm(f"{own.name}.norm1", place, level), norm(f"{own.name}.norm2", place, level))
                 if place == "up":
-                    skips.append(Site(0, layer, own.name, "up", "skip", 2**level))
+                    skips.append(Site(0, layer, f"{own.name}.skip", "up", "skip", 2**level))
                 if i < len(block.attentions):
                     block.attentions[i].norm_site = norm(f"{name}.attentions.{i}.norm", place, level)
                     layer += 1
