@@ -256,8 +256,10 @@ GUIDANCE_AND_SAMPLERS: Mutations = {
     ],
     "guidance outside_its_interval_the_unconditional_rows_are_not_computed": [
         ("both = guided and rule.guides(step)", "both = guided"),
-        ("not (replayed or rule.guides(step))", "False"),
         ("self.start <= step < self.end", "self.start <= step <= self.end"),
+    ],
+    "guidance a_replayed_source_keeps_plain_guidance_of_its_own_scale": [
+        ("not (replayed or rule.guides(step))", "False"),
     ],
     "guidance an_interval_within_another_is_the_steps_of_both": [
         ("step < self.end and self.within.guides(step)", "step < self.end"),
@@ -302,7 +304,7 @@ GUIDANCE_AND_SAMPLERS: Mutations = {
     "samplers noise_that_is_no_inversion_needs_not_be_retraced": [
         ('method not in (None, "noise") and free', "method is not None and free"),
     ],
-    "registration older_pictures_run_again": [
+    "registration older_caches_serve": [
         ('{"sampler": DDIM(), "guidance": ClassifierFree()}.get(name)', "None"),
     ],
     "registration a_schedule_of_ones_own_holds_for_the_edit_too": [
