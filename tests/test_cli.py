@@ -163,10 +163,12 @@ MODEL = ["-c", "m", "--device", "cpu", "--dtype", "fp32", "--vae", "v", "--token
 LOADED = {"device": "cpu", "dtype": "fp32", "vae": "v", "tokenizer": "words", "offload": True, "progress": False}
 SHARED = ["--height", "128", "--width", "192", "--seed", "4", "--backend", "sdpa", "--steps", "7", "-q"]
 SHARED_GIVEN = {"height": 128, "width": 192, "seed": 4, "backend": "sdpa", "steps": 7, "progress": False}
-GUIDED = ["--guidance", "3", "--negative-prompt", "blurry"]
-GUIDED_GIVEN = {"guidance_scale": 3.0, "negative_prompt": "blurry"}
+GUIDED = ["--guidance", "3", "--negative-prompt", "blurry", "--guidance-rule", "RescaledGuidance"]
+GUIDED += ["--set", "RescaledGuidance.phi=0.5"]
+GUIDED_GIVEN = {"guidance_scale": 3.0, "negative_prompt": "blurry", "guidance": masa.RescaledGuidance(0.5)}
 RUN = [*GUIDED, "--skip-steps", "2", "--eta", "0.3", "--free-source", "--targets-at-once", "1", "--no-tiled"]
 RUN_GIVEN = GUIDED_GIVEN | {"skip_steps": 2, "eta": 0.3, "pin_source": False, "targets_at_once": 1, "tiled": False}
+RUN_GIVEN |= {"sampler": masa.DDIM()}  # eta is its own
 START = ["--start-step", "1", "--start-layer", "9"]
 # command -> its options with other values than the defaults, and what the library is then given
 CALLS = {
@@ -212,9 +214,9 @@ CALLS = {
         {"method": "null-text", "guidance_scale": 2.0, "inner_steps": 3, "edit_guidance_scale": 5.0, "tiled": True},
     ),
     "sdedit": (
-        ["photo.jpg", "a dog", "a bird", "--strength", "0.4", "--tiled", *GUIDED],
+        ["photo.jpg", "a dog", "a bird", "--strength", "0.4", "--tiled", "--sampler", "dpm++2m", *GUIDED],
         ("photo.jpg", ["a dog", "a bird"], 0.4),
-        GUIDED_GIVEN | {"tiled": True},
+        GUIDED_GIVEN | {"tiled": True, "sampler": masa.DPMSolverPP()},
     ),
     "grid": (
         ["photo.jpg", "a dog", "--source", "a cat", "--methods", "ddim", "noise", "--guidance", "3", *START],

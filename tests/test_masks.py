@@ -27,7 +27,7 @@ def test_normalise_spans_0_to_1_and_finds_constant_maps():
 def test_given_masks_are_resized_to_every_grid(run_info):
     source = torch.zeros(16, 24)
     source[:, 12:] = 1.0
-    active = masa.GivenMasks(source, source).begin(run_info, frozenset({6, 10}))
+    active = masa.GivenMasks(source, source).bind(run_info, frozenset({6, 10}))
     branches = Branches.build(1, guided=True)
     mask = active.source(branches, (0, 2))
     assert mask is active.source(branches, (0, 2))  # planned once for all steps
@@ -41,7 +41,7 @@ def test_given_masks_are_resized_to_every_grid(run_info):
 
 def test_source_masks_are_cut_and_target_masks_may_be_soft(run_info):
     soft = torch.full((16, 24), 0.4)
-    active = masa.GivenMasks(soft, soft).begin(run_info, frozenset({10}))
+    active = masa.GivenMasks(soft, soft).bind(run_info, frozenset({10}))
     plan = active.source(Branches.build(1, guided=False), (0,))({}, (8, 12))
     assert not plan.key_region.any()
     assert plan.query_weight[1].unique().tolist() == pytest.approx([0.4])
@@ -52,7 +52,7 @@ def test_a_mask_of_any_shape_covers_the_picture(run_info):
     """A mask taller than wide, of a picture wider than tall: its upper half is the picture's."""
     tall = torch.zeros(8, 4)
     tall[:4] = 1.0
-    active = masa.GivenMasks(tall, tall).begin(run_info, frozenset({6, 10}))
+    active = masa.GivenMasks(tall, tall).bind(run_info, frozenset({6, 10}))
     branches = Branches.build(1, guided=False)
     plan = active.source(branches, (0,))({}, (8, 12))
     rows = [True] * 4 + [False] * 4
@@ -65,7 +65,7 @@ def test_a_mask_of_any_shape_covers_the_picture(run_info):
 
 def test_a_given_mask_counts_from_one_half_on(run_info):
     half = torch.full((16, 24), 0.5)
-    active = masa.GivenMasks(half, half).begin(run_info, frozenset({10}))
+    active = masa.GivenMasks(half, half).bind(run_info, frozenset({10}))
     plan = active.source(Branches.build(1, guided=False), (0, 1))({}, (8, 12))
     assert plan.key_region.all()
 
@@ -73,7 +73,7 @@ def test_a_given_mask_counts_from_one_half_on(run_info):
 def test_word_masks_are_those_of_this_step_or_of_the_last(run_info):
     """Found anew at each step; a layer before this step's first map uses the step's before. A value at the threshold
     is subject."""
-    active = masa.WordMasks("cat", "cat", threshold=0.5).begin(run_info, frozenset({8}))
+    active = masa.WordMasks("cat", "cat", threshold=0.5).bind(run_info, frozenset({8}))
     branches = Branches.build(1, guided=False)
     grid = (4, 6)
     sites = active.records(branches)
@@ -97,7 +97,7 @@ def test_word_masks_are_those_of_this_step_or_of_the_last(run_info):
 @pytest.mark.parametrize(("constant", "full"), [((0,), [True, True]), ((1,), [True, True]), ((), [True, False])])
 def test_a_row_whose_source_has_no_map_sees_every_key(run_info, constant, full):
     """A constant map says nothing of where a subject is: the source's own, or the row's."""
-    active = masa.WordMasks("cat", "cat", threshold=0.5).begin(run_info, frozenset({8}))
+    active = masa.WordMasks("cat", "cat", threshold=0.5).bind(run_info, frozenset({8}))
     branches = Branches.build(1, guided=False)
     maps = torch.arange(24.0).expand(2, 1, 24).clone()
     maps[list(constant)] = 1.0
@@ -109,7 +109,7 @@ def test_a_row_whose_source_has_no_map_sees_every_key(run_info, constant, full):
 def test_one_target_mask_each(tiny, run_info):
     mask = torch.ones(4, 4)
     with pytest.raises(masa.MasaError, match="2 target masks for 1 targets"):
-        masa.GivenMasks(mask, [mask, mask]).begin(run_info, frozenset({10}))
+        masa.GivenMasks(mask, [mask, mask]).bind(run_info, frozenset({10}))
 
 
 def test_full_masks_are_the_plain_control(tiny, generator):
@@ -183,7 +183,7 @@ def test_every_setting_of_word_masks_matters(tiny, generator, change):
 
 def test_bad_threshold_is_named(run_info):
     with pytest.raises(masa.MasaError, match=r"threshold is 1\.5"):
-        masa.WordMasks("cat", "cat", threshold=1.5).begin(run_info, frozenset({10}))
+        masa.WordMasks("cat", "cat", threshold=1.5).bind(run_info, frozenset({10}))
 
 
 @pytest.mark.parametrize(

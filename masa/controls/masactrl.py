@@ -51,7 +51,7 @@ class MasaCtrl:
         steps = choose_steps(self.steps, self.start_step, run, "MasaCtrl")
         layers = choose_layers(self.layers, self.start_layer, run, "MasaCtrl")
         sites = tuple(site for site in run.sites if site.kind == "self" and site.layer in layers)
-        mask = None if self.mask is None else self.mask.begin(run, layers)
+        mask = None if self.mask is None else self.mask.bind(run, layers)
         return _Active(self, steps, sites, mask)
 
 

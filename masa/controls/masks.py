@@ -62,7 +62,7 @@ class GivenMasks:
             return [self.target]
         return list(self.target)
 
-    def begin(self, run: Run, layers: frozenset[int]) -> ActiveMasks:
+    def bind(self, run: Run, layers: frozenset[int]) -> ActiveMasks:
         wanted = len(run.prompts) - 1
         targets = self.targets if run.targets_known else self.targets[:1]
         if len(targets) not in (1, wanted):
@@ -129,7 +129,7 @@ class WordMasks:
     def __post_init__(self) -> None:
         check_fraction("WordMasks threshold", self.threshold)
 
-    def begin(self, run: Run, layers: frozenset[int]) -> ActiveMasks:
+    def bind(self, run: Run, layers: frozenset[int]) -> ActiveMasks:
         positions = tuple(
             run.token_positions(prompt, self.source if branch == SOURCE or not run.targets_known else self.target)
             for branch, prompt in enumerate(run.prompts)
