@@ -180,7 +180,7 @@ RUN: Mutations = {
         ("trajectory.latents[trajectory.steps - first_step]", "trajectory.latents[trajectory.steps]"),
     ],
     "sdedit sdedit_equals_the_naive_loop": [
-        ("return run.pinned[run.steps - step - 1][None]", "return run.pinned[run.steps - step][None]"),
+        ("else _pinned_at(run, step + 1)", "else _pinned_at(run, step)"),
         ("shared=True)", "shared=False)"),
     ],
     "inversion_methods negative_prompt_source_takes_one_row_and_null_text_two": [
@@ -196,7 +196,7 @@ RUN: Mutations = {
         ("return max(size) > LARGEST if tiled is None else tiled", "return max(size) > LARGEST"),
     ],
     "sampling a_source_alone_denoises_freely": [
-        ("pin_source and (bool(targets) or any(isinstance(control, Recorder) for control in chosen))", "pin_source"),
+        ("asked.pin_source in (None, True) and read", "asked.pin_source in (None, True)"),
     ],
     "sampling arguments_that_agree_with_the_trajectory_are_taken": [
         ('"width": (width, size[1])', '"width": (width, size[0])'),
@@ -226,7 +226,7 @@ RUN: Mutations = {
         ('tensors.get("context"),', "None,"),
     ],
     "plots a_pinned_source_predicts_the_picture": [
-        ("_source_after(run, run.steps - 1)", "_source_after(run, step)"),
+        ("_pinned_at(run, run.steps)).to", "_pinned_at(run, step)).to"),
     ],
     "source_cache a_cached_source_serves_parts": [
         ("first[row] for row in (*rows, *lent)", "first[row] for row in rows"),
@@ -333,7 +333,6 @@ ROUND_TRIPS: Mutations = {
     ],
     "result every_kind_of_start_runs_again": [
         ("whole.float() if whole.dtype == torch.bfloat16 else whole", "whole"),
-        ('latents=None if settings["latents"] is None else unpack(settings["latents"]),', ""),
         (
             "for f in fields(cls) if f.name in settings",
             'for f in fields(cls) if f.name in settings.keys() - {"latents"}',
@@ -748,8 +747,8 @@ FILES_AND_COMMANDS: Mutations = {
         ("round(strength * steps)", "int(strength * steps) - 1"),
     ],
     "cli every_option_reaches_the_library": [
-        ("eta=args.eta,\n        **given(", "**given("),
-        ("eta=args.eta,\n        **size_and_seed", "**size_and_seed"),
+        ("for name in names if OPTIONS.get(name, name) in args", 'for name in names if name in args and name != "eta"'),
+        ('"pin_source": not args.free_source', '"pin_source": True'),
         ('"backend": args.backend,', ""),
         ("edit_guidance_scale=args.edit_guidance,", ""),
         ("tokenizer=args.tokenizer,\n        vae=args.vae,\n        offload", "vae=args.vae,\n        offload"),
