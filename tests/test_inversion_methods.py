@@ -219,7 +219,7 @@ def test_computing_activations_again_changes_nothing(tiny, picture, short, monke
         calls.append(module)
         return checkpoint(module, *inputs, **settings)
 
-    monkeypatch.setattr("masa.models.unet.recompute", recompute)
+    monkeypatch.setattr("masa.models.batch_rows.recompute", recompute)
     monkeypatch.setattr("masa.null_text.KEPT", 8 * 8)
     masa.invert(tiny, picture, method="null-text", **SHORT)
     assert not calls
