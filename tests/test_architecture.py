@@ -27,9 +27,13 @@ ALLOWED = {
         "masa.edits",
         "masa.kernels",
         "masa.branches",
+        "masa.config",
         "masa.controls",
         "masa.errors",
         "masa.io.pictures",
+        "masa.models.controlnet",
+        "masa.models.t2i_adapter",
+        "masa.runtime.adapters",
     ),
     "masa/io": ("masa.io", "masa.errors"),
     "masa/runtime": (
@@ -40,6 +44,7 @@ ALLOWED = {
         "masa.config",
         "masa.weights",
         "masa.errors",
+        "masa.io.files",
     ),
 }
 # Training the demo model and drawing its world are users of the library, not part of it.
