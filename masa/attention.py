@@ -189,7 +189,7 @@ def _attend_to_parts(q: Tensor, read: _Read, edit: Edit, rows: int, site: Site, 
     k, k_index = read.k.of(first.rows)
     v, v_index = read.v.of(first.rows if edit.parts else edit.v_from or tuple(range(rows)))
     fused = len(parts) <= 2 and all(part.is_plain for part in parts) and edit.contrast is None
-    fused = fused and isinstance(first.weight, float) and (len(parts) == 1 or parts[1].weight == 1.0)
+    fused = fused and isinstance(first.weight, int | float) and (len(parts) == 1 or parts[1].weight == 1.0)
     if edit.mask is not None and not (fused and k_index == v_index):
         raise MasaError(
             f"{site.name}: a mask restricts one row's keys and their values, beside at most one plain part; keys and "
@@ -209,7 +209,7 @@ def _attend_to_parts(q: Tensor, read: _Read, edit: Edit, rows: int, site: Site, 
         k2=k2,
         v2=v2,
         kv_index2=second,
-        source_weight=cast(float, first.weight),
+        source_weight=float(cast(float, first.weight)),
         plan=plan,
         backend=call.backend,
     )
@@ -231,20 +231,20 @@ def _attend_to_many(
         found.append(KeyPart(k, v, k_rows, v_rows, weight, scale, gain, offset, visible))
     contrast = None if edit.contrast is None else _each(edit.contrast, rows)
     out = attention_over_parts(q, found, contrast=contrast, backend=call.backend)
-    if any(part.visible is None for part in found):
+    if not any(edit.may_see_nothing(rows)):
         return out
     # A row of which no part has a key left is plain.
     own = tuple(range(rows))
     k, v = read.k.aligned(own), read.v.aligned(own)
     plain = mutual_attention(read.q.aligned(own), k, v, kv_index=own, backend=call.backend)
-    seen = torch.stack(
-        [part.visible.any(1) & _present(part.k_rows, q.device) for part in found if part.visible is not None]
-    )
+    seen = torch.stack([_seen(part, q.device) for part in found])
     return torch.where(seen.any(0)[:, None, None, None], out, plain)
 
 
-def _present(rows: RowTuple, device: torch.device) -> Tensor:
-    return torch.tensor([row >= 0 for row in rows], device=device)
+def _seen(part: KeyPart, device: torch.device) -> Tensor:
+    """For each row, whether it sees a key of a part."""
+    present = torch.tensor([row >= 0 for row in part.k_rows], device=device)
+    return present if part.visible is None else present & part.visible.any(1)
 
 
 def _blend_plain(out: Tensor, read: _Read, shares: tuple[float, ...], rows: int, call: Call) -> Tensor:
@@ -308,7 +308,7 @@ def _attend_mixed(q: Tensor, read: _Read, edit: Edit, site: Site, call: Call) ->
     tokens, cached_maps = _token_weights(edit, rows)
     own_q, own_k, own_v = (take(t, mix.rows) for t in (q, k, v))
     own_tokens = None if tokens is None else take(tokens, mix.rows)
-    q, k = (_sources(x, aligned, mix, rows) for x, aligned in ((read.q, q), (read.k, k)))
+    q, k = _sources(read.q, q, mix), _sources(read.k, k, mix)
     v = _replace_rows(v, mix.rows, mix.from_source[:, None].to(v.dtype) @ own_v)
     if tokens is not None and own_tokens is not None:
         tokens = _replace_rows(tokens, mix.rows, own_tokens @ mix.from_source.mT)
@@ -326,13 +326,13 @@ def _attend_mixed(q: Tensor, read: _Read, edit: Edit, site: Site, call: Call) ->
     return _fold_rows(out, rows, mix)
 
 
-def _sources(x: _Rows, aligned: Tensor, mix: Mix, rows: int) -> Tensor:
-    """Rows of queries or keys, those mixed replaced by their sources'; sources may be cached."""
+def _sources(x: _Rows, aligned: Tensor, mix: Mix) -> Tensor:
+    """Rows of queries or keys, those mixed replaced by their sources' own; sources may be cached."""
     source_of = dict(zip(mix.rows, mix.sources, strict=True))
-    index = tuple(source_of.get(row, row) for row in range(rows))
-    if max(index) < rows:
-        return take(aligned, index)
-    return torch.cat([aligned[i : i + 1] if i < rows else x.aligned((i,)) for i in index])
+    if aligned is x.own and max(mix.sources, default=0) < x.batch:
+        return take(aligned, tuple(source_of.get(row, row) for row in range(len(aligned))))
+    rows = range(len(aligned))
+    return torch.cat([x.aligned((source_of[i],)) if i in source_of else aligned[i : i + 1] for i in rows])
 
 
 def _token_weights(edit: Edit, rows: int) -> tuple[Tensor | None, Tensor | None]:

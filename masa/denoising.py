@@ -85,7 +85,7 @@ def denoise(run: Denoising) -> Iterator[Tensor]:
         x = torch.cat([_source_after(run, x0, moved, present, step).to(x.device), moved[1:]])
         for control in run.controls:
             control.see_prediction(step, x0)
-            x = control.after_step(step, x, tape, branches)
+            x = _moved(run, control, x, control.after_step(step, x, tape, branches))
             history = tuple(control.blend(kept) for kept in history)
         if run.callback is not None:
             x = _call_back(run.callback, step, timestep, x)
@@ -188,6 +188,8 @@ def _join_tapes(batches: Sequence[Batch], tapes: Sequence[Tape]) -> tuple[Tape, 
     """The tapes of several calls as if of one: each row as the first call that has it wrote it."""
     if len(batches) == 1:
         return tapes[0], batches[0].branches
+    if any(tape.keys() != tapes[0].keys() for tape in tapes):
+        raise MasaError("a control records in some calls of a step only; with targets_at_once it must ask each alike")
     first = {row: (n, i) for n, b in reversed(list(enumerate(batches))) for i, row in enumerate(b.branches.all_rows)}
     cached = batches[0].branches.cached
     halves = [[row for row in first if row not in cached and row.halves[0] == half] for half in ("uncond", "cond")]
@@ -216,6 +218,16 @@ def _step_noise(run: Denoising, step: int) -> Tensor:
     return run.draw_noise() if run.noise is None else run.noise[step][None]
 
 
+def _moved(run: Denoising, control: ActiveControl, before: Tensor, after: Tensor) -> Tensor:
+    """The latents that a control gives. MasaError for what are none, and for another source than a cache holds."""
+    if not isinstance(after, Tensor) or after.shape != before.shape:
+        got = tuple(after.shape) if isinstance(after, Tensor) else type(after).__name__
+        raise MasaError(f"{control.name} gave {got} after a step; expected latents {tuple(before.shape)}")
+    if run.cache is not None and after is not before and not torch.equal(after[:1], before[:1]):
+        raise MasaError(f"{control.name} changes the source's latents, which a cache holds as recorded; run without it")
+    return after
+
+
 def _call_back(callback: Callback, step: int, timestep: int, x: Tensor) -> Tensor:
     changed = callback(step, timestep, x)
     if changed is None:
@@ -226,8 +238,8 @@ def _call_back(callback: Callback, step: int, timestep: int, x: Tensor) -> Tenso
     return changed.to(x)
 
 
-def check_cache(run: Denoising, cache: SourceCache) -> None:
-    """MasaError where a run needs of its source what the cache has not."""
+def check_cache(run: Denoising, cache: SourceCache, source_conditions: Sequence[str | None]) -> None:
+    """MasaError where a run needs of its source what the cache has not; source_conditions: of each control."""
     if len(run.latents) == 1:
         raise MasaError("cache serves targets, and there are none; give one, or run without cache=")
     if run.first_step != cache.first_step and not (cache.pinned and run.first_step > cache.first_step):
@@ -238,7 +250,7 @@ def check_cache(run: Denoising, cache: SourceCache) -> None:
     for control in run.controls:
         if control.watches_source:
             raise MasaError(f"{control.name} keeps what only a computed source has; run without cache=")
-    cache.check_conditions([control.source_condition for control in run.controls])
+    cache.check_conditions(source_conditions)
     for step in range(run.first_step, run.steps):
         for branches in _parts(run, step):
             for control in run.controls:

@@ -7,6 +7,7 @@ those of `masa.branches`; those a source cache holds are indexed behind the batc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal
@@ -221,7 +222,7 @@ class Edit:
         """The fields that a site of this kind could not carry out."""
         set_here = (*self.changed(), *(name for name in ("extra", "records", "query_records") if getattr(self, name)))
         elsewhere = {name for some, names in ONLY_AT.items() if some != kind for name in names}
-        if kind in ONLY_AT:
+        if kind in ("res", "norm", "skip"):
             return tuple(name for name in set_here if name not in (*ONLY_AT[kind], "cached"))
         return tuple(name for name in set_here if name in elsewhere)
 
@@ -256,12 +257,19 @@ class Edit:
             values = {*(self.v_from or own)}
         else:
             values = {row for part in parts for row in self._named(part.rows)}
-        if self.plain is not None or (self.parts and all(part.keys is not None for part in parts)):
+        if self.plain is not None or any(self.may_see_nothing(rows)):
             # Their own attention is wanted beside, or where no key is left to see.
             queries, keys, values = queries | {*own}, keys | {*own}, values | {*own}
         if self.mix is not None:
             queries, keys = queries | {*self.mix.sources}, keys | {*self.mix.sources}
         return tuple(sorted(queries)), tuple(sorted(keys)), tuple(sorted(values))
+
+    def may_see_nothing(self, rows: int) -> tuple[bool, ...]:
+        """For each row, whether all parts that it reads have regions, so that no key may be left; () if none has."""
+        parts = self.parts or ()
+        if all(part.keys is None for part in parts):
+            return ()
+        return tuple(all(part.rows[row] < 0 or part.keys is not None for part in parts) for row in range(rows))
 
     def reads_cached(self, rows: int) -> tuple[CachePart, ...]:
         """What it reads of the rows behind a batch of `rows`: from this alone a cache knows what to hold."""
@@ -284,7 +292,7 @@ class Edit:
         return tuple(part for part, is_read in reads.items() if is_read)
 
     def reads_others(self, rows: RowTuple, others: RowTuple) -> bool:
-        """Whether, of a batch, some rows read anything of others, or a record wants them beside."""
+        """Whether, of a batch, some rows read anything of others, or what is recorded is of all rows."""
         if self.records or self.query_records or self.to_cache or self.masks_keys:
             return True  # what is on the tape, and masks made of it, are of all rows
         wanted = {*others}
@@ -293,6 +301,22 @@ class Edit:
         }:
             return True
         return any(wanted & {*pick(read, rows)} for read in self._readings())
+
+    def changes(self, rows: RowTuple) -> bool:
+        """Whether these rows, of a batch that has them all, come out otherwise than unedited, masks left aside."""
+        if self.joint is not None:
+            return True
+        mixed = () if self.mix is None else self.mix.rows
+        shared = {*rows} & {row for extra in self.extra for row, read in enumerate(extra.rows) if read >= 0}
+        if {*rows} & {*mixed} or shared:
+            return True
+        if self.contrast is not None and any(_at(self.contrast, row) != 1.0 for row in rows):
+            return True
+        if any(read[row] not in (row, -1) for read in self._readings() for row in rows):
+            return True
+        # Of several parts, only one that is the row itself, as it is.
+        read = {row: [part for part in self.parts or () if part.rows[row] >= 0] for row in rows}
+        return any(len(p) > 1 or any(q.keys is not None or _at(q.scale, r) != 1.0 for q in p) for r, p in read.items())
 
     def _readings(self) -> list[RowTuple]:
         """Every tuple that names, for each row, a row that it reads."""
@@ -322,9 +346,44 @@ class Edit:
         )
 
     def key_rows(self, rows: int) -> RowTuple:
-        """The rows that a mask's plan must cover, sorted: of the first part all that are cached, or all read."""
+        """The rows that a mask's plan covers, sorted: the first part's if all are cached, else all that are read."""
         first = tuple(sorted({*self.key_parts(rows)[0].rows}))
         return first if first[0] >= rows else self.read_rows(rows)[1]
+
+    def check(self, rows: int, in_all: int) -> None:
+        """MasaError unless it fits a batch of `rows`, which with its cached rows has `in_all`."""
+
+        def per_row(name: str, value: object, least: int) -> None:
+            given = isinstance(value, tuple) and all(isinstance(row, int) and least <= row < in_all for row in value)
+            if value is not None and not (given and isinstance(value, tuple) and len(value) == rows):
+                raise MasaError(f"{name} is {value!r}; expected a tuple of {rows} rows from {least} to {in_all - 1}")
+
+        def numbers(name: str, value: object, least: float, single: bool = True) -> None:
+            several = value if isinstance(value, tuple) else (value,) * rows if single else ()
+            real = all(isinstance(n, int | float) and math.isfinite(n) and n >= least for n in several)
+            if len(several) != rows or not real:
+                one = "a number or " if single else ""
+                raise MasaError(f"{name} is {value!r}; expected {one}a tuple of {rows} numbers from {least:g} on")
+
+        for name in ("q_from", "k_from", "v_from", "features_from", "norm_with"):
+            per_row(name, getattr(self, name), 0)
+        per_row("q_match", self.q_match, -1)
+        per_row("q_blend's rows", None if self.q_blend is None else self.q_blend[0], 0)
+        for place, part in enumerate(self.parts or ()):
+            per_row(f"parts[{place}].rows", part.rows, -1)
+            per_row(f"parts[{place}].match", part.match, -1)
+            numbers(f"parts[{place}].weight", part.weight, LEAST_WEIGHT)
+            numbers(f"parts[{place}].scale", part.scale, -math.inf)
+        for place, extra in enumerate(self.extra):
+            numbers(f"extra[{place}].scale", extra.scale, -math.inf)
+            if len(extra.rows) != rows or any(not -1 <= row < len(extra.k) for row in extra.rows):
+                raise MasaError(
+                    f"extra[{place}].rows is {extra.rows}; expected {rows}, of its {len(extra.k)} rows or -1"
+                )
+        if self.plain is not None:
+            numbers("plain", self.plain, 0.0, single=False)
+        if self.contrast is not None:
+            numbers("contrast", self.contrast, 0.0)
 
     @staticmethod
     def _named(rows: RowTuple | None) -> set[int]:
@@ -332,8 +391,15 @@ class Edit:
 
 
 PLAIN = Edit()
-# What sites that are no attentions carry out, and nothing else.
-ONLY_AT: dict[Kind, tuple[str, ...]] = {"res": ("features_from",), "norm": ("norm_with",), "skip": ("joint",)}
+# What sites of a kind alone carry out; those that are no attentions carry out nothing else.
+ONLY_AT: dict[Kind, tuple[str, ...]] = {
+    "self": ("mask",),
+    "cross": ("mix",),
+    "res": ("features_from",),
+    "norm": ("norm_with",),
+    "skip": ("joint",),
+}
+LEAST_WEIGHT = 1e-30  # of a part; its logarithm must be finite in float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -386,6 +452,10 @@ def take(x: Tensor, rows: RowTuple) -> Tensor:
     if rows == tuple(range(rows[0], rows[0] + len(rows))):
         return x[rows[0] : rows[0] + len(rows)]
     return torch.cat([x[row : row + 1] for row in rows])
+
+
+def _at(value: tuple[float, ...] | float, row: int) -> float:
+    return value[row] if isinstance(value, tuple) else value
 
 
 def pick(values, wanted: RowTuple):  # type: ignore[no-untyped-def]

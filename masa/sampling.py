@@ -14,6 +14,7 @@ from tqdm import tqdm
 from masa import __version__
 from masa.attention import Backend
 from masa.branches import Branches
+from masa.cache.recorder import source_condition
 from masa.cache.source_cache import SourceCache
 from masa.checks import (
     agree,
@@ -173,14 +174,14 @@ def prepare(sd: StableDiffusion, asked: RunSettings, given: Given) -> Prepared:
     assert settings.guidance_scale is not None
     noise = Noise(settings.seed, given.generator)
     shape = (sd.config.unet.in_channels, *grid_of(sd, settings))
+    _pass_over_drawn(noise, trajectory, shape)
 
     def draw() -> Tensor:
         return noise.draw((1, *shape))
 
     active, first_step = _begin(sd, settings, levels, trajectory, lambda: draw().to(sd.device))
     start = _start(settings, trajectory, first_step, shape, draw).to(sd.device)
-    for control in active:
-        start = control.start(start)
+    start = _started(active, start, cache)
     denoising = Denoising(
         sd=sd,
         levels=levels,
@@ -202,7 +203,9 @@ def prepare(sd: StableDiffusion, asked: RunSettings, given: Given) -> Prepared:
         targets_at_once=settings.targets_at_once,
     )
     if cache is not None:
-        check_cache(denoising, cache)
+        rows_of = {step: denoising.contexts[step].branches for step in range(first_step, denoising.steps)}
+        pairs = zip(settings.controls, active, strict=True)
+        check_cache(denoising, cache, [source_condition(control, bound, rows_of) for control, bound in pairs])
     rows = [context.branches if cache is None else context.branches.cache_source() for context in denoising.contexts]
     check_together(active, first_step, rows, sd.unet.sites)
     settings = replace(settings, skip_steps=first_step, generator_state=noise.generator_state)
@@ -243,7 +246,8 @@ def collect(prepared: Prepared, x: Tensor) -> Result:
     active = run.controls
     masks = {i: {s: m.cpu() for s, m in c.masks().items()} for i, c in enumerate(active) if c.masks()}
     attention = {i: {n: m.cpu() for n, m in c.attention().items()} for i, c in enumerate(active) if c.attention()}
-    queries = {i: c.queries() for i, c in enumerate(active) if c.queries()}
+    recorded = {i: c.queries() for i, c in enumerate(active)}
+    queries = {i: {n: q.cpu() for n, q in found.items()} for i, found in recorded.items() if found}
     predicted = {i: c.predictions() for i, c in enumerate(active) if c.predictions()}
     predictions = {i: _decode_all(sd, latents, given.progress, tiled) for i, latents in predicted.items()}
     images = [Picture.of(picture, settings | {"branch": i}) for i, picture in enumerate(pictures)]
@@ -368,9 +372,35 @@ def _begin(
         first_step=settings.skip_steps,
         source_latents=None if trajectory is None else trajectory.latents[:1].to(sd.device),
         draw_noise=draw_noise,
+        source_pinned=trajectory is not None and bool(settings.pin_source),
     )
     active = begin_all(settings.controls, info)
-    return active, max(settings.skip_steps, *(control.first_step for control in active), 0)
+    first_step = max(settings.skip_steps, *(control.first_step for control in active), 0)
+    late = [control.name for control in active if control.first_step > settings.skip_steps]
+    if late and trajectory is None and settings.latents is None:
+        raise MasaError(
+            f"{' and '.join(late)} starts at step {first_step}, from half noisy latents; give a trajectory "
+            "(masa.invert) or latents"
+        )
+    return active, first_step
+
+
+def _pass_over_drawn(noise: Noise, trajectory: Trajectory | None, shape: tuple[int, ...]) -> None:
+    """Go on in a seed's noise behind what a trajectory's inversion has drawn of it, so that none serves twice."""
+    if trajectory is not None and noise.seed is not None and noise.seed == trajectory.settings.get("seed"):
+        noise.draw((trajectory.draws, *shape))
+
+
+def _started(controls: Sequence[ActiveControl], start: Tensor, cache: SourceCache | None) -> Tensor:
+    """The first latents (1 + N, 4, h, w) as controls change them. MasaError for what are none, or another source."""
+    for control in controls:
+        before, start = start, control.start(start)
+        if not isinstance(start, Tensor) or start.shape != before.shape:
+            got = tuple(start.shape) if isinstance(start, Tensor) else type(start).__name__
+            raise MasaError(f"{control.name} starts from {got}; expected latents {tuple(before.shape)}")
+        if cache is not None and not torch.equal(start[:1], before[:1]):
+            raise MasaError(f"{control.name} changes the source's start, which a cache holds; run without cache=")
+    return start
 
 
 def _contexts(

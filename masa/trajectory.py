@@ -62,6 +62,11 @@ class Trajectory:
         return 0.0 if self.noise is None else EDIT_FRIENDLY_ETA
 
     @property
+    def draws(self) -> int:
+        """How many noises (4, h, w) its inversion took of its seed."""
+        return {"noise": 1, "edit-friendly": self.steps}.get(self.method, 0)
+
+    @property
     def source_guidance(self) -> float | None:
         """The guidance that the source must be replayed with; None: the sampling's."""
         # The recorded noise makes up for exactly the prediction that the inversion saw.

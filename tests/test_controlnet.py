@@ -311,7 +311,7 @@ def test_a_pinned_source_and_a_source_cache_serve(tiny, files, steered):
         out = masa.sample(tiny, target=TARGETS, cache=cache, controls=controls, progress=False).latents
         same(out[1:], ref[1:], 1e-5)
         other = [controls[0], replace(controls[1], source=picture(7))]
-        with pytest.raises(masa.MasaError, match="ControlNet has a condition on the source"):
+        with pytest.raises(masa.MasaError, match="ControlNet changes what the source is"):
             masa.sample(tiny, target=TARGETS, cache=cache, controls=other, progress=False)
     plain = masa.record(tiny, SOURCE, controls=steered[0], trajectory=trajectory, **usual)
     free = [steered[0], replace(steered[1], source=None)]

@@ -395,7 +395,7 @@ SWEEP = ["sweep", *PROMPTS, "--plugin", "mine.py"]
         ([*TWO, "--set", "MasaCtrl.size=3"], "MasaCtrl has start_step, start_layer"),
         (
             [*TWO, "--set", "DPMSolverPP.karras=true"],
-            "karras=true is DPMSolverPP's, which is not in use",
+            "karras=true: no DPMSolverPP is in use, but DDIM, MasaCtrl",
         ),
         (
             [*TWO, "--guidance", "1", "--guidance-rescale", "0.5"],
@@ -410,7 +410,7 @@ SWEEP = ["sweep", *PROMPTS, "--plugin", "mine.py"]
         ([*SWEEP, "--control", "Half"], "'Half' is no control"),
         ([*SWEEP, "--control", "FromFile", "--start-step", "1"], "--start-step 1 would do nothing: .* use --set"),
         ([*SWEEP, "--control", "FromFile", "--rows", "union=True"], "a sweep of FromFile cannot vary 'union'"),
-        ([*SWEEP, "--set", "FromFile.start_step=1"], "FromFile's, which is not in use"),
+        ([*SWEEP, "--set", "FromFile.start_step=1"], "no FromFile is in use, but MasaCtrl"),
     ],
     ids=lambda value: " ".join(value[3:]) if isinstance(value, list) else None,
 )

@@ -199,3 +199,18 @@ def test_blending_needs_a_picture(tiny):
         masa.sample(tiny, "a cat", TARGET, controls=masa.BlendedLatents(half()), steps=2, progress=False)
     with pytest.raises(masa.MasaError, match=r"skip is 1\.0"):
         masa.BlendedLatents(half(), skip=1.0)
+
+
+@pytest.mark.parametrize("method", ["noise", "edit-friendly"])
+def test_no_noise_of_a_seed_serves_twice(tiny, generator, monkeypatch, method):
+    """An inversion's noise and the sampling's after it are one seed's, one behind the other."""
+    drawn = []
+    draw = masa.noise.Noise.draw
+    monkeypatch.setattr("masa.noise.Noise.draw", lambda self, shape: drawn.append(draw(self, shape)) or drawn[-1])
+    picture = torch.rand(3, 128, 128, generator=generator) * 2 - 1
+    controls = masa.BlendedLatents(torch.ones(16, 16), skip=0.0)  # draws at the start and after each step
+    masa.edit(tiny, picture, "a cat", method=method, steps=3, skip_steps=0, seed=5, controls=controls, progress=False)
+    inverted, passed_over, *fresh = drawn
+    assert torch.equal(inverted, passed_over)
+    expected = torch.randn(len(inverted) + len(fresh), *inverted.shape[1:], generator=torch.Generator().manual_seed(5))
+    assert torch.equal(torch.cat([inverted, *fresh]), expected)

@@ -15,7 +15,7 @@ from published_sharing import StyleAligned as PublishedStyleAligned
 from published_sharing import shared_norms
 
 import masa
-from masa.controls import ActiveControl, Edit, ExtraKeys, Part, Residuals
+from masa.controls import ActiveControl, Edit, ExtraKeys, Mix, Part, Residuals
 from masa.models.batch_rows import Retirement
 
 SOURCE, TARGETS = "a photo of a sitting cat", ["a photo of a running cat", "a red cat in the snow"]
@@ -58,7 +58,9 @@ class AddResiduals:
     branch: int | None = None
 
     def begin(self, run):
-        return _AddResiduals(self)
+        active = _AddResiduals(self)
+        active.source_condition = f"AddResiduals({self.scale})" if self.branch is None else None
+        return active
 
 
 class _AddResiduals(ActiveControl):
@@ -101,6 +103,7 @@ class ImagePrompt:
 
     scale: float = 1.0
     seed: int = 0
+    on_source: bool = False
 
     def begin(self, run):
         generator = torch.Generator().manual_seed(self.seed)
@@ -109,17 +112,18 @@ class ImagePrompt:
             if site.kind == "cross":
                 shape = (1, site.heads, 4, site.width // site.heads)
                 extra[site.index] = torch.randn(2, *shape, generator=generator).to(run.device, run.dtype).unbind()
-        return _ImagePrompt(extra, self.scale)
+        return _ImagePrompt(extra, self.scale, self.on_source)
 
 
 class _ImagePrompt(ActiveControl):
     name = "ImagePrompt"
 
-    def __init__(self, extra, scale):
-        self.extra, self.scale = extra, scale
+    def __init__(self, extra, scale, on_source):
+        self.extra, self.scale, self.on_source = extra, scale, on_source
 
     def edits(self, step, branches):
-        rows = tuple(-1 if row.branch == 0 or "cond" not in row.halves else 0 for row in branches.rows)
+        reads = [(row.branch != 0 or self.on_source) and "cond" in row.halves for row in branches.rows]
+        rows = tuple(0 if read else -1 for read in reads)
         return {site: Edit(extra=(ExtraKeys(k, v, rows, self.scale),)) for site, (k, v) in self.extra.items()}
 
 
@@ -130,6 +134,7 @@ class Several:
     contrast: float = 1.0
     plain: float = 0.0
     blend: float = 0.0
+    source_contrast: float = 1.0
 
     def begin(self, run):
         return _Several(self, [s.index for s in run.sites if s.kind == "self" and s.layer >= 8])
@@ -154,11 +159,34 @@ class _Several(ActiveControl):
         is_target = [row.branch != 0 for row in branches.rows]
         edit = Edit(
             parts=(Part(own), Part(others, weight=2.0, keys=left)),
-            contrast=tuple(self.control.contrast if target else 1.0 for target in is_target),
+            contrast=tuple(self.control.contrast if target else self.control.source_contrast for target in is_target),
             plain=tuple(self.control.plain if target else 0.0 for target in is_target),
             q_blend=(source, self.control.blend),
         )
         return dict.fromkeys(self.sites, edit)
+
+
+@dataclass(frozen=True)
+class MovesTheSource:
+    """Changes the source's latents, before the first step or after each."""
+
+    when: str
+
+    def begin(self, run):
+        return _MovesTheSource(self.when)
+
+
+class _MovesTheSource(ActiveControl):
+    name = "MovesTheSource"
+
+    def __init__(self, when):
+        self.when = when
+
+    def start(self, latents):
+        return latents * 1.01 if self.when == "start" else latents
+
+    def after_step(self, step, latents, tape, branches):
+        return latents * 1.01 if self.when == "after_step" else latents
 
 
 CONTROLS = {
@@ -266,21 +294,34 @@ def test_a_pinned_source_serves(tiny, trajectory, name):
 
 @pytest.mark.parametrize("name", CONTROLS)
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
-def test_a_recorded_source_serves(tiny, trajectory, plain, name, guidance):
-    reading = CONTROLS[name] if name != "residuals" and name != "joints" else masa.MasaCtrl(1, 8)
-    reading = [c for c in (reading if isinstance(reading, list) else [reading]) if not isinstance(c, ImagePrompt)]
-    reading = [c for c in reading if not isinstance(c, AddResiduals)]
-    settings = {k: v for k, v in USUAL.items() if k != "progress"}
-    cache = masa.record(tiny, SOURCE, controls=reading, guidance_scale=guidance, seed=3, progress=False, **settings)
-    use = CONTROLS[name] if isinstance(CONTROLS[name], list) else [CONTROLS[name]]
-    if name in ("residuals", "joints"):  # they would change the source: a recorded one is as it was recorded
-        use = [masa.MasaCtrl(1, 8), *use]
-        out = masa.sample(tiny, target=TARGETS, controls=use, cache=cache, progress=False)
-        ref = masa.sample(tiny, target=TARGETS, controls=use[:1], cache=cache, progress=False)
-        differs(out.latents[1:], ref.latents[1:])
-        return
-    out = masa.sample(tiny, target=TARGETS, controls=use, cache=cache, progress=False)
-    same(out.latents[1:], plain[name, guidance][1:])
+def test_a_recorded_source_serves(tiny, plain, name, guidance):
+    """Recorded with the controls of the run: what they read of it is kept, what they do to it is done."""
+    settings = {"guidance_scale": guidance, "seed": 3, **USUAL}
+    cache = masa.record(tiny, SOURCE, controls=CONTROLS[name], **settings)
+    out = masa.sample(tiny, target=TARGETS, controls=CONTROLS[name], cache=cache, progress=False)
+    same(out.latents, plain[name, guidance])
+
+
+@pytest.mark.parametrize(
+    ("control", "message"),
+    [
+        (masa.FreeU(), "FreeU changes what the source is"),
+        (AddResiduals(), "AddResiduals changes what the source is"),
+        (Several(source_contrast=1.5), "Several changes what the source is"),
+        (ImagePrompt(on_source=True), "ImagePrompt changes what the source is"),
+        (MovesTheSource("start"), "MovesTheSource changes the source's start"),
+        (MovesTheSource("after_step"), "MovesTheSource changes the source's latents"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else type(value).__name__,
+)
+def test_what_would_change_a_recorded_source_is_refused(tiny, recorded, control, message):
+    with pytest.raises(masa.MasaError, match=message):
+        masa.sample(tiny, target=TARGETS, controls=[masa.MasaCtrl(1, 8), control], cache=recorded, progress=False)
+
+
+@pytest.fixture(scope="module")
+def recorded(tiny):
+    return masa.record(tiny, SOURCE, controls=masa.MasaCtrl(1, 8), seed=3, **USUAL)
 
 
 @pytest.mark.parametrize("name", CONTROLS)
@@ -427,8 +468,87 @@ class At:
         (0, Edit(norm_with=(0, 0, 2, 2)), "sets norm_with at .*attn1, a site of kind 'self'"),
         (54, Edit(q_from=(0, 0, 2, 2)), "sets q_from at"),
         (127, Edit(), "the network has sites 0 to 126"),
+        (0, Edit(mix=Mix((1,), (0,), torch.eye(77)[None])), "sets mix at .*attn1, a site of kind 'self'"),
+        (1, Edit(k_from=(0, 0, 2, 2), v_from=(0, 0, 2, 2), mask=lambda tape, grid: None), "sets mask at .*attn2"),
     ],
 )
 def test_an_edit_that_its_site_cannot_carry_out_is_refused(tiny, site, edit, message):
     with pytest.raises(masa.MasaError, match=message):
         run(tiny, At(site, edit), TARGETS[:1])
+
+
+ROWS = (0, 1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (Edit(k_from=[0, 0, 2, 2]), r"At, in step 0: k_from is \[0, 0, 2, 2\]; expected a tuple of 4 rows from 0 to 3"),
+        (Edit(k_from=(0, 0, 2)), "k_from is .*; expected a tuple of 4 rows"),
+        (Edit(q_from=(0, 0, 2, 4)), "q_from is .*; expected a tuple of 4 rows from 0 to 3"),
+        (Edit(v_from=(0, -1, 2, 2)), "v_from is .* from 0 to 3"),
+        (Edit(q_match=(-2, 0, 2, 2)), "q_match is .* from -1 to 3"),
+        (Edit(q_blend=((0, 0), 0.5)), "q_blend's rows is"),
+        (Edit(plain=0.5), "plain is 0.5; expected a tuple of 4 numbers"),
+        (Edit(plain=(0.5,)), "plain is"),
+        (Edit(contrast=(1.0, 2.0)), "contrast is .*; expected a number or a tuple of 4 numbers"),
+        (Edit(parts=(Part(ROWS, weight=0.0),)), r"parts\[0\].weight is 0.0; expected a number or a tuple"),
+        (Edit(parts=(Part(ROWS), Part((0, 0)))), r"parts\[1\].rows is \(0, 0\)"),
+        (Edit(parts=(Part(ROWS, scale=(1.0,)),)), r"parts\[0\].scale is"),
+        (Edit(parts=(Part(ROWS, match=(0, 0, 9, 2)),)), r"parts\[0\].match is"),
+        (
+            Edit(extra=(ExtraKeys(torch.zeros(1, 4, 2, 8), torch.zeros(1, 4, 2, 8), (0, 0, 0, 1)),)),
+            r"extra\[0\].rows is",
+        ),
+    ],
+)
+def test_an_edit_that_does_not_fit_the_batch_names_its_control(tiny, monkeypatch, edit, message):
+    monkeypatch.setattr(tiny.unet, "forward", lambda *args, **kwargs: pytest.fail("ran first"))
+    with pytest.raises(masa.MasaError, match=message):
+        run(tiny, At(0, edit), TARGETS[:1])
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("begin", r"Gives.begin gave None; expected an ActiveControl"),
+        ("edits", "Gives gave None as its edits"),
+        ("start", r"Gives starts from NoneType; expected latents \(2, 4, 16, 24\)"),
+        ("after_step", r"Gives gave NoneType after a step; expected latents \(2, 4, 16, 24\)"),
+    ],
+)
+def test_a_control_that_gives_nothing_is_named(tiny, method, message):
+    class Gives:
+        def begin(self, run):
+            active = ActiveControl()
+            active.name = "Gives"
+            if method != "begin":
+                setattr(active, method, lambda *given: None)
+            return None if method == "begin" else active
+
+    with pytest.raises(masa.MasaError, match=message):
+        run(tiny, Gives(), TARGETS[:1])
+
+
+def test_a_control_that_starts_late_needs_latents_of_that_step(tiny, generator):
+    class Late:
+        def begin(self, run):
+            active = ActiveControl()
+            active.name, active.first_step = "Late", 1
+            return active
+
+    with pytest.raises(masa.MasaError, match="Late starts at step 1, from half noisy latents; give a trajectory"):
+        run(tiny, Late(), TARGETS[:1])
+    latents = torch.randn(1, 4, 16, 24, generator=generator)
+    assert run(tiny, Late(), TARGETS[:1], latents=latents).settings["skip_steps"] == 1
+
+
+def test_a_row_without_a_key_is_plain_though_another_part_has_no_region(tiny):
+    """The source reads only the part whose region is empty; the target sees the source's keys alone."""
+
+    def nothing(tape, grid):
+        return torch.zeros(4, grid[0] * grid[1], dtype=torch.bool)
+
+    edit = Edit(parts=(Part(ROWS, keys=nothing), Part((-1, 0, -1, 2))))
+    ref = run(tiny, At(20, Edit(k_from=(0, 0, 2, 2), v_from=(0, 0, 2, 2))), TARGETS[:1]).latents
+    same(run(tiny, At(20, edit), TARGETS[:1]).latents, ref)

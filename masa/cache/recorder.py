@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 import weakref
@@ -25,6 +26,7 @@ from masa.errors import MasaError
 from masa.io.files import replacing
 from masa.io.tensor_file import TensorFile, TensorWriter
 from masa.pipeline import StableDiffusion
+from masa.settings import describe
 from masa.trajectory import Trajectory
 
 SUFFIX = ".safetensors"
@@ -112,20 +114,22 @@ class Recorder:
     def begin(self, run: Run) -> ActiveControl:
         wanted: Wanted = {step: {} for step in range(run.first_step, run.steps)}
         shaping: list[ActiveControl] = []  # they take part in the source's own run
+        conditions: list[str] = []
         for control in self.controls:
             reads, condition = source_reads(control, run)
             if condition is not None:
                 shaping.append(control.begin(run))
-            elif not any(reads.values()):
-                raise MasaError(
-                    f"{type(control).__name__} reads nothing of the source that a cache could hold; leave it out of "
-                    "record's controls"
-                )
+                conditions.append(condition)
             for step, of_sites in reads.items():
                 for site, parts in of_sites.items():
                     both = {*parts, *wanted[step].get(site, ())}
                     wanted[step][site] = tuple(part for part in get_args(CachePart) if part in both)
-        self.recording.source_conditions = [str(control.source_condition) for control in shaping]
+        if not shaping and not any(wanted.values()):
+            names = " and ".join(type(control).__name__ for control in self.controls)
+            raise MasaError(
+                f"{names} reads nothing of the source that a cache could hold; give the controls that will read it"
+            )
+        self.recording.source_conditions = conditions
         # Of all steps: LocalBlend and RecordAttention read them from the first on.
         maps = [s for s in run.sites if s.kind == "cross" and s.downsample == MAP_DOWNSAMPLE]
         apart = any(control.tells_halves_apart for control in shaping)
@@ -163,10 +167,8 @@ Wanted = dict[int, dict[int, tuple[CachePart, ...]]]
 def source_reads(control: Control, run: Run) -> tuple[Wanted, str | None]:
     """What a control's edits read of a source that is not in the batch, and what the source depends on through it.
 
-    The source's prompt stands in for a target's.
-
-    Token maps are left out: they are recorded whatever reads them. MasaError for a control that cannot do without its
-    targets' prompts.
+    The source's prompt stands in for a target's. Token maps are left out: they are recorded whatever reads them.
+    MasaError for a control that cannot do without its targets' prompts.
     """
     stand_in = replace(run, prompts=(run.prompts[SOURCE], run.prompts[SOURCE]), targets_known=False)
     active = control.begin(stand_in)
@@ -176,7 +178,21 @@ def source_reads(control: Control, run: Run) -> tuple[Wanted, str | None]:
         found = {site: edit.reads_cached(len(branches)) for site, edit in active.edits(step, branches).items()}
         kept = {site: tuple(part for part in parts if part != "maps") for site, parts in found.items()}
         reads[step] = {site: parts for site, parts in kept.items() if parts}
-    return reads, active.source_condition
+    return reads, source_condition(control, active, dict.fromkeys(reads, Branches.build(1, guided=True)))
+
+
+def source_condition(control: Control, active: ActiveControl, branches: Mapping[int, Branches]) -> str | None:
+    """What the source depends on through a control: as it says itself, or its settings, where edits change source rows.
+
+    branches: of each step, the source's rows among them. None: the source is as it would be without.
+    """
+    if active.source_condition is not None:
+        return active.source_condition
+    for step, of_step in branches.items():
+        source = tuple(i for i, row in enumerate(of_step.rows) if row.branch == SOURCE)
+        if any(edit.changes(source) for edit in active.edits(step, of_step).values()):
+            return f"{active.name}({json.dumps(describe(control))})"
+    return None
 
 
 class _Active(ActiveControl):

@@ -22,7 +22,7 @@ from masa.errors import MasaError
 from masa.io.files import replacing
 from masa.io.tensor_file import TensorFile, TensorWriter
 from masa.pipeline import StableDiffusion
-from masa.settings import restore_setting
+from masa.settings import describe_setting, restore_setting
 from masa.trajectory import Trajectory
 
 FORMAT = "masa source cache 1"
@@ -88,7 +88,9 @@ class SourceCache:
     def agree(self, name: str, asked: Any) -> Any:
         """The recorded value of a setting. MasaError where another one is asked for; None asks for none."""
         recorded = restore_setting(name, self.settings.get(name))  # a file of an earlier version has fewer
-        if asked is not None and asked != recorded:
+        # Of a user's class equality may be identity: then what is written down of it tells.
+        same = asked == recorded or describe_setting(name, asked) == self.settings.get(name)
+        if asked is not None and not same:
             raise MasaError(
                 f"{name} is {asked!r}, but the cache was recorded with {recorded!r}; leave it out, or record anew"
             )
@@ -119,7 +121,7 @@ class SourceCache:
         return self.latents[:1] if self.settings["latents"] is not None else latents
 
     def check_conditions(self, asked: Sequence[str | None]) -> None:
-        """MasaError unless a run's controls condition the source as those that it was recorded with."""
+        """MasaError unless a run's controls change the source as those did that it was recorded with."""
         wanted = sorted(condition for condition in asked if condition is not None)
         recorded = sorted(self.settings.get("source_conditions", ()))
         if wanted == recorded:
@@ -127,13 +129,13 @@ class SourceCache:
         extra = [condition.partition("(")[0] for condition in wanted if condition not in recorded]
         if extra:
             raise MasaError(
-                f"{' and '.join(extra)} has a condition on the source, which the cache was recorded without, or with "
-                "another; record with the same control, or leave its source= out (targets' conditions are free)"
+                f"{' and '.join(extra)} changes what the source is, and the cache was recorded without it, or with "
+                "another; record with the same control, or leave it out (of adapters their source=: targets' are free)"
             )
         lacking = [condition.partition("(")[0] for condition in recorded if condition not in wanted]
         raise MasaError(
-            f"the cache was recorded with a condition on the source by {' and '.join(lacking)}; give the same control, "
-            "or record anew without it"
+            f"the cache was recorded with {' and '.join(lacking)}, which changes what the source is; give the same "
+            "control, or record anew without it"
         )
 
     def check_edits(self, control: ActiveControl, step: int, branches: Branches, sites: Sequence[Site]) -> None:

@@ -295,7 +295,8 @@ def sampling_settings(args: argparse.Namespace) -> dict[str, Any]:
     controls = {"controls": build_controls(args)} if "control" in args else {}
     made = {"sampler": build_sampler(args), "guidance": build_guidance(args)}
     used = [*controls.get("controls", ()), *made.values()]
-    check_used(args.set, [*used, getattr(made["guidance"], "within", None)])
+    used.append(getattr(made["guidance"], "within", None))
+    check_used(args.set, [value for value in used if value is not None])
     names = [f.name for f in fields(RunSettings) if f.name not in ("source", "target", *made)]
     plain = {name: getattr(args, OPTIONS.get(name, name)) for name in names if OPTIONS.get(name, name) in args}
     pinned = {"pin_source": not args.free_source} if "free_source" in args else {}

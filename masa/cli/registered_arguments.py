@@ -124,7 +124,7 @@ def check_used(given: Iterable[Field], used: Iterable[Any]) -> None:
     for kind, field, value in given:
         if kind not in names:
             shown = f"--set {kind}.{field}={json.dumps(value)}"
-            raise MasaError(f"{shown} is {kind}'s, which is not in use; it has {', '.join(sorted(names)) or 'none'}")
+            raise MasaError(f"{shown}: no {kind} is in use, but {', '.join(sorted(names)) or 'nothing'}; name it first")
 
 
 def parse_field(text: str) -> Field:

@@ -33,6 +33,7 @@ class Run:
     # A bare prompt -> its token ids and each one's span of characters.
     encode: Callable[[str], tuple[list[int], list[tuple[int, int]]]] = _no_encoder
     first_step: int = 0  # earlier ones are not run
+    source_pinned: bool = False  # its latents are put back on a trajectory before each step
     alphas: tuple[float, ...] = ()  # cumulative alpha of the latents before each step, and 1 after the last
     source_latents: Tensor | None = None  # of the real picture that is edited, clean: (1, 4, h, w)
     draw_noise: Callable[[], Tensor] | None = None  # fresh noise (1, 4, h, w), which the run's seed decides
@@ -58,7 +59,9 @@ class ActiveControl:
     first_step: int = 0  # the run leaves out the steps before it
     watches_source: bool = False  # it needs the source to be computed, not lent by a cache
     tells_halves_apart: bool = False  # the source's two halves differ, even where their prompts are the same
-    source_condition: str | None = None  # what of it the source's computation depends on, beside prompt and noise
+    # What the source depends on through its residuals, beside prompt and noise: a cache of a source without is refused.
+    # (Edits that change the source are found by themselves.)
+    source_condition: str | None = None
 
     def start(self, latents: Tensor) -> Tensor:
         """The latents (1 + N, 4, h, w) that the run's first step starts from."""
@@ -80,7 +83,10 @@ class ActiveControl:
         return None
 
     def after_step(self, step: int, latents: Tensor, tape: Tape, branches: Branches) -> Tensor:
-        """The latents (1 + N, 4, h, w) that the next step starts from."""
+        """The latents (1 + N, 4, h, w) that the next step starts from.
+
+        The source's are put back afterwards where it is pinned to a trajectory (`Run.source_pinned`).
+        """
         return latents
 
     def blend(self, history: Tensor) -> Tensor:
@@ -133,10 +139,17 @@ def begin_all(controls: Sequence[Control], run: Run) -> tuple[ActiveControl, ...
     if idle:
         verb = "acts" if len(idle) == 1 else "act"
         raise MasaError(f"{' and '.join(idle)} {verb} on targets, and there are none; give one, or controls=[]")
-    active = tuple(control.begin(run) for control in controls)
+    active = tuple(_begin(control, run) for control in controls)
     first_step = max((control.first_step for control in active), default=0)
     if first_step > run.first_step:  # the others' steps are chosen among those that are run
-        active = tuple(control.begin(replace(run, first_step=first_step)) for control in controls)
+        active = tuple(_begin(control, replace(run, first_step=first_step)) for control in controls)
+    return active
+
+
+def _begin(control: Control, run: Run) -> ActiveControl:
+    active = control.begin(run)
+    if not isinstance(active, ActiveControl):
+        raise MasaError(f"{type(control).__name__}.begin gave {active!r}; expected an ActiveControl")
     return active
 
 
@@ -153,7 +166,7 @@ def resolve(controls: Sequence[ActiveControl], step: int, branches: Branches, si
     merged: dict[int, Edit] = {}
     owners: dict[tuple[int, str], str] = {}
     for control in controls:
-        for index, edit in control.edits(step, branches).items():
+        for index, edit in _edits_of(control, step, branches).items():
             if index not in range(len(sites)) or edit.misplaced(sites[index].kind):
                 raise _misplaced(control, edit, index, sites)
             for field in edit.claims():
@@ -163,8 +176,24 @@ def resolve(controls: Sequence[ActiveControl], step: int, branches: Branches, si
                         f"two controls both set {field} at {sites[index].name} (layer {sites[index].layer}) in step "
                         f"{step}: {owner} and {control.name}; give them different steps or layers, or leave one out"
                     )
-            merged[index] = merged[index].merge(edit) if index in merged else edit
+            try:
+                merged[index] = merged[index].merge(edit) if index in merged else edit
+            except MasaError as error:
+                raise MasaError(f"{control.name} and another control, at {sites[index].name}: {error}") from error
     return merged
+
+
+def _edits_of(control: ActiveControl, step: int, branches: Branches) -> Mapping[int, Edit]:
+    """A control's edits of a step. MasaError, with its name, for what does not fit the batch."""
+    edits = control.edits(step, branches)
+    if not isinstance(edits, Mapping):
+        raise MasaError(f"{control.name} gave {edits!r} as its edits; expected edits by site index, {{}} for none")
+    for edit in {id(edit): edit for edit in edits.values()}.values():
+        try:
+            edit.check(len(branches), len(branches.all_rows))
+        except MasaError as error:
+            raise MasaError(f"{control.name}, in step {step}: {error}") from error
+    return edits
 
 
 def _misplaced(control: ActiveControl, edit: Edit, index: int, sites: Sequence[Site]) -> MasaError:

@@ -23,8 +23,9 @@ class FreeU:
     """On the two coarsest levels up, half of the backbone's channels are scaled, and low frequencies of the skips.
 
     backbone: factors of the deepest level and of the next (b1, b2), skip: the same of the skips (s1, s2); the
-    published ones of SD 1.5 are the defaults; 1 changes nothing. Every row is changed alike, the source too, unless it
-    is pinned. 2309.11497, equations 4 and 5, in the form of the first release (one factor for all positions).
+    published ones of SD 1.5 are the defaults; 1 changes nothing. Every row is changed alike, the source's too: pinned,
+    its latents stay and its features change. 2309.11497, equations 4 and 5, in the form of the first release (one
+    factor for all positions).
     """
 
     needs_targets: ClassVar[bool] = False

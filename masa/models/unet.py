@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import cast
 
 import torch
@@ -166,6 +167,16 @@ class UNet(nn.Module):
         """Number of transformer blocks (16 in SD v1)."""
         return sum(site.kind == "self" for site in self.sites)
 
+    @cached_property
+    def skip_sites(self) -> tuple[Site, ...]:
+        """The joints with skip connections, as they run on the way up."""
+        return tuple(site for site in self.sites if site.kind == "skip")
+
+    @cached_property
+    def last_norm_site(self) -> Site:
+        """The norm before the last convolution."""
+        return next(site for site in self.sites if site.name == "conv_norm_out")
+
     def forward(
         self,
         x: Tensor,
@@ -222,7 +233,7 @@ class UNet(nn.Module):
             for up in block.upsamplers:
                 x = up(x)
 
-        (site,) = (site for site in self.sites if site.name == "conv_norm_out")
+        site = self.last_norm_site
         x = edited_norm(self.conv_norm_out, x, call.edit_at(site), site, call.tape)
         return self.conv_out(F.silu(x)), call.tape
 
@@ -237,8 +248,7 @@ class UNet(nn.Module):
 
     def _edit_joint(self, x: Tensor, skip: Tensor, place: int, call: Call) -> tuple[Tensor, Tensor]:
         """Backbone and skip features as an edit changes them; place: of the skip, counted on the way down."""
-        joints = [site for site in self.sites if site.kind == "skip"]
-        joint = call.edit_at(joints[len(joints) - 1 - place]).joint
+        joint = call.edit_at(self.skip_sites[len(self.skip_sites) - 1 - place]).joint
         return (x, skip) if joint is None else joint(x, skip)
 
     def _first_block_is_edited(self, call: Call, retire: Retirement | None) -> bool:
