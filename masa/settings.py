@@ -105,8 +105,9 @@ def register(cls: Class) -> Class:
 
     Usable as a decorator. Results then carry its values by class name and fields, and `rerun`, `record`, `sweep` and
     the command line (--plugin FILE.py) make them again from there; so must whoever reruns the picture call this. Fields
-    hold numbers, texts, None, tensors, lists, dicts or values of registered classes; lists come back as tuples. A class of the same module and
-    name is replaced, as when a notebook's cell runs again. MasaError for other classes, or a name that is taken::
+    hold numbers, texts, None, tensors, lists, dicts or values of registered classes; lists come back as tuples. A class
+    of the same module and name is replaced, as when a notebook's cell runs again. MasaError for a class that is no
+    frozen dataclass, or a name that is taken::
 
         @masa.register
         @dataclass(frozen=True)
