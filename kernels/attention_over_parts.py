@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -189,7 +190,7 @@ def _column(values: tuple[float, ...], q: Tensor) -> Tensor | None:
     return torch.tensor(values, dtype=_wide(q), device=q.device)[:, None, None, None]
 
 
-def _at(values: tuple, rows: tuple[int, ...]) -> tuple:  # type: ignore[type-arg]
+def _at(values: tuple[Any, ...], rows: tuple[int, ...]) -> tuple[Any, ...]:
     return tuple(values[row] for row in rows)
 
 

@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 from masa.cache.source_cache import SourceCache
 from masa.config import ModelConfig, ScheduleConfig
 from masa.controls.blended import BlendedLatents
+from masa.controls.controlnet import ControlNet
 from masa.controls.freeu import FreeU
 from masa.controls.local_blend import LocalBlend
 from masa.controls.masactrl import MasaCtrl
@@ -19,6 +20,7 @@ from masa.controls.plug_and_play import PlugAndPlay
 from masa.controls.prompt_to_prompt import PromptToPrompt
 from masa.controls.record import RecordAttention, RecordPredictions, RecordQueries
 from masa.controls.style import StyleTransfer
+from masa.controls.t2i_adapter import T2IAdapter
 from masa.errors import CheckpointError, MasaError
 from masa.guidance import ClassifierFree, Guidance, GuidanceInterval, RescaledGuidance
 from masa.inversion import invert
@@ -42,6 +44,7 @@ __all__ = [
     "BlendedLatents",
     "CheckpointError",
     "ClassifierFree",
+    "ControlNet",
     "DPMSolverPP",
     "FreeU",
     "GivenMasks",
@@ -64,6 +67,7 @@ __all__ = [
     "SourceCache",
     "StableDiffusion",
     "StyleTransfer",
+    "T2IAdapter",
     "Trajectory",
     "WordMasks",
     "edit",

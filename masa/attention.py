@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import get_args
+from typing import cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -133,9 +133,10 @@ class _Read:
     @classmethod
     def of(cls, q: Tensor, k: Tensor, v: Tensor, edit: Edit, rows: int) -> _Read:
         cached = edit.cached or CachedRows()
-        own = [tuple(row for row in read if row < rows) for read in edit.read_rows(rows)]
-        tensors = ((q, cached.q), (k, cached.k), (v, cached.v))
-        return cls(*(_Rows(t, some, behind, rows) for (t, behind), some in zip(tensors, own, strict=True)), cached)
+        q_rows, k_rows, v_rows = (tuple(row for row in read if row < rows) for read in edit.read_rows(rows))
+        return cls(
+            _Rows(q, q_rows, cached.q, rows), _Rows(k, k_rows, cached.k, rows), _Rows(v, v_rows, cached.v, rows), cached
+        )
 
     def queries(self, edit: Edit, rows: int) -> Tensor:
         """The queries (rows, heads, h*w, d) that the rows attend with."""
@@ -187,8 +188,8 @@ def _attend_to_parts(q: Tensor, read: _Read, edit: Edit, rows: int, site: Site, 
     plan = None if edit.mask is None else call.plan(edit.mask, grid)
     k, k_index = read.k.of(first.rows)
     v, v_index = read.v.of(first.rows if edit.parts else edit.v_from or tuple(range(rows)))
-    fused = len(parts) <= 2 and all(part.is_plain for part in parts) and isinstance(first.weight, float)
-    fused = fused and edit.contrast is None and (len(parts) == 1 or parts[1].weight == 1.0)
+    fused = len(parts) <= 2 and all(part.is_plain for part in parts) and edit.contrast is None
+    fused = fused and isinstance(first.weight, float) and (len(parts) == 1 or parts[1].weight == 1.0)
     if edit.mask is not None and not (fused and k_index == v_index):
         raise MasaError(
             f"{site.name}: a mask restricts one row's keys and their values, beside at most one plain part; keys and "
@@ -208,7 +209,7 @@ def _attend_to_parts(q: Tensor, read: _Read, edit: Edit, rows: int, site: Site, 
         k2=k2,
         v2=v2,
         kv_index2=second,
-        source_weight=first.weight,
+        source_weight=cast(float, first.weight),
         plan=plan,
         backend=call.backend,
     )

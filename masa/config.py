@@ -19,6 +19,16 @@ class UNetConfig:
 
 
 @dataclass(frozen=True)
+class T2IAdapterConfig:
+    """A T2I-Adapter: how many channels its picture has once 8 x 8 pixels are one position, and its levels' widths."""
+
+    in_channels: int = 192
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    blocks_per_level: int = 2
+    light: bool = False  # the colour adapter's kind, a quarter as wide inside its levels
+
+
+@dataclass(frozen=True)
 class VAEConfig:
     """The autoencoder between pictures and latents, which are 8 times smaller on each side."""
 

@@ -238,6 +238,7 @@ def check_cache(run: Denoising, cache: SourceCache) -> None:
     for control in run.controls:
         if control.watches_source:
             raise MasaError(f"{control.name} keeps what only a computed source has; run without cache=")
+    cache.check_conditions([control.source_condition for control in run.controls])
     for step in range(run.first_step, run.steps):
         for branches in _parts(run, step):
             for control in run.controls:

@@ -186,7 +186,7 @@ def prepare(sd: StableDiffusion, asked: RunSettings, given: Given) -> Prepared:
         levels=levels,
         solver=settings.sampler.start(levels, settings.eta),
         latents=start,
-        contexts=_contexts(sd, settings, trajectory, first_step),
+        contexts=_contexts(sd, settings, trajectory, active, first_step),
         guidance=settings.guidance,
         guidance_scale=settings.guidance_scale,
         draw_noise=draw,
@@ -374,9 +374,13 @@ def _begin(
 
 
 def _contexts(
-    sd: StableDiffusion, settings: RunSettings, trajectory: Trajectory | None, first_step: int
+    sd: StableDiffusion,
+    settings: RunSettings,
+    trajectory: Trajectory | None,
+    controls: Sequence[ActiveControl],
+    first_step: int,
 ) -> tuple[Context, ...]:
-    """Every step's rows and embeddings; the source has one row where its two embeddings are equal."""
+    """Every step's rows and embeddings; the source has one row where nothing tells its two halves apart."""
     steps, targets, rule = settings.steps, settings.target, settings.guidance
     assert steps is not None
     assert rule is not None
@@ -402,7 +406,8 @@ def _contexts(
         both = guided and rule.guides(step)
         return Branches.build(len(targets), guided=both, merge_source=merged, source_guided=replayed)
 
-    equal = [torch.equal(uncond, cond[:1]) for uncond in unconds]
+    apart = any(control.tells_halves_apart for control in controls)
+    equal = [not apart and torch.equal(uncond, cond[:1]) for uncond in unconds]
     return tuple(Context(rows(step, equal[step]), uncond, cond) for step, uncond in enumerate(unconds))
 
 

@@ -18,6 +18,7 @@ from masa.attention import Backend
 from masa.config import ScheduleConfig
 from masa.controls.base import Control
 from masa.controls.blended import BlendedLatents
+from masa.controls.controlnet import ControlNet
 from masa.controls.freeu import FreeU
 from masa.controls.local_blend import LocalBlend
 from masa.controls.masactrl import MasaCtrl
@@ -26,6 +27,7 @@ from masa.controls.plug_and_play import PlugAndPlay
 from masa.controls.prompt_to_prompt import PromptToPrompt
 from masa.controls.record import RecordAttention, RecordPredictions, RecordQueries
 from masa.controls.style import StyleTransfer
+from masa.controls.t2i_adapter import T2IAdapter
 from masa.errors import MasaError
 from masa.guidance import ClassifierFree, Guidance, GuidanceInterval, RescaledGuidance
 from masa.io.pictures import load_mask
@@ -155,6 +157,7 @@ def _find_lost(described: Any) -> str | None:
 for _kind in (
     BlendedLatents,
     ClassifierFree,
+    ControlNet,
     DDIM,
     DPMSolverPP,
     FreeU,
@@ -170,6 +173,7 @@ for _kind in (
     RescaledGuidance,
     ScheduleConfig,
     StyleTransfer,
+    T2IAdapter,
     WordMasks,
 ):
     register(_kind)
@@ -185,6 +189,8 @@ def describe(value: Any) -> Any:
         return {"kind": "GivenMasks", "source": pack(load_mask(value.source)), "target": targets}
     if isinstance(value, BlendedLatents):
         return {"kind": "BlendedLatents", "mask": pack(load_mask(value.mask)), "skip": value.skip}
+    if isinstance(value, T2IAdapter | ControlNet):
+        value = value.kept()  # its pictures inside, its file's digest beside the path
     if is_registered(value):
         kept = {f.name: describe(getattr(value, f.name)) for f in fields(value) if f.init}
         return {"kind": type(value).__name__} | kept

@@ -196,6 +196,7 @@ RUN: Mutations = {
     ],
     "sampling a_source_alone_denoises_freely": [
         ("pinned = asked.pin_source in (None, True) and read", "pinned = asked.pin_source in (None, True)"),
+        ("asked.pin_source in (None, True) and read", "asked.pin_source in (None, True)"),
     ],
     "sampling arguments_that_agree_with_the_trajectory_are_taken": [
         ('"width": (width, size[1])', '"width": (width, size[0])'),
@@ -222,6 +223,7 @@ RUN: Mutations = {
     ],
     "plots a_pinned_source_predicts_the_picture": [
         ("_pinned_at(run, run.steps)).to(x.device)", "_pinned_at(run, step)).to(x.device)"),
+        ("_pinned_at(run, run.steps)).to", "_pinned_at(run, step)).to"),
     ],
     "source_cache a_cached_source_serves_parts": [
         ("first[row] for row in (*rows, *cached)", "first[row] for row in rows"),
@@ -255,6 +257,12 @@ GUIDANCE_AND_SAMPLERS: Mutations = {
     "guidance outside_its_interval_the_unconditional_rows_are_not_computed": [
         ("both = guided and rule.guides(step)", "both = guided"),
         ("self.start <= step < self.end", "self.start <= step <= self.end"),
+    ],
+    "guidance a_replayed_source_keeps_plain_guidance_of_its_own_scale": [
+        ("not (replayed or rule.guides(step))", "False"),
+    ],
+    "guidance an_interval_within_another_is_the_steps_of_both": [
+        ("step < self.end and self.within.guides(step)", "step < self.end"),
     ],
     "guidance rescaled_guidance_equals_diffusers": [
         ("cond.std() / guided.std()", "guided.std() / cond.std()"),
@@ -296,7 +304,7 @@ GUIDANCE_AND_SAMPLERS: Mutations = {
     "samplers noise_that_is_no_inversion_needs_not_be_retraced": [
         ('method not in (None, "noise") and free', "method is not None and free"),
     ],
-    "registration older_pictures_run_again": [
+    "registration older_caches_serve": [
         ('{"sampler": DDIM(), "guidance": ClassifierFree()}.get(name)', "None"),
     ],
     "registration a_schedule_of_ones_own_holds_for_the_edit_too": [
@@ -366,6 +374,8 @@ ROUND_TRIPS: Mutations = {
             "getattr(self, f.name)) for f in fields(self)",
             "getattr(self, f.name)) for f in fields(self) if f.name != 'backend'",
         ),
+        ("for f in fields(cls) if f.name in settings", 'for f in fields(cls) if f.name in {*settings} - {"schedule"}'),
+        ("for f in fields(cls) if f.name in settings", 'for f in fields(cls) if f.name in {*settings} - {"backend"}'),
     ],
     "result a_callback_is_told": [
         ('if settings["callback"]:', "if False:"),
@@ -751,6 +761,8 @@ FILES_AND_COMMANDS: Mutations = {
         ("round(strength * steps)", "int(strength * steps) - 1"),
     ],
     "cli every_option_reaches_the_library": [
+        ("for name in names if OPTIONS.get(name, name) in args", 'for name in names if name in args and name != "eta"'),
+        ('"pin_source": not args.free_source', '"pin_source": True'),
         ('"backend": args.backend,', ""),
         ("edit_guidance_scale=args.edit_guidance,", ""),
         ("tokenizer=args.tokenizer,\n        vae=args.vae,\n        offload", "vae=args.vae,\n        offload"),

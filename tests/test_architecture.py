@@ -25,9 +25,15 @@ ALLOWED = {
     "masa/schedule.py": ("masa.config", "masa.errors"),
     "masa/samplers": ("masa.samplers", "masa.schedule", "masa.errors"),
     "masa/models": (*BASE, "masa.attention", "masa.config", "masa.models"),
-    "masa/controls": (*BASE, "masa.branches", "masa.controls", "masa.io.pictures"),
+    "masa/controls": (
+        *(*BASE, "masa.branches", "masa.config", "masa.controls", "masa.io.pictures"),
+        # Adapters bring networks of their own.
+        *("masa.models.controlnet", "masa.models.t2i_adapter", "masa.runtime.adapters"),
+    ),
     "masa/io": ("masa.io", "masa.errors"),
-    "masa/runtime": (*BASE, "masa.attention", "masa.config", "masa.models", "masa.runtime", "masa.weights"),
+    "masa/runtime": (
+        *(*BASE, "masa.attention", "masa.config", "masa.io.files", "masa.models", "masa.runtime", "masa.weights"),
+    ),
 }
 # Training the demo model and drawing its world are users of the library, not part of it.
 TRAINING = "weights/demo"

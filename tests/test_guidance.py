@@ -64,6 +64,11 @@ def test_a_replayed_source_keeps_plain_guidance_of_its_own_scale():
     assert outside[1].flatten().tolist() == [12.0, 12.0]
 
 
+def test_an_interval_within_another_is_the_steps_of_both():
+    both = masa.GuidanceInterval(0, 3, within=masa.GuidanceInterval(2, 5))
+    assert [both.guides(step) for step in range(6)] == [False, False, True, False, False, False]
+
+
 @pytest.mark.parametrize("phi", [0.0, 0.3, 0.7, 1.0])
 def test_rescaled_guidance_equals_diffusers(phi):
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg

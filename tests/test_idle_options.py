@@ -47,6 +47,18 @@ P2P = [*TWO, "--control", "prompt-to-prompt"]
         ([*TWO, "--record-words", "cat,,dog"], "has an empty place"),
         ([*P2P, "--reweight", "dog=2,dog=3"], "has a word twice"),
         ([*P2P, "--reweight", "=3"], "has a word twice, or none"),
+        ([*TWO, "--tau", "0.5"], "--tau 0.5 would do nothing: .* give --t2i-adapter"),
+        ([*TWO, "--adapter-weight", "2"], "--adapter-weight 2.0 would do nothing"),
+        ([*TWO, "--adapter-source", "a.png"], "--adapter-source a.png would do nothing"),
+        ([*EDIT, "--controlnet-scale", "0"], "--controlnet-scale 0.0 would do nothing: .* give --controlnet"),
+        ([*TWO, "--controlnet-start", "0"], "--controlnet-start 0.0 would do nothing"),
+        ([*TWO, "--controlnet-end", "1"], "--controlnet-end 1.0 would do nothing"),
+        ([*TWO, "--controlnet-source", "a.png"], "--controlnet-source a.png would do nothing"),
+        ([*TWO, "--guess-mode"], "--guess-mode would do nothing: it is a ControlNet's"),
+        (
+            ["sample", "a cat", "--t2i-adapter", "a", "b.png", "--adapter-source", "c.png"],
+            "--adapter-source c.png would do nothing: without targets",
+        ),
         ([*TWO, "--free-source"], "--free-source would do nothing: .* --trajectory"),
         ([*TWO, "--guidance", "1", "--negative-prompt", "bad"], "--negative-prompt bad would do nothing: --guidance 1"),
         ([*EDIT, "--guidance", "0", "--negative-prompt", "bad"], "--negative-prompt bad would do nothing"),
@@ -108,5 +120,7 @@ def test_an_option_that_is_read_is_let_through():
         [*SWEEP, *image, "--method", "noise", "--rows", "seed=1,2", "--columns", "eta=0,1", "--seed", "3"],
         [*SWEEP, "--rows", "start_layer=8,9", "--columns", "eta=0,1", "--start-step", "0"],
         ["sample", "a cat", "--no-control"],
+        ["sample", "a cat", "--t2i-adapter", "a", "b.png", "--tau", "0.5", "--adapter-weight", "0"],
+        [*EDIT, "--controlnet", "a", "b.png", "--controlnet-source", "c.png", "--guess-mode", "--controlnet-end", "1"],
     ):
         refuse_idle(build_parser().parse_args(argv))

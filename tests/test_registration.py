@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import pytest
@@ -225,6 +225,18 @@ def test_settings_come_back_whole():
             assert torch.equal(back.latents, noise)
         else:
             assert getattr(back, f.name) == value != default, f.name
+
+
+def test_older_caches_serve(tiny):
+    """They may be asked for what they had without saying so."""
+    cache = masa.record(tiny, PROMPTS[0], controls=masa.MasaCtrl(1), **SETTINGS)
+    settings = {name: value for name, value in cache.settings.items() if name not in ("sampler", "guidance")}
+    older = replace(cache, settings=settings, predictions=None)
+    asked = {"target": PROMPTS[1], "cache": older, "controls": masa.MasaCtrl(1), "progress": False}
+    out = masa.sample(tiny, sampler="ddim", guidance=masa.ClassifierFree(), **asked)
+    assert torch.equal(out.latents, masa.sample(tiny, **(asked | {"cache": cache})).latents)
+    with pytest.raises(masa.MasaError, match="sampler is DPMSolverPP"):
+        masa.sample(tiny, sampler="dpm++2m", **asked)
 
 
 # ---------------------------------------------------------------------------------------------------- what may be

@@ -19,7 +19,7 @@ from masa.controls import ActiveControl, Edit, ExtraKeys, Part, Residuals
 from masa.models.batch_rows import Retirement
 
 SOURCE, TARGETS = "a photo of a sitting cat", ["a photo of a running cat", "a red cat in the snow"]
-STEPS = 4
+STEPS = 3
 # Float32 rounding, grown over a trajectory and by guidance: a fraction of the latents' standard deviation.
 TOLERANCE = 5e-4
 
@@ -220,6 +220,7 @@ def test_the_style_is_the_picture_without_control(tiny, plain):
     same(plain["style aligned", 5.0][:1], run(tiny, [], guidance_scale=5.0).latents[:1], 1e-5)
 
 
+@pytest.mark.slow
 def test_every_setting_of_style_aligned_matters(tiny, plain):
     for control in (StyleAligned(0.0, 0.9), StyleAligned(0.5), StyleAligned(0.5, 0.9, share_norms=False)):
         differs(run(tiny, control, guidance_scale=5.0).latents[1:], plain["style aligned", 5.0][1:])
@@ -235,6 +236,7 @@ def test_it_changes_the_result(tiny, plain, name, guidance):
     differs(plain[name, guidance][1], run(tiny, baseline, guidance_scale=guidance).latents[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONTROLS)
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
 def test_targets_together_equal_targets_alone(tiny, plain, name, guidance):
@@ -243,6 +245,7 @@ def test_targets_together_equal_targets_alone(tiny, plain, name, guidance):
     same(run(tiny, CONTROLS[name], TARGETS[:1], guidance_scale=guidance).latents, several[:2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONTROLS)
 def test_a_pinned_source_serves(tiny, trajectory, name):
     """Its rows leave where nobody reads them; a free source, which stays, gives targets no others."""
@@ -331,6 +334,7 @@ def test_residuals_follow_rows_that_share_work_and_that_leave(tiny, generator):
         assert (left - whole[[1, 3]]).abs().max() < 1e-4
 
 
+@pytest.mark.slow
 def test_residuals_of_several_controls_add_up(tiny):
     both = run(tiny, [AddResiduals(0.2, ("down",)), AddResiduals(0.3, ("skips", "mid"))]).latents
     at_once = run(tiny, [AddResiduals(0.2, ("down",)), AddResiduals(0.3, ("skips",)), AddResiduals(0.3, ("mid",))])
@@ -379,6 +383,7 @@ def test_every_factor_of_free_u_matters(tiny):
 # ----------------------------------------------------------------------------------------------------- several parts
 
 
+@pytest.mark.slow
 def test_every_field_of_an_edit_matters(tiny, plain):
     usual = plain["several parts", 5.0]
     whole = Several(1.3, 0.3, 0.2)
@@ -387,6 +392,7 @@ def test_every_field_of_an_edit_matters(tiny, plain):
     same(run(tiny, Several(plain=1.0), guidance_scale=5.0).latents, run(tiny, [], guidance_scale=5.0).latents)
 
 
+@pytest.mark.slow
 def test_an_extra_scale_of_zero_is_none(tiny):
     same(run(tiny, ImagePrompt(0.0)).latents, run(tiny, []).latents, 1e-5)
     differs(run(tiny, ImagePrompt(0.5)).latents[1:], run(tiny, ImagePrompt(1.0)).latents[1:])

@@ -192,8 +192,11 @@ class Part:
         return {name: tuple(tensor.shape) for name, tensor in self.module.state_dict().items()}
 
 
-def check_parts(parts: Mapping[str, Part], where: object) -> None:
-    """One CheckpointError for all parts' keys that are missing, unexpected, misshapen or of another dtype."""
+def check_parts(parts: Mapping[str, Part], where: object, whole: str = "Stable Diffusion v1 model") -> None:
+    """One CheckpointError for all parts' keys that are missing, unexpected, misshapen or of another dtype.
+
+    whole: what the parts are, or are of.
+    """
     found: dict[str, list[str]] = {}
     for part in parts.values():
         for kind, keys in _key_problems(part).items():
@@ -201,21 +204,27 @@ def check_parts(parts: Mapping[str, Part], where: object) -> None:
     problems = [f"{len(keys)} {kind}: {listed(keys)}" for kind, keys in found.items() if keys]
     if problems:
         raise CheckpointError(
-            f"{where} does not fit a Stable Diffusion v1 model; {'; '.join(problems)}; "
-            "take a complete, unmodified checkpoint"
+            f"{where} does not fit a {whole}; {'; '.join(problems)}; take a complete, unmodified checkpoint"
         )
 
 
 def load_parts(
-    parts: Mapping[str, Part], where: object, *, dtype: torch.dtype, device: torch.device, progress: bool = True
+    parts: Mapping[str, Part],
+    where: object,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: bool = True,
+    whole: str = "Stable Diffusion v1 model",
 ) -> None:
     """Fill modules built on the meta device, strictly; their weights then need no gradients.
 
     1x1 convolutions and linear layers hold the same numbers and stand for each other. CheckpointError names and
     counts the keys that are missing, unexpected or misshapen (before any tensor is read), and then those with NaN
     or infinite values, or values beyond dtype's range. progress: a bar, for what takes longer than a second.
+    whole: as in `check_parts`.
     """
-    check_parts(parts, where)
+    check_parts(parts, where, whole)
     total = sum(entry.bytes for part in parts.values() for entry in part.entries.values())
     bar = tqdm(
         desc="load", total=total, unit="B", unit_scale=True, disable=not progress or total < SILENT_BYTES, leave=False

@@ -188,7 +188,7 @@ def _groups(path: Path) -> tuple[dict[str, Entries], str]:
     folders = {}
     for folder in sorted(child for child in path.iterdir() if child.is_dir()):
         if any(file.name.endswith(".safetensors") for file in folder.iterdir()):
-            folders[folder.name] = _read_folder(folder, prefer_half=False)
+            folders[folder.name] = read_folder(folder, prefer_half=False)
     return folders, FOLDER_LAYOUT if "unet" in folders else OTHER_LAYOUT
 
 
@@ -233,7 +233,7 @@ def _open_file(path: Path, prefer_half: bool, vae: tuple[PartFiles, VAEConfig] |
 
 
 def _open_folder(path: Path, prefer_half: bool, vae: tuple[PartFiles, VAEConfig] | None) -> Checkpoint:
-    index = _read_json(path / "model_index.json")
+    index = read_json(path / "model_index.json")
     for other, kind in OTHER_PARTS.items():
         if other in index or (path / other).is_dir():
             raise CheckpointError(f"{path} is {kind} (it has the part {other}); {SERVED}")
@@ -243,19 +243,19 @@ def _open_folder(path: Path, prefer_half: bool, vae: tuple[PartFiles, VAEConfig]
     if missing:
         _refuse_folder(path, missing)
 
-    unet_json = _read_json(path / "unet" / "config.json")
-    entries = _read_folder(path / "unet", prefer_half)
+    unet_json = read_json(path / "unet" / "config.json")
+    entries = read_folder(path / "unet", prefer_half)
     refuse_other_models(entries, path)
     unet = PartFiles(entries, unet_namer(entries))
     _check_fixed(unet_json, FIXED_UNET, path / "unet" / "config.json")
 
     if vae is None:
-        vae_entries = _read_folder(path / "vae", prefer_half)
+        vae_entries = read_folder(path / "vae", prefer_half)
         part = PartFiles(vae_entries, vae_namer(vae_entries))
-        vae = _vae_part(part, _read_json(path / "vae" / "config.json"), path / "vae")
+        vae = _vae_part(part, read_json(path / "vae" / "config.json"), path / "vae")
 
-    text_json = _read_json(path / "text_encoder" / "config.json")
-    entries = _read_folder(path / "text_encoder", prefer_half)
+    text_json = read_json(path / "text_encoder" / "config.json")
+    entries = read_folder(path / "text_encoder", prefer_half)
     refuse_other_models(entries, path / "text_encoder")
     # What CLIP models carry besides, depending on who wrote them.
     ignore = frozenset(k for k in entries if k.endswith(("position_ids", "text_projection.weight", "logit_scale")))
@@ -316,8 +316,8 @@ def _open_vae(path: Path, prefer_half: bool) -> tuple[PartFiles, VAEConfig]:
     settings: Json = {}
     if path.is_dir():
         path = path / "vae" if (path / "vae").is_dir() else path
-        settings = _read_json(path / "config.json")
-        entries = _read_folder(path, prefer_half)
+        settings = read_json(path / "config.json")
+        entries = read_folder(path, prefer_half)
     else:
         entries = read_entries(path)
     coder = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
@@ -352,7 +352,7 @@ def _vae_part(part: PartFiles, settings: Json, path: Path) -> tuple[PartFiles, V
     return part, config
 
 
-def _read_folder(folder: Path, prefer_half: bool) -> Entries:
+def read_folder(folder: Path, prefer_half: bool) -> Entries:
     """The tensors of one part's folder: whole or sharded, full precision or the fp16 variant."""
     found = (p for p in folder.iterdir() if ".safetensors" in p.name and "non_ema" not in p.name)
     # Other tools leave files of their own beside the usual names.
@@ -374,7 +374,7 @@ def _read_folder(folder: Path, prefer_half: bool) -> Entries:
     return read_entries(whole[0]) if whole else read_index(chosen[0])
 
 
-def _read_json(path: Path) -> Json:
+def read_json(path: Path) -> Json:
     """A configuration file, or {} where there is none."""
     if not path.is_file():
         return {}
@@ -414,7 +414,7 @@ def _side(sample_size: int | list[int]) -> int:
 
 def _schedule(path: Path) -> ScheduleConfig:
     file = path / "scheduler" / "scheduler_config.json"
-    settings = _read_json(file)
+    settings = read_json(file)
     _check_fixed(settings, FIXED_SCHEDULE, file)
     base = ScheduleConfig()
     return ScheduleConfig(

@@ -18,9 +18,9 @@ from torch import Tensor
 from masa.branches import SOURCE, Branches
 from masa.cache.source_cache import BY_HEAD, EXTRAS, FORMAT, SourceCache, finish_file, name_of
 from masa.cache.storage import Store, check_store, choose_store, store_tensor
-from masa.controls.base import ActiveControl, Control, Run
+from masa.controls.base import ActiveControl, Control, Run, resolve
 from masa.controls.masks import MAP_DOWNSAMPLE
-from masa.edits import PLAIN, CachePart, Edit, Record, Site, Tape
+from masa.edits import PLAIN, CachePart, Edit, Record, Residuals, Site, Tape
 from masa.errors import MasaError
 from masa.io.files import replacing
 from masa.io.tensor_file import TensorFile, TensorWriter
@@ -49,6 +49,7 @@ class Recording:
         self.tensors: dict[str, Tensor] = {}
         self.latents: list[Tensor] = []
         self.predictions: list[Tensor] = []
+        self.source_conditions: list[str] = []  # what the source depends on, beside prompt and noise
         self.nbytes = 0
 
     def open(self, entries: int, nbytes: int, device: torch.device) -> None:
@@ -110,9 +111,12 @@ class Recorder:
 
     def begin(self, run: Run) -> ActiveControl:
         wanted: Wanted = {step: {} for step in range(run.first_step, run.steps)}
+        shaping: list[ActiveControl] = []  # they take part in the source's own run
         for control in self.controls:
-            reads = source_reads(control, run)
-            if not any(reads.values()):
+            reads, condition = source_reads(control, run)
+            if condition is not None:
+                shaping.append(control.begin(run))
+            elif not any(reads.values()):
                 raise MasaError(
                     f"{type(control).__name__} reads nothing of the source that a cache could hold; leave it out of "
                     "record's controls"
@@ -121,13 +125,15 @@ class Recorder:
                 for site, parts in of_sites.items():
                     both = {*parts, *wanted[step].get(site, ())}
                     wanted[step][site] = tuple(part for part in get_args(CachePart) if part in both)
+        self.recording.source_conditions = [str(control.source_condition) for control in shaping]
         # Of all steps: LocalBlend and RecordAttention read them from the first on.
         maps = [s for s in run.sites if s.kind == "cross" and s.downsample == MAP_DOWNSAMPLE]
-        self._open(wanted, maps, run)
+        apart = any(control.tells_halves_apart for control in shaping)
+        self._open(wanted, maps, run, rows=2 if apart else self.rows)
         eye = torch.eye(run.tokens, device=run.device)
-        return _Active(self.recording, wanted, tuple(site.index for site in maps), eye)
+        return _Active(self.recording, wanted, tuple(site.index for site in maps), eye, shaping, run.sites)
 
-    def _open(self, wanted: Wanted, maps: Sequence[Site], run: Run) -> None:
+    def _open(self, wanted: Wanted, maps: Sequence[Site], run: Run, rows: int) -> None:
         config = self.sd.unet.config
         itemsize = self.sd.unet.conv_in.weight.element_size()
 
@@ -147,15 +153,17 @@ class Recorder:
             (run.sites[i], part) for of_sites in wanted.values() for i, parts in of_sites.items() for part in parts
         ]
         named += [(site, "maps") for site in maps] * len(wanted)
-        self.recording.open(len(named), self.rows * sum(size(site, part) for site, part in named), run.device)
+        self.recording.open(len(named), rows * sum(size(site, part) for site, part in named), run.device)
 
 
 # What is read of the source, by step and site.
 Wanted = dict[int, dict[int, tuple[CachePart, ...]]]
 
 
-def source_reads(control: Control, run: Run) -> Wanted:
-    """What a control's edits read of a source that is not in the batch; the source's prompt stands in for a target's.
+def source_reads(control: Control, run: Run) -> tuple[Wanted, str | None]:
+    """What a control's edits read of a source that is not in the batch, and what the source depends on through it.
+
+    The source's prompt stands in for a target's.
 
     Token maps are left out: they are recorded whatever reads them. MasaError for a control that cannot do without its
     targets' prompts.
@@ -168,17 +176,28 @@ def source_reads(control: Control, run: Run) -> Wanted:
         found = {site: edit.reads_cached(len(branches)) for site, edit in active.edits(step, branches).items()}
         kept = {site: tuple(part for part in parts if part != "maps") for site, parts in found.items()}
         reads[step] = {site: parts for site, parts in kept.items() if parts}
-    return reads
+    return reads, active.source_condition
 
 
 class _Active(ActiveControl):
     name = "the recording of a source"
 
-    def __init__(self, recording: Recording, wanted: Wanted, maps: tuple[int, ...], each: Tensor) -> None:
+    def __init__(
+        self,
+        recording: Recording,
+        wanted: Wanted,
+        maps: tuple[int, ...],
+        each: Tensor,
+        shaping: Sequence[ActiveControl],
+        sites: Sequence[Site],
+    ) -> None:
         self.recording = recording
         self.wanted = wanted
         self.maps = maps
         self.each = each  # token its own map
+        self.shaping = shaping
+        self.sites = sites
+        self.tells_halves_apart = any(control.tells_halves_apart for control in shaping)
 
     def start(self, latents: Tensor) -> Tensor:
         self.recording.latents.append(latents[:1].float().cpu())
@@ -186,10 +205,16 @@ class _Active(ActiveControl):
 
     def edits(self, step: int, branches: Branches) -> Mapping[int, Edit]:
         record = Record(MAPS, self.each.expand(len(branches), -1, -1))
-        edits = {site: Edit(to_cache=parts) for site, parts in self.wanted[step].items()}
+        edits = resolve(self.shaping, step, branches, self.sites)
+        for site, parts in self.wanted[step].items():
+            edits[site] = edits.get(site, PLAIN).merge(Edit(to_cache=parts))
         for site in self.maps:
             edits[site] = edits.get(site, PLAIN).merge(Edit(records=(record,)))
         return edits
+
+    def residuals(self, step: int, timestep: int, x: Tensor, context: Tensor, branches: Branches) -> Residuals | None:
+        found = [control.residuals(step, timestep, x, context, branches) for control in self.shaping]
+        return Residuals.total([some for some in found if some is not None])
 
     def see_prediction(self, step: int, x0: Tensor) -> None:
         self.recording.predictions.append(x0[:1].float().cpu())

@@ -118,6 +118,24 @@ class SourceCache:
             return latents
         return self.latents[:1] if self.settings["latents"] is not None else latents
 
+    def check_conditions(self, asked: Sequence[str | None]) -> None:
+        """MasaError unless a run's controls condition the source as those that it was recorded with."""
+        wanted = sorted(condition for condition in asked if condition is not None)
+        recorded = sorted(self.settings.get("source_conditions", ()))
+        if wanted == recorded:
+            return
+        extra = [condition.partition("(")[0] for condition in wanted if condition not in recorded]
+        if extra:
+            raise MasaError(
+                f"{' and '.join(extra)} has a condition on the source, which the cache was recorded without, or with "
+                "another; record with the same control, or leave its source= out (targets' conditions are free)"
+            )
+        lacking = [condition.partition("(")[0] for condition in recorded if condition not in wanted]
+        raise MasaError(
+            f"the cache was recorded with a condition on the source by {' and '.join(lacking)}; give the same control, "
+            "or record anew without it"
+        )
+
     def check_edits(self, control: ActiveControl, step: int, branches: Branches, sites: Sequence[Site]) -> None:
         """MasaError where a control reads of the source in a step what is not here; branches: the source cached."""
         for index, edit in control.edits(step, branches).items():

@@ -46,6 +46,7 @@ def build_parser() -> Parser:
             'masa sample "a cat sitting" "a cat standing" --record-words cat --record-queries --record-x0 -o cats',
             'masa sample "" "a running corgi" --trajectory corgi.safetensors -c v1-5-pruned-emaonly.safetensors',
             'masa sample "a cat sitting" "a cat standing" --sampler dpm++2m --steps 15 --guidance-rescale 0.7',
+            'masa sample "a man" "a man, arms up" -c sd15/ --t2i-adapter openpose.safetensors pose.png --tau 0.8',
         ],
     )
     sample.add_argument("source", help="the source's prompt")

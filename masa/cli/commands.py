@@ -11,8 +11,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from masa.cli.adapter_arguments import given
 from masa.cli.arguments import build_parser
-from masa.cli.control_arguments import build_controls, build_start, build_swept, check_picture, given
+from masa.cli.control_arguments import build_controls, build_start, build_swept, check_picture
 from masa.cli.idle_options import refuse_idle
 from masa.cli.registered_arguments import build_guidance, build_sampler, check_used, load_plugins, with_fields
 from masa.errors import MasaError

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from masa.cli.adapter_arguments import add_adapters, build_adapters, given
 from masa.cli.registered_arguments import check_used, make, with_fields
 from masa.controls.base import Control
 from masa.controls.blended import BlendedLatents
@@ -56,6 +57,7 @@ def add_control(parser: argparse.ArgumentParser) -> None:
     text = "keep the source outside these words' attention"
     group.add_argument("--local-blend", nargs=2, metavar=("SOURCE", "TARGET"), help=text)
     group.add_argument("--blend", metavar="MASK", help="keep a real picture outside this mask, white = may change")
+    add_adapters(parser)
 
 
 def add_record(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +73,7 @@ def add_record(parser: argparse.ArgumentParser) -> None:
 
 
 def build_controls(args: argparse.Namespace) -> list[Control]:
-    """The controls that the options describe: MasaCtrl unless others are named, blending, recorders.
+    """The controls that the options describe: MasaCtrl unless others are named, adapters, blending, recorders.
 
     What is not given is as in Python.
     """
@@ -95,6 +97,7 @@ def build_controls(args: argparse.Namespace) -> list[Control]:
     if "style" in names:
         controls.append(StyleTransfer(**where))
     controls += [make(name, args.set) for name in names if name not in CONTROLS]
+    controls += build_adapters(args)
     if args.local_blend is not None:
         controls.append(LocalBlend(as_words(args.local_blend[0]), as_words(args.local_blend[1])))
     if args.blend is not None:
@@ -113,11 +116,6 @@ def build_swept(args: argparse.Namespace) -> Control:
     control: Control = build_start(args) if args.control == "MasaCtrl" else make(args.control, args.set)
     check_used(args.set, [control])
     return with_fields(control, args.set)
-
-
-def given(**options: Any) -> dict[str, Any]:
-    """The arguments that the command line was given; the others keep their defaults."""
-    return {name: value for name, value in options.items() if value is not None}
 
 
 def build_mask(args: argparse.Namespace) -> GivenMasks | WordMasks | None:

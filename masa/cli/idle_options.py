@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from masa.cli.adapter_arguments import ADAPTER_OPTIONS, CONTROLNET_OPTIONS
 from masa.errors import MasaError
 from masa.samplers import NAMES
 from masa.settings import KINDS
@@ -47,8 +48,8 @@ FITTED = {"guidance": ("null-text",), "seed": ("edit-friendly", "noise")}
 def refuse_idle(args: argparse.Namespace) -> None:
     """MasaError for an option of this command that nothing would read, with its value and the remedy."""
     checks: Mapping[str, tuple[Callable[[argparse.Namespace], None], ...]] = {
-        "sample": (check_controls, check_source, check_guided, check_eta),
-        "edit": (check_controls, check_inversion, check_guided, check_eta),
+        "sample": (check_controls, check_adapters, check_source, check_guided, check_eta),
+        "edit": (check_controls, check_adapters, check_inversion, check_guided, check_eta),
         "invert": (check_inversion, check_fitting),
         "sdedit": (check_guided,),
         "sweep": (check_sweep,),
@@ -76,6 +77,16 @@ def check_controls(args: argparse.Namespace) -> None:
     refuse(args, "source_weight", not args.union, "it is of the source in a union; add --union")
     only_weights = args.p2p_edit == "none" and not args.reweight
     refuse(args, "cross_steps", only_weights, "--p2p-edit none changes only what --reweight names; add it")
+
+
+def check_adapters(args: argparse.Namespace) -> None:
+    """Options of adapters and ControlNets where there are none, and a source's picture where it has the only one."""
+    for option in ADAPTER_OPTIONS:
+        refuse(args, option, not args.t2i_adapter, "it is a T2I-Adapter's; give --t2i-adapter FILE PICTURE")
+    for option in CONTROLNET_OPTIONS:
+        refuse(args, option, not args.controlnet, "it is a ControlNet's; give --controlnet FILE PICTURE")
+    for option in ("adapter_source", "controlnet_source"):
+        refuse(args, option, not args.target, "without targets the first picture is the source's; give a target")
 
 
 def check_source(args: argparse.Namespace) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from masa.branches import Branches
+from masa.config import UNetConfig
 from masa.edits import Edit, Grid, Residuals, Site, Tape
 from masa.errors import MasaError
 
@@ -36,6 +37,7 @@ class Run:
     source_latents: Tensor | None = None  # of the real picture that is edited, clean: (1, 4, h, w)
     draw_noise: Callable[[], Tensor] | None = None  # fresh noise (1, 4, h, w), which the run's seed decides
     dtype: torch.dtype = torch.float32  # of the networks
+    unet: UNetConfig = UNetConfig()
     # False where a source is recorded for targets to come: one target's prompt stands in, and is the source's.
     targets_known: bool = True
 
@@ -55,6 +57,8 @@ class ActiveControl:
 
     first_step: int = 0  # the run leaves out the steps before it
     watches_source: bool = False  # it needs the source to be computed, not lent by a cache
+    tells_halves_apart: bool = False  # the source's two halves differ, even where their prompts are the same
+    source_condition: str | None = None  # what of it the source's computation depends on, beside prompt and noise
 
     def start(self, latents: Tensor) -> Tensor:
         """The latents (1 + N, 4, h, w) that the run's first step starts from."""

@@ -41,7 +41,7 @@ class FreeU:
     def begin(self, run: Run) -> ActiveControl:
         skips = [site for site in run.sites if site.kind == "skip"]
         deepest = max(site.downsample for site in skips)
-        edits = {}
+        edits: dict[int, Edit] = {}
         for place, (backbone, skip) in enumerate(zip(self.backbone, self.skip, strict=True)):
             joint = ScaleFeatures(float(backbone), float(skip))
             edits |= {site.index: Edit(joint=joint) for site in skips if site.downsample == deepest >> place}

@@ -91,7 +91,11 @@ def load_tensors(path: str | Path, format: str, kind: str, remedy: str) -> tuple
 
 def file_digest(path: str | Path) -> str:
     """SHA-256 of a file, in hex."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while piece := file.read(2**22):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def find_near(path: str | Path, near: str | Path) -> Path | None:

@@ -145,8 +145,7 @@ class Transformer(nn.Module):
         """
         height, width = x.shape[-2:]
         site = self.norm_site
-        edited = site is not None and site.index in call.edits
-        normed = edited_norm(self.norm, x, call.edit_at(site), site, call.tape) if edited else self.norm(x)
+        normed = self.norm(x) if site is None else edited_norm(self.norm, x, call.edit_at(site), site, call.tape)
         # Contiguous: the three norms would each copy a transposed map; of a channels_last map it is a view.
         tokens = rearrange(self.proj_in(normed), "b c h w -> b (h w) c").contiguous()
         tokens = self.transformer_blocks[0](tokens, context, (height, width), call, copies, staying)

@@ -145,7 +145,8 @@ class UNet(nn.Module):
                 if place == "up":
                     skips.append(Site(0, layer, f"{own.name}.skip", "up", "skip", 2**level))
                 if i < len(block.attentions):
-                    block.attentions[i].norm_site = norm(f"{name}.attentions.{i}.norm", place, level)
+                    attention = cast(Transformer, block.attentions[i])
+                    attention.norm_site = norm(f"{name}.attentions.{i}.norm", place, level)
                     layer += 1
         norm("conv_norm_out", "up", 0)
         self.sites += tuple(norms)
@@ -231,7 +232,7 @@ class UNet(nn.Module):
         edited = any(site.index in call.edits for site in resnet.sites)
         x = rows.through(resnet, x, rows.emb, call if edited else None)
         if i < len(block.attentions):
-            x = rows.through_transformer(block.attentions[i], x, call)
+            x = rows.through_transformer(cast(Transformer, block.attentions[i]), x, call)
         return x
 
     def _edit_joint(self, x: Tensor, skip: Tensor, place: int, call: Call) -> tuple[Tensor, Tensor]:

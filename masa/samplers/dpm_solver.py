@@ -26,9 +26,9 @@ class DPMSolverPP(Sampler):
     """DPM-Solver++ (2M): as good in 12 to 20 steps as DDIM is in 50.
 
     sde: the stochastic form, whose noise the seed decides. karras: levels that are evenly spaced in sigma^(1/7)
-    (2206.00364, eq. 5), else in timesteps. spacing: of the timesteps, "trailing" (999 first), "leading" or "linspace";
-    Karras has none. end: the last level, "zero" or "sigma_min", that of timestep 0. None, the default, is "trailing"
-    and "zero"; on a trajectory, which brings its own levels, it is the only choice beside "sigma_min".
+    (2206.00364, eq. 5), whatever the spacing. spacing: of the timesteps, "trailing" (999 first), "leading" or
+    "linspace". end: the last level, "zero" or "sigma_min", that of timestep 0. None, the default, is "trailing" and
+    "zero"; on a trajectory, which brings its own levels, it is the only choice beside "sigma_min".
     2211.01095, algorithm 2; the grids are diffusers'.
     """
 
@@ -45,8 +45,6 @@ class DPMSolverPP(Sampler):
             if getattr(self, name) not in (None, *known):
                 choices = ", ".join(map(repr, known))
                 raise MasaError(f"DPMSolverPP {name} is {getattr(self, name)!r}; expected one of {choices}")
-        if self.karras and self.spacing is not None:
-            raise MasaError(f"DPMSolverPP karras=True spaces the levels itself; leave spacing={self.spacing!r} out")
 
     @property
     def retraces(self) -> bool:

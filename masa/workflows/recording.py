@@ -109,4 +109,5 @@ def record(
             backend=backend,
             progress=progress,
         )
-        return recording.finish(dict(result.settings) | {"controls": []}, result.source, trajectory)
+        about = {"controls": [], "source_conditions": recording.source_conditions}
+        return recording.finish(dict(result.settings) | about, result.source, trajectory)

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 
 from masa import __version__
+from masa.controls.base import Control
+from masa.controls.controlnet import ControlNet
+from masa.controls.t2i_adapter import T2IAdapter
 from masa.errors import MasaError
 from masa.inversion import invert
 from masa.io.files import file_digest, find_near
@@ -54,6 +57,7 @@ def rerun(
     if settings["callback"]:
         warnings.warn(f"a callback took part in making {picture}; it is not repeated", stacklevel=2)
     asked = RunSettings.restored(settings)
+    asked = replace(asked, controls=tuple(find_weights(control, picture) for control in asked.controls))
     made_from = settings["trajectory"]
     source = None if made_from is None else find_source(made_from, picture)
     if sd is None:
@@ -136,6 +140,16 @@ def find_source(settings: Mapping[str, Any], picture: str | Path) -> Path:
     if file_digest(found) != digest:
         raise MasaError(f"{found} has changed since {picture} was made from it; restore it, or edit anew")
     return found
+
+
+def find_weights(control: Control, picture: str | Path) -> Control:
+    """A control whose weights lie in a file of their own, with the path where that is now. MasaError if it is gone."""
+    if not isinstance(control, T2IAdapter | ControlNet):
+        return control
+    found = find_near(control.path, picture)
+    if found is None:
+        raise MasaError(f"{control.path}, which {picture} was made with, is not there any more; put it back")
+    return replace(control, path=found)
 
 
 def restore_trajectory(sd: StableDiffusion, settings: Mapping[str, Any], source: Path, progress: bool) -> Trajectory:

@@ -1,0 +1,116 @@
+"""Networks that steer the UNet, from their own files: read once, kept as long as somebody holds them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Generic, TypeVar
+from weakref import WeakValueDictionary
+
+import torch
+from torch import nn
+
+from masa.config import UNetConfig
+from masa.errors import CheckpointError, MasaError
+from masa.io.files import file_digest
+from masa.models.controlnet import ControlNetwork
+from masa.models.t2i_adapter import T2IAdapterNetwork
+from masa.runtime.networks import LAYOUT
+from masa.weights.adapters import open_adapter, open_controlnet
+from masa.weights.checkpoint import Part, load_parts
+from masa.weights.model_files import PartFiles
+
+Network = TypeVar("Network", bound=nn.Module)
+
+# Reads a file for a UNet of a shape, in a dtype, on a device.
+Reader = Callable[[Path, UNetConfig, torch.dtype, torch.device], Network]
+
+# Networks in use, by file, its state on disk, device, dtype and the UNet's shape: controls of one file share one.
+_IN_USE: WeakValueDictionary[object, nn.Module] = WeakValueDictionary()
+
+
+class AdapterFile(Generic[Network]):
+    """One file or folder of weights, and the network in it once a run has asked for it."""
+
+    def __init__(self, path: str | Path, sha256: str | None, read: Reader[Network]) -> None:
+        """sha256: what the file's digest must be; None for any. read: makes the network."""
+        self.path = Path(path)
+        self.sha256 = sha256
+        self.read = read
+        self.network: Network | None = None
+        self.digests: dict[object, str] = {}
+
+    def load(self, unet: UNetConfig, dtype: torch.dtype, device: torch.device) -> Network:
+        """The network. MasaError for a file that does not fit, or that is not the one whose digest was given."""
+        if self.sha256 is not None and self.digest() != self.sha256:
+            raise MasaError(
+                f"{self.path} has changed since these settings were written (its SHA-256 is {self.digest()[:12]}.., "
+                f"expected {self.sha256[:12]}..); put the old file back, or run anew"
+            )
+        key = (self.path.resolve(), self._state(), self.read, unet, dtype, device)
+        kept = _IN_USE.get(key)
+        if kept is None:
+            kept = _IN_USE[key] = self.read(self.path, unet, dtype, device)
+        self.network = kept  # type: ignore[assignment]
+        return kept  # type: ignore[return-value]
+
+    def digest(self) -> str:
+        """SHA-256, in hex, of the file; of a folder, of its weights' digests."""
+        state = self._state()
+        if state not in self.digests:
+            found = [file_digest(file) for file in self._files()]
+            whole = found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest()
+            self.digests = {state: whole}
+        return self.digests[state]
+
+    def _files(self) -> list[Path]:
+        if not self.path.exists():
+            raise FileNotFoundError(f"{self.path} is not there; give the path of a .safetensors file or its folder")
+        return sorted(self.path.glob("*.safetensors")) if self.path.is_dir() else [self.path]
+
+    def _state(self) -> tuple[object, ...]:
+        """What changes when the files do."""
+        return tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in self._files())
+
+
+def read_adapter(path: Path, unet: UNetConfig, dtype: torch.dtype, device: torch.device) -> T2IAdapterNetwork:
+    """A T2I-Adapter for a UNet of this shape. CheckpointError for other files, before any tensor is read."""
+    opened = open_adapter(path)
+    if opened.config.block_out_channels != unet.block_out_channels:
+        raise CheckpointError(
+            f"{path} was made for a UNet of widths {opened.config.block_out_channels}, and this model's are "
+            f"{unet.block_out_channels}; give an adapter that was trained for it"
+        )
+    with torch.device("meta"):
+        network = T2IAdapterNetwork(opened.config)
+    return _filled(network, opened.part, path, "T2I-Adapter for Stable Diffusion v1", dtype, device)
+
+
+def read_controlnet(path: Path, unet: UNetConfig, dtype: torch.dtype, device: torch.device) -> ControlNetwork:
+    """A ControlNet that is a copy of a UNet of this shape. CheckpointError for others, before any tensor is read."""
+    opened = open_controlnet(path, unet.heads, unet.norm_groups)
+    ours, theirs = (
+        (c.in_channels, c.block_out_channels, c.layers_per_block, c.context_width, c.heads, c.norm_groups)
+        for c in (unet, opened.unet)
+    )
+    if ours != theirs:
+        raise CheckpointError(
+            f"{path} is a copy of another UNet (channels, widths, layers, context, heads, groups: {theirs}; this "
+            f"model's: {ours}); give a ControlNet that was trained for it"
+        )
+    with torch.device("meta"):
+        network = ControlNetwork(unet, opened.bgr, opened.pooled)
+    return _filled(network, opened.part, path, "ControlNet for Stable Diffusion v1", dtype, device)
+
+
+def _filled(
+    network: Network, part: PartFiles, path: Path, kind: str, dtype: torch.dtype, device: torch.device
+) -> Network:
+    """A network that is on the meta device, strictly filled."""
+    names = {name: part.namer(name) for name in network.state_dict()}
+    with torch.inference_mode(False):  # whose tensors could never be read for a gradient
+        parts = {kind: Part(network, names, part.entries, part.ignore)}
+        load_parts(parts, path, dtype=dtype, device=device, progress=False, whole=kind)
+        network.to(memory_format=LAYOUT)  # type: ignore[call-overload]
+    return network
