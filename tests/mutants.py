@@ -258,9 +258,6 @@ GUIDANCE_AND_SAMPLERS: Mutations = {
         ("both = guided and rule.guides(step)", "both = guided"),
         ("self.start <= step < self.end", "self.start <= step <= self.end"),
     ],
-    "guidance a_replayed_source_keeps_plain_guidance_of_its_own_scale": [
-        ("not (replayed or rule.guides(step))", "False"),
-    ],
     "guidance an_interval_within_another_is_the_steps_of_both": [
         ("step < self.end and self.within.guides(step)", "step < self.end"),
     ],
@@ -693,7 +690,7 @@ KERNELS_AND_WEIGHTS: Mutations = {
         ("whole[row]:", "False:"),
     ],
     "model_files heads_are_read_from_the_settings": [
-        ('settings.get("num_attention_heads") or ', ""),
+        ('heads = settings.get("num_attention_heads") or ', "heads = "),
     ],
     "model_files settings_are_read": [
         ('text_json.get("num_attention_heads"),', "None,"),
