@@ -167,7 +167,6 @@ RUN: Mutations = {
     ],
     "inversion_methods a_guided_inversion_s_source_is_replayed_under_its_guidance": [
         ('None if self.noise is None else float(self.settings["guidance_scale"])', "None"),
-        ("guided = max(settings.guidance_scale, source_scale) > 1.0", "guided = settings.guidance_scale > 1.0"),
     ],
     "inversion_methods skipping_steps_of_pure_noise_is_refused": [
         ("if skip_steps and from_noise:", "if False:"),
@@ -212,12 +211,8 @@ RUN: Mutations = {
     "inversion_methods skipping_steps_changes_the_edit": [
         ("usual = 0 if trajectory is None else trajectory.skip_steps", "usual = 0"),
     ],
-    "inversion_methods null_text_equals_the_naive_loop": [
+    "null_text a_loss_that_is_low_enough_ends_a_step": [
         ("if loss < tolerance(step):", "if False:"),
-        (
-            "embedding.grad = torch.autograd.grad(total, embedding)[0] / wanted.numel()",
-            "embedding.grad = torch.autograd.grad(total, embedding)[0]",
-        ),
     ],
     "inversion_methods computing_activations_again_changes_nothing": [
         ("checkpoint = pivot[0, 0].numel() > KEPT", "checkpoint = False"),
@@ -256,12 +251,12 @@ GUIDANCE_AND_SAMPLERS: Mutations = {
         ("source_guided=replayed", "source_guided=False"),
         ("of_branch = ClassifierFree() if replayed else rule", "of_branch = rule"),
     ],
+    "guidance a_replayed_source_keeps_plain_guidance_of_its_own_scale": [
+        ("not (replayed or rule.guides(step))", "False"),
+    ],
     "guidance outside_its_interval_the_unconditional_rows_are_not_computed": [
         ("both = guided and rule.guides(step)", "both = guided"),
         ("self.start <= step < self.end", "self.start <= step <= self.end"),
-    ],
-    "guidance a_replayed_source_keeps_plain_guidance_of_its_own_scale": [
-        ("not (replayed or rule.guides(step))", "False"),
     ],
     "guidance an_interval_within_another_is_the_steps_of_both": [
         ("step < self.end and self.within.guides(step)", "step < self.end"),
@@ -504,7 +499,7 @@ CONTROLS: Mutations = {
         ("for layer in sorted(up, reverse=True)}", "for layer in sorted(up)}"),
         ("round(n * (len(items) - 1) / max(1, count - 1))", "n"),
     ],
-    "plots queries_are_recorded_as_used": [
+    "plots queries_are_the_networks": [
         ('rearrange(queries, "b h n d -> b n (h d)")', 'rearrange(queries, "b h n d -> b n (d h)")'),
     ],
     "masks every_setting_of_word_masks_matters": [
@@ -555,6 +550,7 @@ MODELS: Mutations = {
         ("torch.cat([angles.cos(), angles.sin()]", "torch.cat([angles.sin(), angles.cos()]"),
     ],
     "unet equals_diffusers": [
+        ("(self.conv_shortcut(before) if self.has_shortcut else before) + x", "x"),
         ("return x * F.gelu(gate)", "return x * F.silu(gate)"),
     ],
     "unet norm_eps_are_the_checkpoints": [
@@ -644,9 +640,6 @@ MODELS: Mutations = {
     "unet sites_are_the_published_layers": [
         ('"up", level, i))', '"up", level + 1, i))'),
     ],
-    "unet rows_may_take_the_features_of_others": [
-        ("(self.conv_shortcut(before) if self.has_shortcut else before) + x", "x"),
-    ],
 }
 
 KERNELS_AND_WEIGHTS: Mutations = {
@@ -697,7 +690,7 @@ KERNELS_AND_WEIGHTS: Mutations = {
         ("whole[row]:", "False:"),
     ],
     "model_files heads_are_read_from_the_settings": [
-        ('settings.get("num_attention_heads") or ', ""),
+        ('heads = settings.get("num_attention_heads") or ', "heads = "),
     ],
     "model_files settings_are_read": [
         ('text_json.get("num_attention_heads"),', "None,"),

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from masa import MasaError
 from masa.attention import Call, MaskPlan, attend
-from masa.edits import Edit, Part, Record, Site, take
+from masa.edits import PLAIN, Edit, Part, Record, Site, take
 
 SELF = Site(20, 10, "up_blocks.2.attentions.1.transformer_blocks.0.attn1", "up", "self", 2, 2)
 CROSS = Site(21, 10, "up_blocks.2.attentions.1.transformer_blocks.0.attn2", "up", "cross", 2, 2)
@@ -76,7 +76,7 @@ def test_masks_are_planned_once_per_forward(qkv):
 
 
 @pytest.mark.parametrize(
-    "edit", [Edit(), Edit(records=(Record("cat", torch.ones(3, 1, 12)),))], ids=["plain", "recorded"]
+    "edit", [PLAIN, Edit(), Edit(records=(Record("cat", torch.ones(3, 1, 12)),))], ids=["none", "plain", "recorded"]
 )
 def test_a_backend_asked_for_by_name_is_used_everywhere(qkv, edit):
     with pytest.raises(RuntimeError, match="'triton' cannot serve"):

@@ -185,6 +185,7 @@ def test_controls_that_read_maps_act_outside_the_interval(tiny):
     same(run(tiny, controls=controls, guidance=rule, targets_at_once=1).latents, out.latents)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_agrees(tiny, guided):
     compiled = tiny.compile(compiler="eager")
     for name in ("rescaled", "interval"):

@@ -44,6 +44,7 @@ def test_a_picture_of_the_right_size_keeps_its_pixels(generator):
         ((100, 100), 512, (128, 256), (128, 256)),
         ((100, 200), 512, (128, None), (128, 256)),
         ((100, 200), 512, (None, 128), (64, 128)),
+        ((98, 98), 512, (None, None), (512, 512)),  # 98 * (512 / 98) is a little less than 512
     ],
 )
 def test_sizes(size, short_side, given, expected):
@@ -141,7 +142,7 @@ def test_masks_of_every_kind(tmp_path):
     expected[1:3, 2:5] = 1.0
     picture = Image.fromarray((expected.numpy() * 255).astype(np.uint8))
     picture.save(tmp_path / "mask.png")
-    tensors = (expected, expected.bool(), expected[None])
+    tensors = (expected, expected.bool(), expected[None], expected.byte())  # bytes of 0 and 1 are no dark picture
     for kind in (*tensors, expected.numpy(), picture, tmp_path / "mask.png", np.asarray(picture)):
         assert torch.equal(load_mask(kind), expected)
 

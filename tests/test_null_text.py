@@ -67,6 +67,13 @@ def test_more_inner_steps_come_closer_and_the_published_ten_are_the_default(tiny
     assert error(invert(tiny, picture, inner_steps=20)) < error(usual) < error(invert(tiny, picture, inner_steps=1))
 
 
+def test_a_loss_that_is_low_enough_ends_a_step(tiny, picture, monkeypatch):
+    monkeypatch.setattr("masa.null_text.tolerance", lambda step: float("inf"))
+    ended = invert(tiny, picture)
+    monkeypatch.undo()
+    assert torch.equal(ended.context, invert(tiny, picture, inner_steps=1).context)
+
+
 def test_inner_steps_are_repeated_from_the_settings(tiny, picture):
     first = invert(tiny, picture, inner_steps=3)
     again = restore_trajectory(tiny, first.settings, picture, progress=False)

@@ -244,6 +244,7 @@ def test_style_aligned_equals_the_published_handler(tiny, tiny_folder, generator
     differs(out, run(tiny, [], latents=noise, guidance_scale=guidance).latents)
 
 
+@pytest.mark.slow
 def test_the_style_is_the_picture_without_control(tiny, plain):
     same(plain["style aligned", 5.0][:1], run(tiny, [], guidance_scale=5.0).latents[:1], 1e-5)
 
