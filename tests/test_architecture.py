@@ -32,6 +32,7 @@ ALLOWED = {
         "masa.errors",
         "masa.io.pictures",
         "masa.models.controlnet",
+        "masa.models.ip_adapter",
         "masa.models.t2i_adapter",
         "masa.runtime.adapters",
     ),
