@@ -13,6 +13,7 @@ from masa.config import ModelConfig, ScheduleConfig
 from masa.controls.blended import BlendedLatents
 from masa.controls.controlnet import ControlNet
 from masa.controls.freeu import FreeU
+from masa.controls.ip_adapter import IPAdapter
 from masa.controls.local_blend import LocalBlend
 from masa.controls.masactrl import MasaCtrl
 from masa.controls.masks import GivenMasks, WordMasks
@@ -50,6 +51,7 @@ __all__ = [
     "GivenMasks",
     "Guidance",
     "GuidanceInterval",
+    "IPAdapter",
     "LocalBlend",
     "MasaCtrl",
     "MasaError",

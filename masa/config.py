@@ -29,6 +29,19 @@ class T2IAdapterConfig:
 
 
 @dataclass(frozen=True)
+class IPAdapterConfig:
+    """An IP-Adapter: what it reads of a picture, and how many tokens it makes of it."""
+
+    picture_width: int = 1024  # of the encoder's embedding, or of its hidden states
+    context_width: int = 768
+    tokens: int = 4
+    plus: bool = False  # it reads hidden states, through a resampler
+    layers: int = 4
+    inner_width: int = 768
+    head_width: int = 64
+
+
+@dataclass(frozen=True)
 class VAEConfig:
     """The autoencoder between pictures and latents, which are 8 times smaller on each side."""
 

@@ -20,6 +20,7 @@ from masa.controls.base import Control
 from masa.controls.blended import BlendedLatents
 from masa.controls.controlnet import ControlNet
 from masa.controls.freeu import FreeU
+from masa.controls.ip_adapter import IPAdapter
 from masa.controls.local_blend import LocalBlend
 from masa.controls.masactrl import MasaCtrl
 from masa.controls.masks import GivenMasks, WordMasks
@@ -164,6 +165,7 @@ for _kind in (
     FreeU,
     GivenMasks,
     GuidanceInterval,
+    IPAdapter,
     LocalBlend,
     MasaCtrl,
     PlugAndPlay,
@@ -190,7 +192,7 @@ def describe(value: Any) -> Any:
         return {"kind": "GivenMasks", "source": pack(load_mask(value.source)), "target": targets}
     if isinstance(value, BlendedLatents):
         return {"kind": "BlendedLatents", "mask": pack(load_mask(value.mask)), "skip": value.skip}
-    if isinstance(value, T2IAdapter | ControlNet):
+    if isinstance(value, T2IAdapter | ControlNet | IPAdapter):
         value = value.kept()  # its pictures inside, its file's digest beside the path
     if is_registered(value):
         kept = {f.name: describe(getattr(value, f.name)) for f in fields(value) if f.init}

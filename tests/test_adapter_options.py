@@ -1,4 +1,4 @@
-"""T2I-Adapters and ControlNets on the command line: what it runs is what the library runs."""
+"""T2I-Adapters, ControlNets and IP-Adapters on the command line: what it runs is what the library runs."""
 
 from __future__ import annotations
 
@@ -42,6 +42,11 @@ def test_options_describe_adapters(home):
     several = ["--t2i-adapter", "adapter.safetensors", "a.png"] * 2
     one = masa.settings.describe(masa.T2IAdapter("adapter.safetensors", target="a.png"))
     assert described([*TWO, "--no-control", *several]) == [one, one]
+    (home / "clip").mkdir()
+    words = ["--ip-adapter", "adapter.safetensors", "a.png", "--image-encoder", "clip"]
+    words += ["--ip-scale", "0.5", "--ip-source", "b.png"]
+    ip = masa.settings.describe(masa.IPAdapter("adapter.safetensors", "b.png", "a.png", 0.5, "clip"))
+    assert described([*TWO, "--no-control", *words]) == [ip]
     alone = masa.settings.describe(masa.T2IAdapter("adapter.safetensors", source="a.png"))
     assert described(["sample", "a cat", *several[:3]]) == [alone]
 
@@ -71,6 +76,9 @@ def test_mistakes_are_one_line(home, tiny_folder, capsys):
         (["--t2i-adapter", "gone.safetensors", "a.png"], "no T2I-Adapter at gone.safetensors"),
         (["--t2i-adapter", "net.safetensors", "a.png"], "is a ControlNet"),
         (["--controlnet", "adapter.safetensors", "a.png"], "is a T2I-Adapter"),
+        (["--ip-adapter", "adapter.safetensors", "a.png"], "give its folder as --image-encoder"),
+        (["--ip-adapter", "adapter.safetensors", "a.png", "--image-encoder", "gone"], "no image encoder at gone"),
+        (["--ip-adapter", "adapter.safetensors", "a.png", "--image-encoder", "."], "is a T2I-Adapter"),
     ):
         assert main([*TWO, *model, *options]) == 2
         error = capsys.readouterr().err

@@ -54,6 +54,9 @@ P2P = [*TWO, "--control", "prompt-to-prompt"]
         ([*TWO, "--controlnet-start", "0"], "--controlnet-start 0.0 would do nothing"),
         ([*TWO, "--controlnet-end", "1"], "--controlnet-end 1.0 would do nothing"),
         ([*TWO, "--controlnet-source", "a.png"], "--controlnet-source a.png would do nothing"),
+        ([*TWO, "--ip-scale", "1"], "--ip-scale 1.0 would do nothing: .* give --ip-adapter"),
+        ([*TWO, "--ip-source", "a.png"], "--ip-source a.png would do nothing"),
+        ([*EDIT, "--image-encoder", "clip"], "--image-encoder clip would do nothing"),
         ([*TWO, "--guess-mode"], "--guess-mode would do nothing: it is a ControlNet's"),
         (
             ["sample", "a cat", "--t2i-adapter", "a", "b.png", "--adapter-source", "c.png"],
@@ -121,6 +124,7 @@ def test_an_option_that_is_read_is_let_through():
         [*SWEEP, "--rows", "start_layer=8,9", "--columns", "eta=0,1", "--start-step", "0"],
         ["sample", "a cat", "--no-control"],
         ["sample", "a cat", "--t2i-adapter", "a", "b.png", "--tau", "0.5", "--adapter-weight", "0"],
+        [*TWO, "--ip-adapter", "a", "b.png", "--image-encoder", "c", "--ip-scale", "0", "--ip-source", "d.png"],
         [*EDIT, "--controlnet", "a", "b.png", "--controlnet-source", "c.png", "--guess-mode", "--controlnet-end", "1"],
     ):
         refuse_idle(build_parser().parse_args(argv))

@@ -30,6 +30,8 @@ SOURCE, TARGETS = "a photo of a sitting cat", ["a photo of a running cat", "a re
 STEPS = 4
 # Float32 rounding, grown over a trajectory and by guidance: a fraction of the latents' standard deviation.
 TOLERANCE = 5e-4
+# The same of two runs of ours whose rows are batched, or compiled, otherwise: 2e-5 is the most seen.
+ROUNDING = 1e-4
 USUAL = {"steps": STEPS, "height": 128, "width": 192, "guidance_scale": 5.0, "progress": False}
 CPU = torch.device("cpu")
 
@@ -238,10 +240,10 @@ def steered(files):
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
 def test_a_target_alone_is_the_same_among_others(tiny, files, steered, guidance):
     together = run(tiny, steered, guidance_scale=guidance)
-    same(run(tiny, steered, guidance_scale=guidance, targets_at_once=1), together, 1e-5)
+    same(run(tiny, steered, guidance_scale=guidance, targets_at_once=1), together, ROUNDING)
     for i in range(2):
         alone = [steered[0], replace(steered[1], target=picture(i))]
-        same(run(tiny, alone, TARGETS[i], guidance_scale=guidance), together[[0, i + 1]], 1e-5)
+        same(run(tiny, alone, TARGETS[i], guidance_scale=guidance), together[[0, i + 1]], ROUNDING)
 
 
 def test_weight_zero_is_absent_and_two_halves_are_a_whole(tiny, files):
@@ -298,7 +300,7 @@ def trajectory(tiny):
 
 def test_a_pinned_source_serves(tiny, trajectory, steered):
     pinned = run(tiny, steered, trajectory=trajectory)
-    same(run(tiny, steered, trajectory=trajectory, targets_at_once=1), pinned, 1e-5)
+    same(run(tiny, steered, trajectory=trajectory, targets_at_once=1), pinned, ROUNDING)
     free = [steered[0], replace(steered[1], source=None)]
     differs(run(tiny, free, trajectory=trajectory)[1:], pinned[1:], 1e-3)
 
@@ -312,7 +314,7 @@ def test_a_source_cache_serves_any_conditions_of_targets(tiny, files, trajectory
             controls = [masactrl, masa.T2IAdapter(files["full"], target=shown)]
             ref = masa.sample(tiny, SOURCE, TARGETS, controls=controls, **start, **usual).latents
             out = masa.sample(tiny, target=TARGETS, cache=cache, controls=controls, progress=False).latents
-            same(out[1:], ref[1:], 1e-5)
+            same(out[1:], ref[1:], ROUNDING)
 
 
 def test_a_source_cache_keeps_to_its_own_condition(tiny, files, steered, tmp_path):
@@ -325,7 +327,7 @@ def test_a_source_cache_keeps_to_its_own_condition(tiny, files, steered, tmp_pat
     same(
         masa.sample(tiny, target=TARGETS, cache=conditioned, controls=steered, progress=False).latents[1:],
         run(tiny, steered)[1:],
-        1e-5,
+        ROUNDING,
     )
     for changed in (replace(steered[1], source=picture(5)), replace(steered[1], weight=0.5)):
         with pytest.raises(masa.MasaError, match="changes what the source is"):
@@ -338,7 +340,7 @@ def test_a_source_cache_keeps_to_its_own_condition(tiny, files, steered, tmp_pat
 
 def test_a_compiled_model_serves(tiny, steered):
     sd = replace(tiny, unet=CompiledUNet(tiny.unet, "eager", None))
-    same(run(sd, steered), run(tiny, steered), 1e-5)
+    same(run(sd, steered), run(tiny, steered), ROUNDING)
 
 
 def test_features_are_computed_once_per_picture_and_run(tiny, files, monkeypatch):

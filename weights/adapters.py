@@ -1,4 +1,4 @@
-"""T2I-Adapter and ControlNet files: what they are, and where each of our parameters lies in them."""
+"""T2I-Adapter, ControlNet and IP-Adapter files: what they are, and where each of our parameters lies in them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from masa.config import T2IAdapterConfig, UNetConfig
+from masa.config import IPAdapterConfig, T2IAdapterConfig, UNetConfig
 from masa.errors import CheckpointError
 from masa.weights.checkpoint import Entries, read_entries
 from masa.weights.detect import (
@@ -23,6 +23,12 @@ CONTROL_PREFIX = "control_model."
 PICTURE_CHANNELS = {64: "1 (lines)", 192: "3 (colours)"}  # of an SD v1 adapter's input, 8 x 8 pixels in each
 CONTROLNET_WANTED = "expected a ControlNet for Stable Diffusion v1, such as control_v11p_sd15_canny.safetensors"
 ADAPTER_WANTED = "expected a T2I-Adapter for Stable Diffusion v1, such as t2iadapter_canny_sd14v1.safetensors"
+
+IP_ADAPTER_WANTED = "expected an IP-Adapter for Stable Diffusion v1, such as ip-adapter_sd15.safetensors"
+OTHER_IP_ADAPTERS = (
+    (("to_q_lora", "perceiver_resampler"), "an IP-Adapter for faces (FaceID)"),
+    (("image_proj.proj.3.",), 'a "full face" IP-Adapter'),
+)
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,15 @@ class OpenedControlNet:
     pooled: bool = False
 
 
+@dataclass(frozen=True)
+class OpenedIPAdapter:
+    """An opened IP-Adapter: its headers are read, its tensors are not."""
+
+    path: Path
+    part: PartFiles
+    config: IPAdapterConfig
+
+
 def open_adapter(path: Path) -> OpenedAdapter:
     """Read a T2I-Adapter's headers, a file or a diffusers folder. CheckpointError for whatever is none of SD v1's."""
     entries, _ = _read(path, "T2I-Adapter", ADAPTER_WANTED)
@@ -60,7 +75,7 @@ def open_adapter(path: Path) -> OpenedAdapter:
         raise CheckpointError(f"{path} is the fuser of several adapters (CoAdapter); {ADAPTER_WANTED}")
     _refuse_others(entries, path, "T2I-Adapter", ADAPTER_WANTED)
     prefix = "adapter." if any(key.startswith("adapter.body.") for key in entries) else ""
-    shape_of = _shapes(entries, prefix)
+    shape_of = PartFiles(entries, lambda name: prefix + name).shape_of()
     if not any(key.startswith(f"{prefix}body.") for key in entries):
         raise CheckpointError(f"{path} holds no T2I-Adapter (its first tensors: {_first(entries)}); {ADAPTER_WANTED}")
     light = not any(key.startswith(f"{prefix}conv_in.") for key in entries)
@@ -172,6 +187,43 @@ def original_controlnet_name(name: str, layers_per_block: int) -> str:
     return ldm_unet_name(name, layers_per_block)
 
 
+def open_ip_adapter(path: Path) -> OpenedIPAdapter:
+    """Read an IP-Adapter's headers, plain or plus. CheckpointError for whatever is none of SD v1's."""
+    entries, _ = _read(path, "IP-Adapter", IP_ADAPTER_WANTED)
+    for pieces, what in OTHER_IP_ADAPTERS:
+        if any(piece in key for key in entries for piece in pieces):
+            raise CheckpointError(f"{path} is {what}, which is not served; {IP_ADAPTER_WANTED}")
+    _refuse_others(entries, path, "IP-Adapter", IP_ADAPTER_WANTED)
+    if not any(key.startswith("image_proj.") for key in entries):
+        raise CheckpointError(f"{path} holds no IP-Adapter (its first tensors: {_first(entries)}); {IP_ADAPTER_WANTED}")
+    shape_of = PartFiles(entries, str).shape_of()
+    base, plus = IPAdapterConfig(), any(key.startswith("image_proj.latents") for key in entries)
+
+    def size(name: str, axis: int, usual: int) -> int:
+        shape = shape_of(name)
+        return shape[axis] if shape is not None and len(shape) > axis else usual
+
+    context = size("ip_adapter.1.to_k_ip.weight", 1, base.context_width)
+    if context in OTHER_CONTEXTS:
+        raise CheckpointError(
+            f"{path} is an IP-Adapter for {OTHER_CONTEXTS[context]} (it makes {context} features); {IP_ADAPTER_WANTED}"
+        )
+    if not plus:
+        tokens = size("image_proj.proj.weight", 0, base.tokens * context) // context
+        width = size("image_proj.proj.weight", 1, base.picture_width)
+        return OpenedIPAdapter(path, PartFiles(entries, str), IPAdapterConfig(width, context, tokens))
+    numbers = [int(found[1]) for key in entries if (found := re.match(r"image_proj\.layers\.(\d+)\.", key))]
+    config = IPAdapterConfig(
+        picture_width=size("image_proj.proj_in.weight", 1, 1280),
+        context_width=context,
+        tokens=size("image_proj.latents", 1, 16),
+        plus=True,
+        layers=1 + max(numbers, default=base.layers - 1),
+        inner_width=size("image_proj.latents", 2, base.inner_width),
+    )
+    return OpenedIPAdapter(path, PartFiles(entries, str), config)
+
+
 def _read(path: Path, what: str, wanted: str) -> tuple[Entries, Json]:
     """The tensors of a file or folder, and the folder's configuration."""
     if not path.exists():
@@ -188,13 +240,6 @@ def _refuse_others(entries: Entries, path: Path, own: str, wanted: str) -> None:
     for pieces, what, _ in KNOWN_KINDS:
         if own not in what and any(piece in key for key in entries for piece in pieces):
             raise CheckpointError(f"{path} is {what.split(', which')[0]}; {wanted}")
-
-
-def _shapes(entries: Entries, prefix: str) -> ShapeOf:
-    def shape(name: str) -> tuple[int, ...] | None:
-        return entries[prefix + name].shape if prefix + name in entries else None
-
-    return shape
 
 
 def _first(entries: Entries) -> str:

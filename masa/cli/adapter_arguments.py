@@ -1,4 +1,4 @@
-"""T2I-Adapters and ControlNets on the command line."""
+"""T2I-Adapters, ControlNets and IP-Adapters on the command line."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from typing import Any
 
 from masa.controls.base import Control
 from masa.controls.controlnet import ControlNet
+from masa.controls.ip_adapter import IPAdapter
 from masa.controls.t2i_adapter import T2IAdapter
 from masa.errors import MasaError
 from masa.io.pictures import open_picture
 
-# Options that only one of the two reads, and the one.
+# Options that only one of the three reads.
 ADAPTER_OPTIONS = ("adapter_source", "adapter_weight", "tau")
 CONTROLNET_OPTIONS = ("controlnet_source", "controlnet_scale", "controlnet_start", "controlnet_end", "guess_mode")
+IP_OPTIONS = ("ip_source", "ip_scale", "image_encoder")
 
 
 def add_adapters(parser: argparse.ArgumentParser) -> None:
@@ -33,9 +35,16 @@ def add_adapters(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--controlnet-end", type=float, help="share of the steps after which they do not (default: 1)")
     group.add_argument("--guess-mode", action="store_true", help="ControlNets steer the prompted half alone")
 
+    group = parser.add_argument_group("a picture as a prompt (for the targets; without targets, for the source)")
+    text = "an IP-Adapter's file, and its picture; several add up"
+    group.add_argument("--ip-adapter", nargs=2, action="append", metavar=("FILE", "PICTURE"), help=text)
+    group.add_argument("--ip-source", metavar="PICTURE", help="the source's picture (default: none)")
+    group.add_argument("--ip-scale", type=float, help="of what IP-Adapters add (default: 1; 0.5 beside a prompt)")
+    group.add_argument("--image-encoder", metavar="FOLDER", help="CLIP ViT-H/14, which transformers reads")
+
 
 def build_adapters(args: argparse.Namespace) -> list[Control]:
-    """The adapters and ControlNets that the options describe; pictures are opened before the model's minutes."""
+    """The controls with weights of their own; files are looked for before the model's minutes."""
     controls: list[Control] = []
     chosen = given(weight=args.adapter_weight, tau=args.tau)
     for path, picture in args.t2i_adapter or ():
@@ -46,6 +55,13 @@ def build_adapters(args: argparse.Namespace) -> list[Control]:
         check_weights(path, "ControlNet")
         shown = pictures(args.target, picture, args.controlnet_source)
         controls.append(ControlNet(path, **shown, **chosen, guess_mode=args.guess_mode))
+    chosen = given(scale=args.ip_scale, image_encoder=args.image_encoder)
+    for path, picture in args.ip_adapter or ():
+        check_weights(path, "IP-Adapter")
+        if args.image_encoder is None:
+            raise MasaError(f"--ip-adapter {path} sees pictures through CLIP; give its folder as --image-encoder")
+        check_weights(args.image_encoder, "image encoder")
+        controls.append(IPAdapter(path, **pictures(args.target, picture, args.ip_source), **chosen))
     return controls
 
 

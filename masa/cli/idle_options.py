@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from masa.cli.adapter_arguments import ADAPTER_OPTIONS, CONTROLNET_OPTIONS
+from masa.cli.adapter_arguments import ADAPTER_OPTIONS, CONTROLNET_OPTIONS, IP_OPTIONS
 from masa.errors import MasaError
 from masa.samplers import NAMES
 from masa.settings import KINDS
@@ -80,12 +80,14 @@ def check_controls(args: argparse.Namespace) -> None:
 
 
 def check_adapters(args: argparse.Namespace) -> None:
-    """Options of adapters and ControlNets where there are none, and a source's picture where it has the only one."""
+    """Options of adapters where there are none, and a source's picture where it has the only one."""
     for option in ADAPTER_OPTIONS:
         refuse(args, option, not args.t2i_adapter, "it is a T2I-Adapter's; give --t2i-adapter FILE PICTURE")
     for option in CONTROLNET_OPTIONS:
         refuse(args, option, not args.controlnet, "it is a ControlNet's; give --controlnet FILE PICTURE")
-    for option in ("adapter_source", "controlnet_source"):
+    for option in IP_OPTIONS:
+        refuse(args, option, not args.ip_adapter, "it is an IP-Adapter's; give --ip-adapter FILE PICTURE")
+    for option in ("adapter_source", "controlnet_source", "ip_source"):
         refuse(args, option, not args.target, "without targets the first picture is the source's; give a target")
 
 

@@ -45,25 +45,11 @@ class Conditions:
 
 
 def find_conditions(name: str, source: Condition, target: Condition | Sequence[Condition], run: Run) -> Conditions:
-    """The pictures of a run's branches at its size. name: the control's, for errors.
-
-    MasaError for a list that does not fit the targets, and for what is no picture. Where the targets are not known
-    yet only the source has one.
-    """
-    targets = len(run.prompts) - 1 if run.targets_known else 0
-    each: list[Condition] = list(target) if isinstance(target, list | tuple) else [target] * targets  # type: ignore[list-item]
-    if targets and len(each) != targets:
-        raise MasaError(
-            f"{name} target has {len(each)} pictures and the run {targets} targets; give one for each, None for none, "
-            "or a single picture for all"
-        )
-    given = {SOURCE: source} | dict(enumerate(each[:targets], 1))
+    """The pictures of a run's branches at its size; name: the control's. MasaError for what is no picture."""
     pictures: list[Tensor] = []
     place: dict[int, int] = {}
     loaded: dict[object, int] = {}
-    for branch, picture in given.items():
-        if picture is None:
-            continue
+    for branch, picture in by_branch(name, source, target, run).items():
         key = str(picture) if isinstance(picture, str | Path) else id(picture)
         if key not in loaded:
             found = load_condition(name, picture, run.grid)
@@ -73,6 +59,22 @@ def find_conditions(name: str, source: Condition, target: Condition | Sequence[C
                 pictures.append(found)
         place[branch] = loaded[key]
     return Conditions(tuple(pictures), place)
+
+
+def by_branch(name: str, source: Condition, target: Condition | Sequence[Condition], run: Run) -> dict[int, ImageLike]:
+    """The pictures of the branches that have one. MasaError for a list that does not fit the targets.
+
+    Where the targets are not known yet only the source has one.
+    """
+    targets = len(run.prompts) - 1 if run.targets_known else 0
+    each: list[Condition] = list(target) if isinstance(target, list | tuple) else [target] * targets  # type: ignore[list-item]
+    if targets and len(each) != targets:
+        raise MasaError(
+            f"{name} target has {len(each)} pictures and the run {targets} targets; give one for each, None for none, "
+            "or a single picture for all"
+        )
+    given = {SOURCE: source} | dict(enumerate(each[:targets], 1))
+    return {branch: picture for branch, picture in given.items() if picture is not None}
 
 
 def check_conditions(name: str, source: Condition, target: Condition | Sequence[Condition]) -> None:
@@ -93,7 +95,7 @@ def load_condition(name: str, picture: ImageLike, grid: Grid) -> Tensor:
 
     Drawn pictures take the nearest pixel, shaded ones are averaged. Transparent parts are black.
     """
-    x = _read(name, picture)
+    x = read_picture(name, picture)
     height, width = grid[0] * PIXELS, grid[1] * PIXELS
     if tuple(x.shape[1:]) == (height, width):
         return x[None]
@@ -106,7 +108,7 @@ def load_condition(name: str, picture: ImageLike, grid: Grid) -> Tensor:
     return F.interpolate(x, (height, width), mode="nearest-exact")
 
 
-def _read(name: str, picture: ImageLike) -> Tensor:
+def read_picture(name: str, picture: ImageLike) -> Tensor:
     """A picture as (3, h, w) float32 in [0, 1], at its own size."""
     if isinstance(picture, str | Path):
         picture = open_picture(picture, "black")
@@ -137,7 +139,7 @@ def embed(picture: Condition) -> Tensor | None:
     """A picture as a tensor that settings keep: uint8 (h, w, 3), or (h, w) where it is grey; tensors as they are."""
     if picture is None or isinstance(picture, Tensor):
         return picture
-    x = (_read("a control", picture) * 255.0).round().to(torch.uint8)
+    x = (read_picture("a control", picture) * 255.0).round().to(torch.uint8)
     return x[0] if bool((x[0] == x[1]).all() and (x[1] == x[2]).all()) else x.permute(1, 2, 0).contiguous()
 
 

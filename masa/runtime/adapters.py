@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Generic, TypeVar
 from weakref import WeakValueDictionary
@@ -12,12 +12,15 @@ import torch
 from torch import nn
 
 from masa.config import UNetConfig
+from masa.edits import Site
 from masa.errors import CheckpointError, MasaError
 from masa.io.files import file_digest
 from masa.models.controlnet import ControlNetwork
+from masa.models.ip_adapter import IPAdapterNetwork
 from masa.models.t2i_adapter import T2IAdapterNetwork
+from masa.models.unet import UNet
 from masa.runtime.networks import LAYOUT
-from masa.weights.adapters import open_adapter, open_controlnet
+from masa.weights.adapters import open_adapter, open_controlnet, open_ip_adapter
 from masa.weights.checkpoint import Part, load_parts
 from masa.weights.model_files import PartFiles
 
@@ -102,6 +105,44 @@ def read_controlnet(path: Path, unet: UNetConfig, dtype: torch.dtype, device: to
     with torch.device("meta"):
         network = ControlNetwork(unet, opened.bgr, opened.pooled)
     return _filled(network, opened.part, path, "ControlNet for Stable Diffusion v1", dtype, device)
+
+
+def read_ip_adapter(path: Path, unet: UNetConfig, dtype: torch.dtype, device: torch.device) -> IPAdapterNetwork:
+    """An IP-Adapter for a UNet of this shape. CheckpointError for other files, before any tensor is read."""
+    opened = open_ip_adapter(path)
+    if opened.config.context_width != unet.context_width:
+        raise CheckpointError(
+            f"{path} makes tokens of {opened.config.context_width} features, and this model reads "
+            f"{unet.context_width}; give an adapter that was trained for it"
+        )
+    with torch.device("meta"):
+        widths = [site.width for site in in_file_order(UNet(unet).sites)]
+        network = IPAdapterNetwork(opened.config, widths)
+    return _filled(network, opened.part, path, "IP-Adapter for Stable Diffusion v1", dtype, device)
+
+
+def in_file_order(sites: Sequence[Site]) -> tuple[Site, ...]:
+    """The cross-attentions as IP-Adapters count them: the way down, the way up, and the middle last."""
+    crosses = [site for site in sites if site.kind == "cross"]
+    return tuple(site for place in ("down", "up", "mid") for site in crosses if site.place == place)
+
+
+def read_encoder(path: Path, unet: UNetConfig, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """transformers' CLIP image encoder from its folder. MasaError where the folder, or transformers, is missing."""
+    try:
+        from transformers import CLIPVisionModelWithProjection
+    except ImportError as error:
+        raise MasaError("an image encoder needs transformers: pip install transformers; or give embeddings") from error
+    try:
+        encoder: nn.Module = CLIPVisionModelWithProjection.from_pretrained(
+            str(path), dtype=dtype, local_files_only=True
+        )
+    except (OSError, ValueError) as error:
+        raise MasaError(
+            f"{path} is no image encoder that transformers can read ({' '.join(str(error).split())[:150]}); give the "
+            "folder of CLIP ViT-H/14, such as IP-Adapter's models/image_encoder"
+        ) from error
+    return encoder.to(device).eval().requires_grad_(False)
 
 
 def _filled(

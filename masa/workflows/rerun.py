@@ -13,6 +13,7 @@ import torch
 from masa import __version__
 from masa.controls.base import Control
 from masa.controls.controlnet import ControlNet
+from masa.controls.ip_adapter import IPAdapter
 from masa.controls.t2i_adapter import T2IAdapter
 from masa.errors import MasaError
 from masa.inversion import invert
@@ -144,12 +145,20 @@ def find_source(settings: Mapping[str, Any], picture: str | Path) -> Path:
 
 def find_weights(control: Control, picture: str | Path) -> Control:
     """A control whose weights lie in a file of their own, with the path where that is now. MasaError if it is gone."""
-    if not isinstance(control, T2IAdapter | ControlNet):
-        return control
-    found = find_near(control.path, picture)
-    if found is None:
-        raise MasaError(f"{control.path}, which {picture} was made with, is not there any more; put it back")
-    return replace(control, path=found)
+
+    def find(path: str | Path) -> Path:
+        found = find_near(path, picture)
+        if found is None:
+            raise MasaError(f"{path}, which {picture} was made with, is not there any more; put it back")
+        return found
+
+    if isinstance(control, IPAdapter) and control.image_encoder is not None:
+        control = replace(control, image_encoder=find(control.image_encoder))
+    return (
+        replace(control, path=find(control.path))
+        if isinstance(control, T2IAdapter | ControlNet | IPAdapter)
+        else control
+    )
 
 
 def restore_trajectory(sd: StableDiffusion, settings: Mapping[str, Any], source: Path, progress: bool) -> Trajectory:
