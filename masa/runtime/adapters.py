@@ -128,13 +128,12 @@ def in_file_order(sites: Sequence[Site]) -> tuple[Site, ...]:
 
 
 def read_encoder(path: Path, unet: UNetConfig, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """transformers' CLIP image encoder from its folder. MasaError where the folder, or transformers, is missing."""
+    """transformers' CLIP image encoder from its folder. MasaError for a folder that holds none."""
+    from transformers import CLIPVisionModelWithProjection  # slow to import
+
     try:
-        from transformers import CLIPVisionModelWithProjection
-    except ImportError as error:
-        raise MasaError("an image encoder needs transformers: pip install transformers; or give embeddings") from error
-    try:
-        encoder: nn.Module = CLIPVisionModelWithProjection.from_pretrained(str(path), dtype=dtype, local_files_only=True)
+        read = CLIPVisionModelWithProjection.from_pretrained
+        encoder: nn.Module = read(str(path), dtype=dtype, local_files_only=True)
     except (OSError, ValueError) as error:
         raise MasaError(
             f"{path} is no image encoder that transformers can read ({' '.join(str(error).split())[:150]}); give the "
