@@ -85,3 +85,16 @@ def test_mistakes_are_one_line(home, tiny_folder, capsys):
         assert error.count("\n") == 1
         assert message in error
         assert not (home / "masa-out").exists()
+
+
+@pytest.mark.usefixtures("processor")
+def test_every_dtype_serves(home, tiny_folder):
+    """Networks and pictures follow the model's dtype, in which it may be half as exact: same up to a few percent."""
+    sd, exact = masa.load(tiny_folder), masa.load(tiny_folder, dtype="fp32")
+    controls = [
+        masa.T2IAdapter("adapter.safetensors", target="a.png", weight=0.5),
+        masa.ControlNet("net.safetensors", target="b.png", scale=0.5),
+    ]
+    usual = {"seed": 0, "steps": 2, "height": 64, "width": 64, "guidance_scale": 1.0, "progress": False}
+    out, ref = (masa.sample(model, "a cat", "a dog", controls=controls, **usual).latents for model in (sd, exact))
+    assert (out - ref).abs().max() / ref.std() < 0.1

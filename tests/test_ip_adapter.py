@@ -225,7 +225,7 @@ def test_a_source_cache_keeps_to_its_own_picture(tiny, prompted):
     out = masa.sample(tiny, target=TARGETS, cache=recorded, controls=prompted, progress=False).latents
     same(out[1:], run(tiny, prompted)[1:], ROUNDING)
     other = [prompted[0], replace(prompted[1], source=embedding(9))]
-    with pytest.raises(masa.MasaError, match="IPAdapter has a condition on the source"):
+    with pytest.raises(masa.MasaError, match="IPAdapter changes what the source is"):
         masa.sample(tiny, target=TARGETS, cache=recorded, controls=other, progress=False)
     plain = masa.record(tiny, SOURCE, controls=prompted[0], seed=3, **USUAL)
     free = [prompted[0], replace(prompted[1], source=None)]

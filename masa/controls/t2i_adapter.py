@@ -38,8 +38,9 @@ class T2IAdapter:
     size. weight: of the features, 0 changes nothing; several adapters add up. tau: in [0, 1], the share of the steps,
     from the noisiest on, in which it acts. sha256: of the file, where another one is to be refused.
 
-    Without targets it acts on the source. MasaError for a file of another kind, or a picture that is none. 2302.08453,
-    section 3.3; tau is the published code's.
+    Without targets it acts on the source. A real source was inverted without a picture: as published it has none.
+    MasaError for a file of another kind, or a picture that is none. 2302.08453, section 3.3; tau is the published
+    code's.
     """
 
     path: str | Path

@@ -128,21 +128,17 @@ def in_file_order(sites: Sequence[Site]) -> tuple[Site, ...]:
 
 
 def read_encoder(path: Path, unet: UNetConfig, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """transformers' CLIP image encoder from its folder. MasaError where the folder, or transformers, is missing."""
+    """transformers' CLIP image encoder from its folder. MasaError for a folder that holds none."""
+    from transformers import CLIPVisionModelWithProjection  # slow to import
+
     try:
-        from transformers import CLIPVisionModelWithProjection
-    except ImportError as error:
-        raise MasaError("an image encoder needs transformers: pip install transformers; or give embeddings") from error
-    try:
-        encoder: nn.Module = CLIPVisionModelWithProjection.from_pretrained(
-            str(path), dtype=dtype, local_files_only=True
-        )
+        encoder: nn.Module = CLIPVisionModelWithProjection.from_pretrained(str(path), local_files_only=True)
     except (OSError, ValueError) as error:
         raise MasaError(
             f"{path} is no image encoder that transformers can read ({' '.join(str(error).split())[:150]}); give the "
             "folder of CLIP ViT-H/14, such as IP-Adapter's models/image_encoder"
         ) from error
-    return encoder.to(device).eval().requires_grad_(False)
+    return encoder.to(device, dtype).eval().requires_grad_(False)
 
 
 def _filled(

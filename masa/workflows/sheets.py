@@ -36,7 +36,8 @@ FIXED_BY_TRAJECTORY = ("steps",)
 
 def parameters_of(control: type) -> tuple[str, ...]:
     """What a sweep of a control may vary: its fields, and those of the sampling; steps are the run's."""
-    return tuple(dict.fromkeys((*(field.name for field in fields(control) if field.name != "steps"), *SAMPLING)))
+    own = (field.name for field in fields(control) if field.init and field.name != "steps")
+    return tuple(dict.fromkeys((*own, *SAMPLING)))
 
 
 PARAMETERS = parameters_of(MasaCtrl)
