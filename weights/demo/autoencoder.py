@@ -41,7 +41,7 @@ class VAERecipe:
     decay: float = 0.998
     warmup: int = 100
     floor: float = 0.02
-    checkpoint_minutes: float = 4.0
+    checkpoint_minutes: float = 2.0
 
 
 def start_near_identity(vae: VAE) -> None:

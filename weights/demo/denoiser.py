@@ -48,8 +48,8 @@ class UNetRecipe:
     warmup: int = 150
     floor: float = 0.03
     hold: float = 0.0  # share of the budget at the peak rate
-    checkpoint_minutes: float = 4.0
-    checkpoints_per_report: int = 4  # drawing costs about as much as a tenth of the training in between
+    checkpoint_minutes: float = 2.0
+    checkpoints_per_report: int = 15  # drawing costs as much as a minute of training
 
 
 @dataclass

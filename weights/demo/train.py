@@ -84,6 +84,17 @@ PRESETS = {
 }  # fmt: skip
 
 
+def text_config(preset: Preset, vocabulary: int) -> TextConfig:
+    """The text encoder's shape for a vocabulary of so many tokens."""
+    return TextConfig(
+        vocab_size=vocabulary,
+        width=preset.text_width,
+        intermediate_width=4 * preset.text_width,
+        layers=preset.text_layers,
+        heads=4,
+    )
+
+
 def cached_pool(
     path: Path, seeds: range, size: int, subjects: tuple[str, ...], workers: int, twins: bool = False
 ) -> Pool:
@@ -240,13 +251,7 @@ def main() -> None:
     latents, captions = cached_latents(run, vae, preset, device, args.workers)
     vocabulary = write_tokenizer(run / "tokenizer")
     tokenizer = Tokenizer.from_folder(run / "tokenizer")
-    text = TextConfig(
-        vocab_size=vocabulary,
-        width=preset.text_width,
-        intermediate_width=4 * preset.text_width,
-        layers=preset.text_layers,
-        heads=4,
-    )
+    text = text_config(preset, vocabulary)
     model = Denoiser.build(preset.unet, text, tokenizer, device)
     trained = train_unet(
         latents,
