@@ -205,6 +205,7 @@ def main() -> None:
     parser.add_argument("--preset", choices=PRESETS, default="cpu", help="sizes for a machine (%(default)s)")
     parser.add_argument("--subjects", help="comma-separated: " + ",".join(SUBJECTS))
     parser.add_argument("--pictures", type=int, help="the UNet's, each with its twin; more than before adds some")
+    parser.add_argument("--batch", type=int, help="the UNet's; even; may change from call to call")
     parser.add_argument("--start-vae", type=Path, help="a model's folder: the autoencoder begins with its weights")
     parser.add_argument("--vae-minutes", type=float, help="training time of the autoencoder")
     parser.add_argument("--unet-minutes", type=float, help="training time of the UNet; more than before goes on")
@@ -221,6 +222,8 @@ def main() -> None:
             parser.error(f"unknown subjects {sorted(unknown)}; there are {', '.join(SUBJECTS)}")
     if args.pictures is not None:
         preset = replace(preset, unet_pictures=args.pictures)
+    if args.batch is not None:
+        preset = replace(preset, unet_recipe=replace(preset.unet_recipe, batch=args.batch))
     if args.vae_minutes is not None:
         preset = replace(preset, vae_minutes=args.vae_minutes)
     if args.unet_minutes is not None:
