@@ -1,6 +1,7 @@
 """The demo model's training: losses fall, resuming changes nothing, the written folder is the trained model."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,7 +22,9 @@ from masa.weights.demo.denoiser import Denoiser, UNetRecipe, draw, noised_twins,
 from masa.weights.demo.export import export
 from masa.weights.demo.loop import Average, Budget, Progress, SpareCores, learning_rate
 from masa.weights.demo.pool import render_pool
+from masa.weights.demo.train import PRESETS, cached_latents
 from masa.weights.demo.vocabulary import write_tokenizer
+from masa.weights.demo.widen import widen
 from masa.weights.demo.world import render, sample, turned
 
 TINY_VAE = VAEConfig(block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_groups=4)
@@ -98,6 +101,48 @@ def test_vae_learns_and_resumes_exactly(pool, tmp_path):
     assert state["progress"]["samples"] == 120
 
 
+def test_wider_network_begins_as_the_narrower_one(pool):
+    torch.manual_seed(0)
+    narrow = VAE(replace(TINY_VAE, block_out_channels=(8, 16, 8, 16)))
+    wide = VAE(replace(TINY_VAE, block_out_channels=(16, 32, 24, 16)))
+    widen(narrow.state_dict(), wide)
+    narrow.requires_grad_(False)
+    wide.requires_grad_(False)
+    torch.testing.assert_close(
+        reconstruct(wide, pool.pictures[:2]), reconstruct(narrow, pool.pictures[:2]), atol=1e-4, rtol=1e-4
+    )
+    with pytest.raises(ValueError, match="no divisor of 12"):
+        widen(narrow.state_dict(), VAE(replace(TINY_VAE, block_out_channels=(12, 16, 8, 16))))
+
+
+def test_training_begins_with_a_given_autoencoder(pool, tmp_path):
+    torch.manual_seed(0)
+    start = VAE(TINY_VAE)
+    recipe = VAERecipe(batch=1, peak_rate=0.0)
+    trained = train_vae(pool.pictures, pool.pictures[:2], TINY_VAE, recipe, Budget(samples=4), tmp_path / "v.pt",
+                        threads=1, start=start)  # fmt: skip
+    for name, tensor in start.state_dict().items():
+        torch.testing.assert_close(trained.state_dict()[name], tensor)
+
+
+def test_latents_are_made_once_and_only_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr("masa.weights.demo.train.SHARD", 4)
+    torch.manual_seed(0)
+    vae = VAE(TINY_VAE).requires_grad_(False)
+    preset = replace(PRESETS["cpu"], size=64, unet_pictures=4)
+    some, captions = cached_latents(tmp_path, vae, preset, torch.device("cpu"), 0)
+    assert some.shape == (8, 4, 8, 8)
+    assert len(captions) == 8
+    assert not torch.equal(some[0], some[4])  # its twin
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "latents").iterdir()}
+    more, names = cached_latents(tmp_path, vae, replace(preset, unet_pictures=8), torch.device("cpu"), 0)
+    assert all(path.stat().st_mtime_ns == at for path, at in made.items())
+    assert torch.equal(more[[0, 1, 2, 3, 8, 9, 10, 11]], some)
+    assert names[:4] + names[8:12] == captions
+    vae.quant_conv.weight.data += 1  # another encoder: other latents
+    assert not torch.equal(cached_latents(tmp_path, vae, preset, torch.device("cpu"), 0)[0], some)
+
+
 @pytest.mark.slow
 def test_resumed_unet_training_is_bit_identical(pool, tokenizer, tmp_path):
     latents = torch.randn(24, 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -162,7 +207,7 @@ def test_whitening_keeps_pictures_and_makes_latents_white(pool):
     before = reconstruct(vae, pool.pictures)
     whiten(vae, pool.pictures)
     assert torch.allclose(reconstruct(vae, pool.pictures), before, atol=1e-3)
-    flat = encode(vae, pool.pictures).transpose(0, 1).flatten(1)
+    flat = encode(vae, pool.pictures, exactly=True).transpose(0, 1).flatten(1)
     assert flat.mean(1).abs().max() < 1e-3
     assert torch.allclose(torch.cov(flat), torch.eye(4), atol=1e-2)
 
@@ -214,6 +259,9 @@ def test_learning_rate_warms_up_then_falls_to_the_floor():
     assert learning_rate(1.0, 100, 0.0, 10, 0.1) == pytest.approx(1.0)
     assert learning_rate(1.0, 100, 1.0, 10, 0.1) == pytest.approx(0.1)
     assert learning_rate(1.0, 100, 7.0, 10, 0.1) == pytest.approx(0.1)
+    assert learning_rate(1.0, 100, 0.6, 10, 0.1, hold=0.6) == pytest.approx(1.0)
+    assert learning_rate(1.0, 100, 0.8, 10, 0.1, hold=0.6) == pytest.approx(0.55)
+    assert learning_rate(1.0, 100, 1.0, 10, 0.1, hold=0.6) == pytest.approx(0.1)
 
 
 def test_average_follows_quickly_at_first_and_slowly_later():

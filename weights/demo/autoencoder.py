@@ -1,6 +1,7 @@
 """Trains the autoencoder, then folds a whitening of its latents into the 1x1 convolutions beside them."""
 
 import math
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,20 +26,22 @@ from .loop import (
     zero_,
 )
 from .pool import as_input
+from .widen import widen
 
 
 @dataclass(frozen=True)
 class VAERecipe:
-    """Crops of half the side come first: they cost a quarter, so early steps are four times as many."""
+    """Crops of half the side come first: four of them, of as many pictures, cost what a whole one does."""
 
     batch: int = 2  # whole pictures a step; crops: four times as many
     peak_rate: float = 2e-3
     crop_share: float = 0.8  # of the budget
+    squared: float = 0.5  # weight of the squared error: of 4 and more it tells, and the largest errors are at edges
     latent_noise: float = 0.05  # in standard deviations of the latents: keeps them smooth
     decay: float = 0.998
     warmup: int = 100
     floor: float = 0.02
-    checkpoint_minutes: float = 4.0
+    checkpoint_minutes: float = 2.0
 
 
 def start_near_identity(vae: VAE) -> None:
@@ -60,11 +63,11 @@ def start_near_identity(vae: VAE) -> None:
                     module.weight[i, i, 1, 1] += 1
 
 
-def reconstruction_loss(output: Tensor, picture: Tensor, mean: Tensor) -> Tensor:
-    """L1, half the squared error, the differences between neighbours, and a leash on the latents' size."""
+def reconstruction_loss(output: Tensor, picture: Tensor, mean: Tensor, squared: float = 0.5) -> Tensor:
+    """L1, the squared error, the differences between neighbours, and a leash on the latents' size."""
     error = output - picture
     edges = (error[..., 1:] - error[..., :-1]).abs().mean() + (error[..., 1:, :] - error[..., :-1, :]).abs().mean()
-    return error.abs().mean() + 0.5 * error.square().mean() + 0.5 * edges + 2e-4 * mean.square().mean()
+    return error.abs().mean() + squared * error.square().mean() + 0.5 * edges + 2e-4 * mean.square().mean()
 
 
 def psnr(output: Tensor, picture: Tensor) -> Tensor:
@@ -82,14 +85,19 @@ def train_vae(
     checkpoint: Path,
     seed: int = 0,
     threads: int | None = None,
+    start: VAE | None = None,
 ) -> VAE:
     """Trains on uint8 pictures (n, 3, size, size) on their device, goes on from the checkpoint if there is one.
 
-    Returns the averaged model in evaluation mode, not whitened. `held_out` is reported on at every checkpoint.
+    `start`: a trained one, as wide or narrower, to begin with. Returns the averaged model in evaluation mode, not
+    whitened. `held_out` is reported on at every checkpoint.
     """
     torch.manual_seed(seed)
     vae = VAE(config)
-    start_near_identity(vae)
+    if start is None:
+        start_near_identity(vae)
+    else:
+        widen(start.state_dict(), vae)
     to_device(vae, pictures.device)
     _train(vae, list(vae.parameters()), pictures, held_out, recipe, budget, checkpoint, seed, threads)
     return vae
@@ -154,7 +162,7 @@ def _train(
         bar_format="{desc} {percentage:5.1f}% {elapsed} {postfix}",
         mininterval=10,
     )
-    watch, since_save, spare = Stopwatch(), 0.0, SpareCores(threads)
+    watch, since_save, spare = Stopwatch(device), 0.0, SpareCores(threads)
     while (spent := budget.fraction(progress)) < 1:
         spare()
         crops = not whole and spent < recipe.crop_share
@@ -169,7 +177,7 @@ def _train(
             mean = vae.moments(picture)[0]
             noisy = mean + recipe.latent_noise * mean.detach().float().std() * noise
             output = vae.decode(noisy * config.scaling_factor)
-        loss = reconstruction_loss(output.float(), picture, mean.float())
+        loss = reconstruction_loss(output.float(), picture, mean.float(), recipe.squared)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(recipe.peak_rate, progress.steps, spent, recipe.warmup, recipe.floor)
         optimizer.zero_grad(set_to_none=True)
@@ -212,10 +220,10 @@ def held_out_psnr(vae: VAE, pictures: Tensor) -> float:
 
 
 @torch.no_grad()
-def encode(vae: VAE, pictures: Tensor, batch: int = 32) -> Tensor:
-    """uint8 pictures -> scaled latents (n, 4, h, w), float32."""
+def encode(vae: VAE, pictures: Tensor, batch: int = 32, exactly: bool = False) -> Tensor:
+    """uint8 pictures -> scaled latents (n, 4, h, w), float32; computed in the device's fastest type or `exactly`."""
     parts = tqdm(pictures.split(batch), desc="encoding", disable=len(pictures) < 1000, mininterval=10)
-    with autocast(pictures.device):
+    with nullcontext() if exactly else autocast(pictures.device):
         return torch.cat([vae.encode(as_input(part)).float() for part in parts])
 
 
@@ -227,7 +235,7 @@ def whiten(vae: VAE, pictures: Tensor) -> None:
     constant 0.18215 becomes the right scale. The posterior's log-variance is set to a small constant.
     """
     scale = vae.config.scaling_factor
-    flat = encode(vae, pictures).div(scale).transpose(0, 1).flatten(1).double()
+    flat = encode(vae, pictures, exactly=True).div(scale).transpose(0, 1).flatten(1).double()
     mean = flat.mean(1, keepdim=True)
     values, vectors = torch.linalg.eigh((flat - mean) @ (flat - mean).T / flat.shape[1])
     # symmetric whitening: the least change among all that whiten

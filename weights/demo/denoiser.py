@@ -21,6 +21,8 @@ from .loop import (
     SpareCores,
     Stopwatch,
     autocast,
+    fast_attention,
+    layout,
     learning_rate,
     save_atomically,
     to_device,
@@ -45,8 +47,9 @@ class UNetRecipe:
     decay: float = 0.9985
     warmup: int = 150
     floor: float = 0.03
-    checkpoint_minutes: float = 4.0
-    checkpoints_per_report: int = 4  # drawing costs about as much as a tenth of the training in between
+    hold: float = 0.0  # share of the budget at the peak rate
+    checkpoint_minutes: float = 2.0
+    checkpoints_per_report: int = 15  # drawing costs as much as a minute of training
 
 
 @dataclass
@@ -157,7 +160,7 @@ def train_unet(
 
     bar = tqdm(total=100.0, desc="unet", initial=min(100.0, 100 * budget.fraction(progress)), mininterval=10,
                bar_format="{desc} {percentage:5.1f}% {elapsed} {postfix}")  # fmt: skip
-    watch, since_save, saves, spare = Stopwatch(), 0.0, 0, SpareCores(threads)
+    watch, since_save, saves, spare = Stopwatch(device), 0.0, 0, SpareCores(threads)
     smooth = 1.0
     while (spent := budget.fraction(progress)) < 1:
         spare()
@@ -170,13 +173,15 @@ def train_unet(
         alike &= tells[first] & ~silent[:, 0]  # of twins with one caption the network would learn the mean: two heads
         alike, silent, t = alike.to(device), silent.to(device).repeat(2, 1), t.to(device).repeat(2)
         noisy, noise = noised_twins(latents[rows].float(), noise, alphas[t], alike)
-        with autocast(device):
+        with autocast(device), fast_attention(device):
             context = model.text(torch.where(silent, empty, ids[rows]))
-            eps, _ = model.unet(noisy.contiguous(memory_format=torch.channels_last), t, context)
+            eps, _ = model.unet(noisy.contiguous(memory_format=layout(device)), t, context)
         error = (eps.float() - noise).square().mean((1, 2, 3))
         loss = (error * weights[t]).sum() / weights[t].sum()
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(recipe.peak_rate, progress.steps, spent, recipe.warmup, recipe.floor)
+            group["lr"] = learning_rate(
+                recipe.peak_rate, progress.steps, spent, recipe.warmup, recipe.floor, recipe.hold
+            )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -214,7 +219,7 @@ def draw(model: Denoiser, prompts: list[str], noise: Tensor, steps: int = 20, gu
     x = noise
     for t in schedule.timesteps(steps):
         with autocast(device):
-            rows = torch.cat([x, x]).contiguous(memory_format=torch.channels_last)
+            rows = torch.cat([x, x]).contiguous(memory_format=layout(device))
             eps, _ = model.unet(rows, t, context)
         uncond, cond = eps.float().chunk(2)
         x = schedule.step(uncond + guidance_scale * (cond - uncond), x, t, steps)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .loop import layout
 from .world import SUBJECTS, render, sample, turned
 
 # Training draws seeds from here up; everything below is held out, for tests, judging and benchmarks.
@@ -30,8 +31,8 @@ class Pool:
 
 
 def as_input(pictures: Tensor) -> Tensor:
-    """uint8 0..255 -> float32 in [-1, 1], channels last in memory."""
-    return (pictures.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+    """uint8 0..255 -> float32 in [-1, 1], as the device likes them to lie in memory."""
+    return (pictures.float() / 127.5 - 1).contiguous(memory_format=layout(pictures.device))
 
 
 def as_pictures(decoded: Tensor) -> Tensor:

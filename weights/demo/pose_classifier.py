@@ -12,11 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .loop import SpareCores, learning_rate
+from .loop import SpareCores, autocast, learning_rate
 from .pool import FIRST_TRAINING_SEED, render_pool
 from .world import POSES, SUBJECTS, sample
 
-SIZE = 64  # pictures are brought to this side first
 CLASSES: tuple[tuple[str, str], ...] = tuple((s, p) for s in SUBJECTS for p in POSES[s])
 WEIGHTS = Path(__file__).parent / "pose_classifier.safetensors"
 
@@ -32,10 +31,14 @@ class Verdict:
 
 
 class PoseClassifier(nn.Module):
-    """Pictures (n, 3, h, w) in [-1, 1] -> logits over CLASSES and over facing (left, right): (n, classes + 2)."""
+    """Pictures (n, 3, h, w) in [-1, 1] -> logits over CLASSES and over facing (left, right): (n, classes + 2).
 
-    def __init__(self, widths: tuple[int, ...] = (24, 48, 80, 112)) -> None:
+    Pictures are brought to `size` first. At 64, with one level less, which way people look who stand is lost.
+    """
+
+    def __init__(self, widths: tuple[int, ...] = (16, 24, 48, 80, 112)) -> None:
         super().__init__()
+        self.size = 4 * 2 ** len(widths)
         layers: list[nn.Module] = []
         for before, width in zip((3, *widths), widths, strict=False):
             layers += [nn.Conv2d(before, width, 3, stride=2, padding=1), nn.GroupNorm(8, width), nn.SiLU()]
@@ -45,7 +48,7 @@ class PoseClassifier(nn.Module):
         self.head = nn.Linear(widths[-1] * 16, len(CLASSES) + 2)
 
     def forward(self, pictures: Tensor) -> Tensor:
-        small = F.interpolate(pictures, (SIZE, SIZE), mode="bilinear", antialias=True, align_corners=False)
+        small = F.interpolate(pictures, (self.size, self.size), mode="bilinear", antialias=True, align_corners=False)
         return self.head(self.features(small).flatten(1))
 
     @torch.no_grad()
@@ -65,9 +68,11 @@ class PoseClassifier(nn.Module):
 
 
 def load_pose_classifier(path: Path = WEIGHTS) -> PoseClassifier:
-    """The shipped classifier, in evaluation mode."""
-    model = PoseClassifier()
-    model.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
+    """The shipped classifier, or one of other widths, in evaluation mode."""
+    state = {name: tensor.float() for name, tensor in load_file(path).items()}
+    kernels = [tensor for name, tensor in state.items() if name.startswith("features.") and tensor.dim() == 4]
+    model = PoseClassifier(tuple(sorted({len(kernel) for kernel in kernels})))  # each level is wider than the last
+    model.load_state_dict(state)
     return model.eval().requires_grad_(False)
 
 
@@ -110,8 +115,9 @@ def accuracy(model: PoseClassifier, pictures: Tensor, truth: Tensor, draws: torc
 def main() -> None:
     """Trains the classifier and writes its weights and its accuracies."""
     parser = argparse.ArgumentParser(prog="python -m masa.weights.demo.pose_classifier", description=__doc__)
-    parser.add_argument("--pictures", type=int, default=6000)
-    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--pictures", type=int, default=8000)
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--out", type=Path, default=WEIGHTS, help="weights; the card lies beside them (%(default)s)")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()
@@ -119,12 +125,13 @@ def main() -> None:
     random.seed(0)
     first = FIRST_TRAINING_SEED + 5_000_000
     seeds = range(first, first + args.pictures)
-    pictures = render_pool(seeds, SIZE, workers=args.workers).pictures
+    model = PoseClassifier()
+    side = model.size
+    pictures = render_pool(seeds, side, workers=args.workers).pictures
     truth = labels(seeds)
     held_out = range(1000, 2000)
-    check, check_truth = render_pool(held_out, SIZE, workers=args.workers).pictures, labels(held_out)
+    check, check_truth = render_pool(held_out, side, workers=args.workers).pictures, labels(held_out)
 
-    model = PoseClassifier()
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0.05)
     draws, batch, spare = torch.Generator().manual_seed(0), 50, SpareCores(args.threads)
     total = args.epochs * args.pictures // batch
@@ -133,9 +140,14 @@ def main() -> None:
         rows = torch.randint(len(pictures), (batch,), generator=draws)
         x, wanted = degrade(pictures[rows].float() / 127.5 - 1, draws), truth[rows]
         # shifts by some pixels: generated subjects are not always where rendered ones are
-        dx, dy = (int(v) for v in torch.randint(-6, 7, (2,), generator=draws))
-        x = F.pad(x, (6, 6, 6, 6), mode="replicate")[:, :, 6 + dy : 6 + dy + SIZE, 6 + dx : 6 + dx + SIZE]
-        logits = model(x)
+        far = side // 10
+        dx, dy = (int(v) for v in torch.randint(2 * far + 1, (2,), generator=draws))
+        x = F.pad(x, (far, far, far, far), mode="replicate")[:, :, dy : dy + side, dx : dx + side]
+        mirrored = torch.rand(batch, generator=draws) < 0.5
+        x = torch.where(mirrored.view(-1, 1, 1, 1), x.flip(3), x)
+        wanted = torch.stack([wanted[:, 0], torch.where(mirrored, 1 - wanted[:, 1], wanted[:, 1])], 1)
+        with autocast(x.device):
+            logits = model(x).float()
         loss = F.cross_entropy(logits[:, : len(CLASSES)], wanted[:, 0], label_smoothing=0.05)
         loss = loss + 0.5 * F.cross_entropy(logits[:, -2:], wanted[:, 1], label_smoothing=0.05)
         for group in optimizer.param_groups:
@@ -144,14 +156,14 @@ def main() -> None:
         loss.backward()
         optimizer.step()
     model.eval()
-    save_file({name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}, WEIGHTS)
-    model = load_pose_classifier()
+    save_file({name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}, args.out)
+    model = load_pose_classifier(args.out)
     card = {
         "held_out": accuracy(model, check, check_truth),
         "held_out_degraded": accuracy(model, check, check_truth, torch.Generator().manual_seed(1)),
         "held_out_pictures": len(check),
     }
-    WEIGHTS.with_suffix(".json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    args.out.with_suffix(".json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
     print(card)
 
 

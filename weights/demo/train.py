@@ -18,6 +18,7 @@ from torch import Tensor
 from masa.config import TextConfig, UNetConfig, VAEConfig
 from masa.models.tokenizer import Tokenizer
 from masa.models.vae import VAE
+from masa.pipeline import load
 
 from .autoencoder import VAERecipe, encode, held_out_psnr, polish_decoder, reconstruct, train_vae, whiten
 from .denoiser import Denoiser, UNetRecipe, draw, train_unet
@@ -26,6 +27,8 @@ from .loop import Budget, save_atomically, to_device
 from .pool import FIRST_TRAINING_SEED, Pool, as_pictures, render_pool
 from .vocabulary import write_tokenizer
 from .world import POSES, SUBJECTS
+
+SHARD = 1000  # samples whose latents lie in one file
 
 
 @dataclass(frozen=True)
@@ -47,18 +50,19 @@ class Preset:
 
 
 PRESETS = {
-    # two cores without matrix units: cats only, so that they are learnt in an hour or two
+    # one core that multiplies bfloat16: a night. Four heads, for the attention costs as the heads' number;
+    # each a multiple of 8 wide, which the Triton kernels serve.
     "cpu": Preset(
         size=128,
-        subjects=("cat",),
+        subjects=SUBJECTS,
         vae_pictures=6000,
-        unet_pictures=12000,
-        vae=VAEConfig(block_out_channels=(16, 48, 96, 128), layers_per_block=1, norm_groups=8),
-        vae_recipe=VAERecipe(),
-        vae_minutes=32,
-        unet=UNetConfig(block_out_channels=(48, 96, 128, 192), context_width=128, heads=8, norm_groups=8),
-        unet_recipe=UNetRecipe(batch=16, peak_rate=8e-4, decay=0.999),
-        unet_minutes=180,
+        unet_pictures=10000,
+        vae=VAEConfig(block_out_channels=(32, 48, 96, 128), layers_per_block=1, norm_groups=8),
+        vae_recipe=VAERecipe(peak_rate=1e-3, crop_share=0.5, squared=4.0),
+        vae_minutes=40,
+        unet=UNetConfig(block_out_channels=(64, 128, 192, 192), context_width=128, heads=4, norm_groups=8),
+        unet_recipe=UNetRecipe(batch=32, peak_rate=1e-3, decay=0.999, hold=0.6),
+        unet_minutes=840,
         text_width=128,
         text_layers=2,
     ),
@@ -78,6 +82,17 @@ PRESETS = {
         text_layers=3,
     ),
 }  # fmt: skip
+
+
+def text_config(preset: Preset, vocabulary: int) -> TextConfig:
+    """The text encoder's shape for a vocabulary of so many tokens."""
+    return TextConfig(
+        vocab_size=vocabulary,
+        width=preset.text_width,
+        intermediate_width=4 * preset.text_width,
+        layers=preset.text_layers,
+        heads=4,
+    )
 
 
 def cached_pool(
@@ -108,8 +123,13 @@ def vae_pool(run: Path, preset: Preset, workers: int) -> Pool:
     return cached_pool(run / "vae_pool.pt", seeds, preset.size, mixture, workers)
 
 
-def train_or_load_vae(run: Path, preset: Preset, held_out: Tensor, threads: int | None, workers: int) -> VAE:
-    """The finished autoencoder, whitened, in evaluation mode on the device of `held_out`."""
+def train_or_load_vae(
+    run: Path, preset: Preset, held_out: Tensor, threads: int | None, workers: int, start: Path | None
+) -> VAE:
+    """The finished autoencoder, whitened, in evaluation mode on the device of `held_out`.
+
+    `start`: the folder of a model whose autoencoder, as wide or narrower, training begins with.
+    """
     finished = run / "vae_final.pt"
     if finished.exists():
         vae = VAE(preset.vae)
@@ -118,19 +138,44 @@ def train_or_load_vae(run: Path, preset: Preset, held_out: Tensor, threads: int 
         return vae.eval().requires_grad_(False)
     pictures = vae_pool(run, preset, workers).pictures.to(held_out.device)
     budget = Budget(minutes=preset.vae_minutes)
-    vae = train_vae(pictures, held_out, preset.vae, preset.vae_recipe, budget, run / "vae.pt", threads=threads)
+    first = None if start is None else load(start, device="cpu", dtype="fp32").vae
+    vae = train_vae(
+        pictures, held_out, preset.vae, preset.vae_recipe, budget, run / "vae.pt", threads=threads, start=first
+    )
     whiten(vae, pictures[:1024])
     save_atomically(vae.state_dict(), finished)
     return vae
 
 
-def cached_latents(path: Path, vae: VAE, pool: Pool, device: torch.device) -> Tensor:
-    """The pool's scaled latents in float16 on the device, from the run's folder where they lie there already."""
-    if path.exists():
-        return torch.load(path, weights_only=True, map_location=device)
-    latents = encode(vae, pool.pictures.to(device)).half()
-    save_atomically(latents, path)
-    return latents
+def fingerprint(vae: VAE) -> float:
+    """A number that another encoder, and so other latents, would not have."""
+    return float(sum(p.double().abs().sum() for part in (vae.encoder, vae.quant_conv) for p in part.parameters()))
+
+
+def cached_latents(run: Path, vae: VAE, preset: Preset, device: torch.device, workers: int) -> tuple[Tensor, list[str]]:
+    """Scaled latents in float16 on the device, and captions: of `unet_pictures` samples, then of their twins.
+
+    Each shard of them is rendered and encoded once, and kept; the pictures are not. Asked for more pictures, a later
+    run makes only what is missing.
+    """
+    first = FIRST_TRAINING_SEED + 1_000_000
+    latents: tuple[list[Tensor], list[Tensor]] = ([], [])
+    captions: tuple[list[str], list[str]] = ([], [])
+    for start in range(first, first + preset.unet_pictures, SHARD):
+        key = [start, preset.size, *preset.subjects, fingerprint(vae)]
+        path = run / "latents" / f"{start}.pt"
+        shard = torch.load(path, weights_only=True) if path.exists() else None
+        if shard is None or shard["key"] != key:
+            shard = {"key": key, "latents": [], "captions": []}
+            for twins in (False, True):
+                pool = render_pool(range(start, start + SHARD), preset.size, preset.subjects, workers, twins)
+                shard["latents"].append(encode(vae, pool.pictures.to(device)).half().cpu())
+                shard["captions"].append(pool.captions)
+            save_atomically(shard, path)
+        for i in (0, 1):
+            latents[i].append(shard["latents"][i])
+            captions[i].extend(shard["captions"][i])
+    return torch.cat(latents[0] + latents[1]).to(device), captions[0] + captions[1]
 
 
 def grid_reporter(run: Path, preset: Preset, vae: VAE, device: torch.device) -> Callable[[Denoiser, int], None]:
@@ -159,6 +204,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="the finished model's folder (RUN/model)")
     parser.add_argument("--preset", choices=PRESETS, default="cpu", help="sizes for a machine (%(default)s)")
     parser.add_argument("--subjects", help="comma-separated: " + ",".join(SUBJECTS))
+    parser.add_argument("--pictures", type=int, help="the UNet's, each with its twin; more than before adds some")
+    parser.add_argument("--batch", type=int, help="the UNet's; even; may change from call to call")
+    parser.add_argument("--start-vae", type=Path, help="a model's folder: the autoencoder begins with its weights")
     parser.add_argument("--vae-minutes", type=float, help="training time of the autoencoder")
     parser.add_argument("--unet-minutes", type=float, help="training time of the UNet; more than before goes on")
     parser.add_argument("--polish-minutes", type=float, help="train the finished autoencoder's decoder further first")
@@ -172,6 +220,10 @@ def main() -> None:
         unknown = set(preset.subjects) - set(SUBJECTS)
         if unknown:
             parser.error(f"unknown subjects {sorted(unknown)}; there are {', '.join(SUBJECTS)}")
+    if args.pictures is not None:
+        preset = replace(preset, unet_pictures=args.pictures)
+    if args.batch is not None:
+        preset = replace(preset, unet_recipe=replace(preset.unet_recipe, batch=args.batch))
     if args.vae_minutes is not None:
         preset = replace(preset, vae_minutes=args.vae_minutes)
     if args.unet_minutes is not None:
@@ -185,7 +237,7 @@ def main() -> None:
     random.seed(args.seed)
 
     held_out = render_pool(range(48), preset.size, preset.subjects).pictures.to(device)
-    vae = train_or_load_vae(run, preset, held_out, args.threads, args.workers)
+    vae = train_or_load_vae(run, preset, held_out, args.threads, args.workers, args.start_vae)
     quality = held_out_psnr(vae, held_out)
     if args.polish_minutes:
         recipe = replace(preset.vae_recipe, peak_rate=preset.vae_recipe.peak_rate / 2)
@@ -199,25 +251,13 @@ def main() -> None:
     print(f"autoencoder: held out {quality:.2f} dB", flush=True)
     write_sheet([held_out[:8], as_pictures(reconstruct(vae, held_out[:8]))], run / "vae.png")
 
-    first = FIRST_TRAINING_SEED + 1_000_000
-    seeds = range(first, first + preset.unet_pictures)
-    captions, latents = [], []
-    for name, twins in (("unet", False), ("twin", True)):
-        pool = cached_pool(run / f"{name}_pool.pt", seeds, preset.size, preset.subjects, args.workers, twins)
-        captions += pool.captions
-        latents.append(cached_latents(run / f"{name}_latents.pt", vae, pool, device))
+    latents, captions = cached_latents(run, vae, preset, device, args.workers)
     vocabulary = write_tokenizer(run / "tokenizer")
     tokenizer = Tokenizer.from_folder(run / "tokenizer")
-    text = TextConfig(
-        vocab_size=vocabulary,
-        width=preset.text_width,
-        intermediate_width=4 * preset.text_width,
-        layers=preset.text_layers,
-        heads=4,
-    )
+    text = text_config(preset, vocabulary)
     model = Denoiser.build(preset.unet, text, tokenizer, device)
     trained = train_unet(
-        torch.cat(latents),
+        latents,
         captions,
         model,
         preset.unet_recipe,
