@@ -19,7 +19,7 @@ from torch import Tensor
 from masa.kernels import launch
 from masa.kernels.launch import Backend
 from masa.kernels.mutual_attention import mutual_attention_with_lse
-from masa.kernels.rows import pick_rows, put_rows
+from masa.kernels.rows import number_tensor, pick_rows, put_rows
 
 ADAIN_EPS = 1e-5
 QUERIES_PER_PASS = 256  # of contrast, which needs the probabilities: heads * 256 * keys of them at a time
@@ -48,10 +48,10 @@ class KeyPart:
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation over positions: (B, H, N, D) -> twice (B, H, D), at least float32.
 
-    The variance is unbiased and gains 1e-5, as StyleAligned publishes it.
+    The variance is unbiased, 0 of a single position, and gains 1e-5, as StyleAligned publishes it.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    variance, mean = torch.var_mean(wide, dim=2, unbiased=True)
+    variance, mean = torch.var_mean(wide, dim=2, unbiased=x.shape[2] > 1)
     return mean, (variance + ADAIN_EPS).sqrt()
 
 
@@ -121,7 +121,7 @@ def _bias(parts: Sequence[KeyPart], rows: tuple[int, ...], q: Tensor) -> Tensor 
         return None
     columns = []
     for part in parts:
-        logs = torch.tensor([math.log(part.weight[row]) for row in rows], dtype=q.dtype, device=q.device)
+        logs = number_tensor(tuple(math.log(part.weight[row]) for row in rows), q.device, q.dtype)
         bias = logs[:, None].expand(-1, part.k.shape[2])
         if part.visible is not None:
             bias = bias.masked_fill(~pick_rows(part.visible, rows), -math.inf)
@@ -131,7 +131,7 @@ def _bias(parts: Sequence[KeyPart], rows: tuple[int, ...], q: Tensor) -> Tensor 
 
 def _contrasted(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, contrast: tuple[float, ...]) -> Tensor:
     """Attention whose probabilities are spread by a factor around 1/N, some queries at a time (2311.03335)."""
-    factor = torch.tensor(contrast, dtype=_wide(q), device=q.device)[:, None, None, None]
+    factor = number_tensor(contrast, q.device, _wide(q))[:, None, None, None]
     count = k.shape[2] if bias is None else (bias > -math.inf).sum(-1, keepdim=True)
     mean = torch.ones_like(factor) / count
     out = []
@@ -179,15 +179,15 @@ def _merged(q: Tensor, parts: Sequence[KeyPart]) -> Tensor:
 
 def _logs(part: KeyPart, q: Tensor) -> Tensor:
     """ln of the part's weight for each row, -inf where a row does not read it: (B, 1, 1)."""
-    logs = [math.log(w) if row >= 0 else -math.inf for w, row in zip(part.weight, part.k_rows, strict=True)]
-    return torch.tensor(logs, dtype=torch.float32, device=q.device)[:, None, None]
+    logs = (math.log(w) if row >= 0 else -math.inf for w, row in zip(part.weight, part.k_rows, strict=True))
+    return number_tensor(tuple(logs), q.device, torch.float32)[:, None, None]
 
 
 def _column(values: tuple[float, ...], q: Tensor) -> Tensor | None:
     """Values (rows, 1, 1, 1) in at least float32; None where all are 1."""
     if all(value == 1.0 for value in values):
         return None
-    return torch.tensor(values, dtype=_wide(q), device=q.device)[:, None, None, None]
+    return number_tensor(values, q.device, _wide(q))[:, None, None, None]
 
 
 def _at(values: tuple[Any, ...], rows: tuple[int, ...]) -> tuple[Any, ...]:

@@ -35,8 +35,15 @@ def row_tensor(rows: RowIndex, device: torch.device, dtype: torch.dtype = torch.
     return fill_runs(torch.empty(len(rows), dtype=dtype, device=device), rows)
 
 
-def fill_runs(target: Tensor, rows: tuple[int, ...]) -> Tensor:
-    """Write host rows into target (B,), one fill per run of equal rows: values travel as launch arguments."""
+def number_tensor(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Host numbers (B,) on the device, by fills: a copy from the host could not be captured in a CUDA graph."""
+    if device.type == "cpu":
+        return torch.tensor(values, dtype=dtype)
+    return fill_runs(torch.empty(len(values), dtype=dtype, device=device), values)
+
+
+def fill_runs(target: Tensor, rows: tuple[int, ...] | tuple[float, ...]) -> Tensor:
+    """Write host values into target (B,), one fill per run of equal ones: they travel as launch arguments."""
     begin = 0
     for end in range(1, len(rows) + 1):
         if end == len(rows) or rows[end] != rows[begin]:

@@ -17,6 +17,7 @@ from masa.kernels.attention_over_parts import KeyPart, attention_over_parts, mom
 from masa.kernels.cross_attention_maps import cross_attention_with_maps
 from masa.kernels.launch import Backend, triton_unavailable
 from masa.kernels.mutual_attention import MaskPlan, mutual_attention
+from masa.kernels.rows import number_tensor
 
 
 @dataclass(frozen=True)
@@ -222,7 +223,7 @@ def _attend_to_many(
     found = []
     for part in parts:
         k, k_rows = read.k.of(part.rows)
-        v, v_rows = read.v.of(part.rows)
+        v, v_rows = read.v.of(part.rows if edit.parts else edit.v_from or tuple(range(rows)))
         gain = offset = None
         if part.match is not None:
             gain, offset = _match(read.k, part.rows, part.match, read.cached.k_moments)
@@ -243,7 +244,7 @@ def _attend_to_many(
 
 def _seen(part: KeyPart, device: torch.device) -> Tensor:
     """For each row, whether it sees a key of a part."""
-    present = torch.tensor([row >= 0 for row in part.k_rows], device=device)
+    present = number_tensor(tuple(float(row >= 0) for row in part.k_rows), device, torch.float32) > 0
     return present if part.visible is None else present & part.visible.any(1)
 
 
@@ -254,7 +255,7 @@ def _blend_plain(out: Tensor, read: _Read, shares: tuple[float, ...], rows: int,
         return out
     q, k, v = (x.aligned(some) for x in (read.q, read.k, read.v))
     plain = mutual_attention(q, k, v, kv_index=tuple(range(len(some))), backend=call.backend)
-    share = torch.tensor([shares[row] for row in some], device=out.device, dtype=out.dtype)[:, None, None, None]
+    share = number_tensor(pick(shares, some), out.device, out.dtype)[:, None, None, None]
     return _replace_rows(out, some, share * plain + (1.0 - share) * take(out, some))
 
 
@@ -268,7 +269,7 @@ def _attend_to_extra(
         return out
     index = tuple(rows[row] for row in some)
     found = mutual_attention(take(q, some), k, v, kv_index=index, backend=call.backend)
-    scales = torch.tensor(pick(_each(scale, len(q)), some), device=q.device, dtype=q.dtype)
+    scales = number_tensor(pick(_each(scale, len(q)), some), q.device, q.dtype)
     return _replace_rows(out, some, scales[:, None, None, None] * found)
 
 

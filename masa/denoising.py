@@ -88,7 +88,7 @@ def denoise(run: Denoising) -> Iterator[Tensor]:
             x = _moved(run, control, x, control.after_step(step, x, tape, branches))
             history = tuple(control.blend(kept) for kept in history)
         if run.callback is not None:
-            x = _call_back(run.callback, step, timestep, x)
+            x = _call_back(run, run.callback, step, timestep, x)
         yield x
 
 
@@ -180,8 +180,20 @@ def _residuals(
     if not run.controls:
         return None
     latents = torch.cat([x[row.branch : row.branch + 1] for row in branches.rows]).to(run.sd.dtype)
-    found = [control.residuals(step, timestep, latents, prompts, branches) for control in run.controls]
-    return Residuals.total([some for some in found if some is not None])
+    found = []
+    for control in run.controls:
+        added = control.residuals(step, timestep, latents, prompts, branches)
+        if added is not None:
+            _check_rows(control, added, len(branches))
+            found.append(added)
+    return Residuals.total(found)
+
+
+def _check_rows(control: ActiveControl, added: Residuals, rows: int) -> None:
+    """MasaError unless a control's residuals have a row for each of the batch."""
+    for tensor in (*added.down, *added.skips, added.mid):
+        if tensor is not None and len(tensor) != rows:
+            raise MasaError(f"{control.name} adds residuals {tuple(tensor.shape)} to {rows} rows; give one for each")
 
 
 def _join_tapes(batches: Sequence[Batch], tapes: Sequence[Tape]) -> tuple[Tape, Branches]:
@@ -228,14 +240,24 @@ def _moved(run: Denoising, control: ActiveControl, before: Tensor, after: Tensor
     return after
 
 
-def _call_back(callback: Callback, step: int, timestep: int, x: Tensor) -> Tensor:
+def _call_back(run: Denoising, callback: Callback, step: int, timestep: int, x: Tensor) -> Tensor:
     changed = callback(step, timestep, x)
     if changed is None:
         return x
     if not isinstance(changed, Tensor) or changed.shape != x.shape:
         got = tuple(changed.shape) if isinstance(changed, Tensor) else type(changed).__name__
         raise MasaError(f"the callback returned {got}; expected None or latents {tuple(x.shape)}")
-    return changed.to(x)
+    changed = changed.to(x)
+    if run.cache is not None and not torch.equal(changed[:1], x[:1]):
+        raise MasaError("the callback changes the source's latents, which a cache holds; run without cache=")
+    return changed
+
+
+def check_together(run: Denoising) -> None:
+    """MasaError where two controls are at odds, or edits do not fit, in any call of any step of a run."""
+    for step in range(run.first_step, run.steps):
+        for branches in _parts(run, step):
+            resolve(run.controls, step, branches, run.sd.unet.sites)
 
 
 def check_cache(run: Denoising, cache: SourceCache, source_conditions: Sequence[str | None]) -> None:

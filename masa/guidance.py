@@ -123,7 +123,10 @@ def guide(
             guided.append(eps[cond])
         else:
             of_branch = ClassifierFree() if replayed else rule
-            guided.append(of_branch.guide(eps[uncond], eps[cond], scale, step))
+            found = of_branch.guide(eps[uncond], eps[cond], scale, step)
+            if not isinstance(found, Tensor) or found.shape != eps[cond].shape:
+                raise MasaError(f"{type(rule).__name__}.guide gave {type(found).__name__}; expected eps as its halves")
+            guided.append(found)
     return torch.stack(guided)
 
 

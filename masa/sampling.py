@@ -30,9 +30,9 @@ from masa.checks import (
     picture_size,
     settle,
 )
-from masa.controls.base import ActiveControl, Control, begin_all, check_together
+from masa.controls.base import ActiveControl, Control, begin_all
 from masa.controls.masactrl import MasaCtrl
-from masa.denoising import Callback, Context, Denoising, check_cache, denoise
+from masa.denoising import Callback, Context, Denoising, check_cache, check_together, denoise
 from masa.errors import MasaError
 from masa.guidance import Guidance
 from masa.inversion import invert
@@ -206,8 +206,7 @@ def prepare(sd: StableDiffusion, asked: RunSettings, given: Given) -> Prepared:
         rows_of = {step: denoising.contexts[step].branches for step in range(first_step, denoising.steps)}
         pairs = zip(settings.controls, active, strict=True)
         check_cache(denoising, cache, [source_condition(control, bound, rows_of) for control, bound in pairs])
-    rows = [context.branches if cache is None else context.branches.cache_source() for context in denoising.contexts]
-    check_together(active, first_step, rows, sd.unet.sites)
+    check_together(denoising)
     settings = replace(settings, skip_steps=first_step, generator_state=noise.generator_state)
     return Prepared(denoising, settings.describe(), noise, given)
 

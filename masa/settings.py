@@ -187,12 +187,12 @@ for _kind in (
 
 def describe(value: Any) -> Any:
     """A control, sampler, mask or plain value as JSON. Masks given as pictures are embedded, compressed."""
-    if isinstance(value, GivenMasks):
+    if type(value) is GivenMasks:
         targets = [pack(load_mask(mask)) for mask in value.targets]
         return {"kind": "GivenMasks", "source": pack(load_mask(value.source)), "target": targets}
-    if isinstance(value, BlendedLatents):
+    if type(value) is BlendedLatents:
         return {"kind": "BlendedLatents", "mask": pack(load_mask(value.mask)), "skip": value.skip}
-    if isinstance(value, T2IAdapter | ControlNet | IPAdapter):
+    if type(value) in (T2IAdapter, ControlNet, IPAdapter):
         value = value.kept()  # its pictures inside, its file's digest beside the path
     if is_registered(value):
         kept = {f.name: describe(getattr(value, f.name)) for f in fields(value) if f.init}

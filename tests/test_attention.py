@@ -94,3 +94,14 @@ def test_records_are_head_means_of_the_weighted_tokens(qkv, generator):
         expected = torch.einsum("bnk,bk->bn", probabilities, weights[:, i])
         assert torch.allclose(tape[key, CROSS.index][:, 0], expected, atol=1e-6)
     assert torch.allclose(out, F.scaled_dot_product_attention(*qkv), atol=1e-6)
+
+
+def test_keys_and_values_of_two_rows_go_through_every_form(qkv):
+    """k_from and v_from are told apart where probabilities are changed too."""
+    q, k, v = qkv
+    for k_from, v_from in (((0, 0, 0), None), (None, (0, 0, 0)), ((1, 2, 0), (0, 0, 1))):
+        keys, values = (x[list(rows or (0, 1, 2))] for x, rows in ((k, k_from), (v, v_from)))
+        probabilities = (q @ keys.mT / 8**0.5).softmax(-1)
+        spread = (1 / 12 + 1.67 * (probabilities - 1 / 12)).clamp(0, 1)
+        out, _ = run(qkv, Edit(k_from=k_from, v_from=v_from, contrast=1.67))
+        assert torch.allclose(out, spread @ values, atol=1e-5)

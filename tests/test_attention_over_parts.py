@@ -87,6 +87,13 @@ def test_moments_are_the_published_ones(tensors):
     assert torch.allclose(deviation, (q.var(2, unbiased=True) + 1e-5).sqrt())
 
 
+def test_a_single_position_has_no_deviation():
+    """A 1x1 map, as in the middle of a 64x64 picture: statistics are finite, and all backends agree."""
+    mean, deviation = moments(torch.full((1, 2, 1, 4), 3.0))
+    assert torch.equal(mean, torch.full((1, 2, 4), 3.0))
+    assert torch.allclose(deviation, torch.full((1, 2, 4), 1e-5**0.5))
+
+
 def test_triton_is_refused_where_it_cannot_serve(tensors):
     q, k, v = tensors
     with pytest.raises(RuntimeError, match="'triton' cannot serve"):

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from example_files import example
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
@@ -25,6 +26,8 @@ CONTROLS = {
     "masactrl": masa.MasaCtrl(start_step=1, start_layer=4),
     "union": masa.MasaCtrl(start_step=1, start_layer=4, union=True, source_weight=2.0),
     "words": masa.MasaCtrl(start_step=1, start_layer=8, mask=masa.WordMasks("cat", "cat")),
+    "style aligned": example("style_aligned").StyleAligned(0.5),
+    "free u": masa.FreeU(),
     "prompt-to-prompt": masa.PromptToPrompt("replace"),
     "plug-and-play": masa.PlugAndPlay(),
     "local blend": [masa.MasaCtrl(start_step=1, start_layer=4), *[masa.LocalBlend("cat", "cat", start=0.0)] * 2],
@@ -39,6 +42,8 @@ CAPTURED = {
     "masactrl": 2,
     "union": 2,
     "words": 1,
+    "style aligned": 1,
+    "free u": 1,
     "prompt-to-prompt": 2,
     "plug-and-play": 3,
     "local blend": 2,

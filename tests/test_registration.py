@@ -435,3 +435,39 @@ def test_values_of_set_are_json_or_text():
     assert parse_field("A.b=cat=dog") == ("A", "b", "cat=dog")
     assert parse_field('A.b={"cat": 2}') == ("A", "b", {"cat": 2})
     assert build_parser().parse_args([*TWO, "--set", "A.b=null"]).set == [("A", "b", None)]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("True", True), ("false", False), ("None", None), ("3", 3), ("0.5", 0.5), ("cat", "cat"), ("[1, 2]", (1, 2))],
+)
+def test_a_field_is_read_as_json_or_as_python_writes_it(text, value):
+    from masa.cli.registered_arguments import parse_field
+
+    assert parse_field(f"Mine.field={text}") == ("Mine", "field", value)
+
+
+@pytest.mark.parametrize(
+    ("value", "default", "expected"),
+    [
+        ("high", 0.0, "expected a number such as 0.0"),
+        ("no", True, "expected true or false"),
+        (1, True, "true or false"),
+    ],
+)
+def test_a_field_of_another_kind_is_named(value, default, expected):
+    from masa.cli.registered_arguments import check_kind
+
+    with pytest.raises(masa.MasaError, match=f"--set Mine.x is {value!r}; .*{expected}"):
+        check_kind("--set Mine.x", value, default)
+
+
+def test_a_subclass_of_a_built_in_control_is_not_taken_for_it(tiny):
+    """Its own fields would be lost, and the rerun be another picture without a word."""
+
+    @dataclass(frozen=True, eq=False)
+    class Softer(masa.BlendedLatents):
+        softness: int = 3
+
+    described = masa.settings.describe(Softer(torch.ones(8, 8)))
+    assert described == {"kind": "Softer", "own": True}

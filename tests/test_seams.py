@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
+from example_files import example
 from published import Oracle
 from published_sharing import StyleAligned as PublishedStyleAligned
 from published_sharing import shared_norms
@@ -22,15 +20,6 @@ SOURCE, TARGETS = "a photo of a sitting cat", ["a photo of a running cat", "a re
 STEPS = 3
 # Float32 rounding, grown over a trajectory and by guidance: a fraction of the latents' standard deviation.
 TOLERANCE = 5e-4
-
-
-def example(name: str):
-    """A file of examples/ as a module."""
-    path = Path(__file__).parent.parent / "examples" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 StyleAligned = example("style_aligned").StyleAligned
@@ -97,6 +86,7 @@ def residual_shapes():
     return down, skips, (64, 8)
 
 
+@masa.register
 @dataclass(frozen=True)
 class ImagePrompt:
     """Extra keys at every cross-attention of the targets, as the IP-Adapter has them."""
@@ -127,6 +117,7 @@ class _ImagePrompt(ActiveControl):
         return {site: Edit(extra=(ExtraKeys(k, v, rows, self.scale),)) for site, (k, v) in self.extra.items()}
 
 
+@masa.register
 @dataclass(frozen=True)
 class Several:
     """Own keys beside some of the source's, by region and weight; contrast, a plain share, blended queries."""
@@ -553,3 +544,56 @@ def test_a_row_without_a_key_is_plain_though_another_part_has_no_region(tiny):
     edit = Edit(parts=(Part(ROWS, keys=nothing), Part((-1, 0, -1, 2))))
     ref = run(tiny, At(20, Edit(k_from=(0, 0, 2, 2), v_from=(0, 0, 2, 2))), TARGETS[:1]).latents
     same(run(tiny, At(20, edit), TARGETS[:1]).latents, ref)
+
+
+def test_a_callback_does_not_change_a_recorded_source(tiny, recorded):
+    def change(step, timestep, latents):
+        return latents * torch.tensor([1.01, 1.0, 1.0])[:, None, None, None]
+
+    settings = {"controls": masa.MasaCtrl(1, 8), "cache": recorded, "progress": False}
+    with pytest.raises(masa.MasaError, match="the callback changes the source's latents"):
+        masa.sample(tiny, target=TARGETS, callback=change, **settings)
+    masa.sample(tiny, target=TARGETS, callback=lambda step, timestep, x: x.clone(), **settings)
+
+
+def test_a_recording_keeps_the_settings_of_what_changes_its_source(tiny):
+    """Those of a class that is not registered would be lost, and another value of it taken for the same."""
+
+    class Unknown(Several):
+        pass
+
+    with pytest.raises(masa.MasaError, match=r"Unknown.*make it known with masa.register"):
+        masa.record(tiny, SOURCE, controls=Unknown(source_contrast=1.5), seed=3, **USUAL)
+
+
+def test_a_mask_beside_more_keys_is_refused_by_name(tiny):
+    masked = masa.MasaCtrl(0, 10, mask=masa.WordMasks("cat", "cat"))
+    with pytest.raises(masa.MasaError, match=r"At and another control, at .*attn1: one masks the keys"):
+        run(tiny, [masked, At(20, Edit(plain=(0.0, 0.5, 0.0, 0.5)))], TARGETS[:1])
+
+
+def test_residuals_need_a_row_each(tiny):
+    class One:
+        needs_targets = False
+
+        def begin(self, run):
+            active = ActiveControl()
+            active.name = "One"
+            active.residuals = lambda *given: Residuals(mid=torch.zeros(1, 64, 2, 3))
+            return active
+
+    with pytest.raises(masa.MasaError, match=r"One adds residuals \(1, 64, 2, 3\) to 6 rows"):
+        run(tiny, One())
+
+
+def test_what_a_call_of_some_targets_lacks_is_refused_before_the_run(tiny, monkeypatch):
+    class ReadsTheSecond:
+        def begin(self, run):
+            active = ActiveControl()
+            active.name = "ReadsTheSecond"
+            active.edits = lambda step, branches: {} if step < 2 else {0: Edit(k_from=branches.rows_of(2))}
+            return active
+
+    monkeypatch.setattr(tiny.unet, "forward", lambda *args, **kwargs: pytest.fail("ran first"))
+    with pytest.raises(masa.MasaError, match="reads branch 2, and this call of the network has"):
+        run(tiny, ReadsTheSecond(), targets_at_once=1)

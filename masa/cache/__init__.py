@@ -1,1 +1,1 @@
-"""What a source lends to targets, kept: recording it, holding it, lending it."""
+"""A source that is run once for many targets: recording it, holding it, handing its tensors to edits."""

@@ -26,7 +26,7 @@ from masa.errors import MasaError
 from masa.io.files import replacing
 from masa.io.tensor_file import TensorFile, TensorWriter
 from masa.pipeline import StableDiffusion
-from masa.settings import describe
+from masa.settings import check_kept, describe
 from masa.trajectory import Trajectory
 
 SUFFIX = ".safetensors"
@@ -191,6 +191,7 @@ def source_condition(control: Control, active: ActiveControl, branches: Mapping[
     for step, of_step in branches.items():
         source = tuple(i for i, row in enumerate(of_step.rows) if row.branch == SOURCE)
         if any(edit.changes(source) for edit in active.edits(step, of_step).values()):
+            check_kept(controls=control)
             return f"{active.name}({json.dumps(describe(control))})"
     return None
 

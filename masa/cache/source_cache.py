@@ -72,8 +72,9 @@ class SourceCache:
     @property
     def seeded(self) -> bool:
         """Whether the seed decides what the source is."""
+        adds_noise = self.settings["eta"] > 0 or not restore_setting("sampler", self.settings.get("sampler")).retraces
         return (self.trajectory is None and self.settings["latents"] is None) or (
-            self.settings["eta"] > 0 and (self.trajectory is None or self.trajectory.noise is None)
+            adds_noise and (self.trajectory is None or self.trajectory.noise is None)
         )
 
     def source_after(self, step: int) -> Tensor:

@@ -110,12 +110,27 @@ def with_fields(value: Value, given: Iterable[Field]) -> Value:
 
 def fields_of(name: str, given: Iterable[Field]) -> dict[str, Any]:
     """What --set says of a class. MasaError for a field that it has not."""
-    known = [field.name for field in fields(KINDS[name]) if field.init]
+    known = {field.name: field for field in fields(KINDS[name]) if field.init}
     found = {field: value for kind, field, value in given if kind == name}
-    for field in found:
+    for field, value in found.items():
         if field not in known:
             raise MasaError(f"--set {name}.{field}: {name} has {', '.join(known) or 'no fields'}")
+        check_kind(f"--set {name}.{field}", value, known[field].default)
     return found
+
+
+def check_kind(option: str, value: Any, default: Any) -> None:
+    """MasaError for a value of another kind than a field's default, where that is a truth value, number or text."""
+    if isinstance(default, bool):
+        fits, expected = isinstance(value, bool), "true or false"
+    elif isinstance(default, int | float):
+        fits, expected = isinstance(value, int | float) and not isinstance(value, bool), f"a number such as {default}"
+    elif isinstance(default, str):
+        fits, expected = isinstance(value, str), f"a text such as {default}"
+    else:
+        return
+    if not fits and value is not None:
+        raise MasaError(f"{option} is {value!r}; expected {expected}")
 
 
 def check_used(given: Iterable[Field], used: Iterable[Any]) -> None:
@@ -133,6 +148,7 @@ def parse_field(text: str) -> Field:
     kind, dot, field = place.partition(".")
     if not (equals and dot and kind and field):
         raise argparse.ArgumentTypeError(f"{text!r} is not CLASS.FIELD=VALUE, such as DPMSolverPP.karras=true")
+    value = {"True": "true", "False": "false", "None": "null"}.get(value, value)  # as Python writes them
     try:
         parsed = json.loads(value)
     except json.JSONDecodeError:

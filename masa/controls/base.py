@@ -57,7 +57,7 @@ class ActiveControl:
     name = "a control"  # what errors call it
 
     first_step: int = 0  # the run leaves out the steps before it
-    watches_source: bool = False  # it needs the source to be computed, not lent by a cache
+    watches_source: bool = False  # it needs the source to be computed, not held by a cache
     tells_halves_apart: bool = False  # the source's two halves differ, even where their prompts are the same
     # What the source depends on through its residuals, beside prompt and noise: a cache of a source without is refused.
     # (Edits that change the source are found by themselves.)
@@ -100,7 +100,7 @@ class ActiveControl:
     def see_prediction(self, step: int, x0: Tensor) -> None:
         """What this step takes the clean latents to be: (1 + N, 4, h, w), from the guided prediction.
 
-        Of a pinned source that the step does not compute, the trajectory's clean latents; of one that a cache lends,
+        Of a pinned source that the step does not compute, the trajectory's clean latents; of one that a cache holds,
         those that its recording saw.
         """
 
@@ -177,10 +177,19 @@ def resolve(controls: Sequence[ActiveControl], step: int, branches: Branches, si
                         f"{step}: {owner} and {control.name}; give them different steps or layers, or leave one out"
                     )
             try:
-                merged[index] = merged[index].merge(edit) if index in merged else edit
+                merged[index] = _merge(merged[index], edit, len(branches)) if index in merged else edit
             except MasaError as error:
                 raise MasaError(f"{control.name} and another control, at {sites[index].name}: {error}") from error
     return merged
+
+
+def _merge(one: Edit, other: Edit, rows: int) -> Edit:
+    """Both edits of a site. MasaError where a mask was planned for other rows than are read together."""
+    both = one.merge(other)
+    for edit in (one, other):
+        if edit.mask is not None and edit.key_rows(rows) != both.key_rows(rows):
+            raise MasaError("one masks the keys that the other has more rows read; leave one of the two out")
+    return both
 
 
 def _edits_of(control: ActiveControl, step: int, branches: Branches) -> Mapping[int, Edit]:

@@ -143,6 +143,8 @@ def embed(picture: Condition) -> Tensor | None:
     """A picture as a tensor that settings keep: uint8 (h, w, 3), or (h, w) where it is grey; tensors as they are."""
     if picture is None or isinstance(picture, Tensor):
         return picture
+    if isinstance(picture, np.ndarray) and picture.dtype != np.uint8:
+        return torch.from_numpy(picture.copy())
     x = (read_picture("a control", picture) * 255.0).round().to(torch.uint8)
     return x[0] if bool((x[0] == x[1]).all() and (x[1] == x[2]).all()) else x.permute(1, 2, 0).contiguous()
 

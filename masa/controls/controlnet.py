@@ -84,6 +84,10 @@ class ControlNet:
         if LINES.search(self.file.path.stem.lower()):
             warn_unless_lines(str(self.path), conditions.pictures)
         steps = self._steps(run.steps) if self.scale else frozenset()
+        if self.scale and not steps:
+            raise MasaError(
+                f"ControlNet(start={self.start}, end={self.end}) selects no step of a run of {run.steps}; widen them"
+            )
         active = _Active(self, network, conditions, steps, run)
         if SOURCE in conditions.place and steps:
             about = (self.file.digest(), conditions.digest(SOURCE), self.scale, self.guess_mode, *sorted(steps))

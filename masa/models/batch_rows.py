@@ -1,4 +1,4 @@
-"""Which rows of the batch are at work as the UNet runs. A reader of `UNet.forward` may take all of it for nothing.
+"""Which rows of the batch are at work as the UNet runs. A reader of `UNet.forward` may skip it.
 
 Fewer at first: the two halves of guidance differ from the first prompt that they read on, and are one row until then.
 Fewer in the end: a source leaves when nobody reads more of it.

@@ -21,7 +21,11 @@ def choose_sampler(sampler: Any) -> Sampler:
     """The sampler that a name stands for, or the value given. MasaError for anything else."""
     if isinstance(sampler, str) and sampler in NAMES:
         return NAMES[sampler]
-    if isinstance(sampler, str | type) or not callable(getattr(sampler, "start", None)):
+    whole = all(hasattr(sampler, name) for name in ("start", "levels", "retraces", "takes_eta"))
+    if isinstance(sampler, str | type) or not whole:
         names = ", ".join(map(repr, NAMES))
-        raise MasaError(f"sampler is {sampler!r}; expected one of {names}, or a value such as masa.DPMSolverPP()")
+        raise MasaError(
+            f"sampler is {sampler!r}; expected one of {names}, or a value such as masa.DPMSolverPP(), of a class "
+            "that extends masa.samplers.base.Sampler"
+        )
     return sampler
