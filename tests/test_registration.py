@@ -442,8 +442,6 @@ def test_values_of_set_are_json_or_text():
     [("True", True), ("false", False), ("None", None), ("3", 3), ("0.5", 0.5), ("cat", "cat"), ("[1, 2]", (1, 2))],
 )
 def test_a_field_is_read_as_json_or_as_python_writes_it(text, value):
-    from masa.cli.registered_arguments import parse_field
-
     assert parse_field(f"Mine.field={text}") == ("Mine", "field", value)
 
 
