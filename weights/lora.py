@@ -109,8 +109,8 @@ def open_lora(path: str | Path, layers: Layers) -> OpenedLora:
     settings = _file_settings(metadata, path)
     if any(key.startswith(PEFT) for key in own):
         settings = dict.fromkeys(PREFIXES, _peft_settings(file.parent / CONFIG))
-    found, unknown = _sorted(own, names)
-    changes, problems = [], [f"{key} is of no layer of this model" for key in unknown]
+    found, problems = _sorted(own, names)
+    changes = []
     for layer, keys in found.items():
         wrong = _misshapen(layer, keys, own, layers[layer], path)
         problems += wrong
@@ -189,17 +189,19 @@ def _scale(alpha: float | None, settings: Json, layer: Layer, rank: int) -> floa
 
 
 def _sorted(entries: Entries, names: Mapping[str, Layer]) -> tuple[dict[Layer, dict[str, str]], list[str]]:
-    """The keys of each layer by what they are, and the keys that are of none, or come twice."""
+    """The keys of each layer by what they are, and what is wrong with those that are of none, or come twice."""
     found: dict[Layer, dict[str, str]] = {}
-    unknown = []
+    problems = []
     for key in entries:
         hits = ((names.get(key.removesuffix(end)), kind) for end, kind in ENDS.items() if key.endswith(end))
         layer, kind = next(((layer, kind) for layer, kind in hits if layer is not None), (None, ""))
-        if layer is None or kind in found.get(layer, {}):
-            unknown.append(key)
+        if layer is None:
+            problems.append(f"{key} is of no layer of this model")
+        elif kind in found.get(layer, {}):
+            problems.append(f"{key} names a layer that {found[layer][kind]} names too")
         else:
             found.setdefault(layer, {})[kind] = key
-    return found, unknown
+    return found, problems
 
 
 def _misshapen(layer: Layer, keys: Mapping[str, str], entries: Entries, weight: Shape, path: Path) -> list[str]:
