@@ -142,14 +142,14 @@ class StableDiffusion:
 
     def with_loras(self, loras: Sequence[Lora]) -> StableDiffusion:
         """As `with_lora`, of several; one with a digest must be the file that has it."""
+        if not loras:
+            return self
         if self.offloaded is not None:
             raise MasaError(LORA_OFFLOADED)
         if self.compiled is not None:
             raise MasaError("this model is compiled, on weights that a LoRA would change; merge it first, then compile")
         base = self.without_lora()
         loras = (*self.origin.lora, *loras)  # all anew, so that they are summed in float32 and rounded once
-        if not loras:
-            return base
         opened = open_loras(loras, base.unet, base.text_encoder)
         unet, text_encoder = merge(base.unet, base.text_encoder, loras, opened)
         merged = tuple(replace(lora, sha256=found.sha256) for lora, found in zip(loras, opened, strict=True))
@@ -157,7 +157,7 @@ class StableDiffusion:
         return replace(base, unet=unet, text_encoder=text_encoder, origin=origin, base=base)
 
     def without_lora(self) -> StableDiffusion:
-        """The model before any LoRA was merged into it, to the bit; itself where none was."""
+        """The model before any LoRA was merged into it, to the bit, and not compiled; itself where none was."""
         return self if self.base is None else self.base
 
     @torch.no_grad()
@@ -273,7 +273,7 @@ def load(
         offload,
         offloaded,
     )
-    return sd.with_loras(loras) if loras else sd
+    return sd.with_loras(loras)
 
 
 def locate(checkpoint: str | Path | None, prefer_half: bool) -> Path:

@@ -462,6 +462,16 @@ def test_numbers_of_other_layers_are_refused(tiny, tiny_folder, pairs, tmp_path)
         tiny.with_lora(file)
 
 
+@pytest.mark.parametrize(
+    ("key", "text", "message"),
+    [("unet", "{", "no JSON"), ("unet", "{}", "a list"), ("lora_adapter_metadata", "3", "a dict")],
+)
+def test_metadata_that_say_nothing_are_refused(tiny, tiny_folder, pairs, tmp_path, key, text, message):
+    state, _ = numbered(tiny_folder, pairs)
+    with pytest.raises(masa.CheckpointError, match=message):
+        tiny.with_lora(save(tmp_path / "odd.safetensors", state, {key: text}))
+
+
 def test_values_that_are_not_finite_are_refused(tiny, tiny_folder, pairs, tmp_path):
     broken = {layer: (down, up * float("nan")) for layer, (down, up) in pairs.items()}
     with pytest.raises(masa.CheckpointError, match="not finite"):

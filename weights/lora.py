@@ -158,7 +158,7 @@ def _refuse_other_kinds(entries: Entries, path: Path) -> None:
 
 def _file_settings(metadata: Mapping[str, str], path: Path) -> dict[str, Json]:
     """diffusers' third layout: peft's settings of each part, in the file's metadata."""
-    told = parsed(metadata.get("lora_adapter_metadata", "{}"), path)
+    told = parsed(metadata.get("lora_adapter_metadata", "{}"), dict, path)
     return {
         part: {key.removeprefix(f"{part}."): value for key, value in told.items() if key.startswith(f"{part}.")}
         for part in PREFIXES

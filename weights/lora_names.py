@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from masa.errors import CheckpointError
 from masa.weights.checkpoint import Entries
@@ -15,6 +15,7 @@ Shape = tuple[int, ...]
 # A part ("unet" or "text_encoder") and the name of a layer in it, as diffusers and CLIP name them.
 Layer = tuple[str, str]
 Layers = Mapping[Layer, Shape]
+Parsed = TypeVar("Parsed")
 
 WANTED = "expected a LoRA for Stable Diffusion v1, as kohya's scripts, diffusers, peft or cloneofsimo's write it"
 PEFT = "base_model.model."
@@ -49,7 +50,7 @@ def numbered_names(entries: Entries, layers: Layers, metadata: Mapping[str, str]
     numbers = [(found[1], int(found[2])) for key in entries if (found := NUMBERED.fullmatch(key))]
     names: dict[str, Layer] = {}
     for part in dict.fromkeys(part for part, _ in numbers):
-        other = set(parsed(metadata.get(part, "[]"), path)) - NUMBERED_CLASSES[part]
+        other = set(parsed(metadata.get(part, "[]"), list, path)) - NUMBERED_CLASSES[part]
         if other:
             raise CheckpointError(
                 f"{path} numbers the {part}'s layers together with those of {', '.join(sorted(other))}, which is not "
@@ -72,9 +73,12 @@ def numbered_names(entries: Entries, layers: Layers, metadata: Mapping[str, str]
     return names
 
 
-def parsed(text: str, path: Path) -> Any:
-    """Metadata that are JSON. CheckpointError where they are not."""
+def parsed(text: str, kind: type[Parsed], path: Path) -> Parsed:
+    """Metadata that are JSON of a kind. CheckpointError where they are not."""
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except ValueError as error:
         raise CheckpointError(f"{path} has metadata that are no JSON ({error}); download it again") from error
+    if not isinstance(value, kind):
+        raise CheckpointError(f"{path} has metadata {text[:40]!r}; expected a {kind.__name__}; download it again")
+    return value

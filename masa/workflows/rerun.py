@@ -72,8 +72,9 @@ def rerun(
             check_weights(sd, settings, picture)
     trajectory = None
     if made_from is not None and source is not None:
-        other = made_from.get("lora", []) != settings.get("lora", [])  # as when a picture was inverted without
-        inverter = sd.without_lora().with_loras(find_loras(made_from, picture)) if other else sd
+        inverter = sd
+        if made_from.get("trajectory") is None and made_from.get("lora", []) != settings.get("lora", []):
+            inverter = sd.without_lora().with_loras(find_loras(made_from, picture))  # as when inverted without
         trajectory = restore_trajectory(inverter, made_from, source, progress)
 
     generator = restore_generator(asked.generator_state)
