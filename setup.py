@@ -65,6 +65,7 @@ setup(
             "pytest-xdist>=3.7",
             "diffusers>=0.30",
             "accelerate>=0.30",
+            "peft>=0.13",
             "scikit-image>=0.22",
             "matplotlib>=3.8",
             "ruff>=0.17,<0.18",

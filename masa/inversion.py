@@ -130,6 +130,7 @@ def invert(
         "tiled": tiled,
         "backend": backend,
         "checkpoint": sd.origin.checkpoint,
+        "lora": [lora.describe() for lora in sd.origin.lora],
     }
     own = None if type(schedule) is Schedule else schedule
     return Trajectory(latents.cpu(), prompt, settings, embeddings, added, own)

@@ -23,13 +23,18 @@ from masa.models.clip import TextEncoder
 from masa.models.tokenizer import Tokenizer
 from masa.models.unet import UNet
 from masa.models.vae import VAE
-from masa.runtime.networks import build_models, weight_samples
+from masa.runtime.lora import Lora, LoraGiven, LoraPath, LoraWeight, as_loras, check_weight, merge, open_loras
+from masa.runtime.networks import build_models, meta_models, weight_samples
 from masa.runtime.offload import OffloadedNetworks
 from masa.schedule import Schedule
 from masa.weights import hub
 from masa.weights.model_files import open_checkpoint
 
 DEMO = Path(hub.__file__).parent / "demo" / "model"
+
+LORA_OFFLOADED = (
+    "offload=True on a CPU reads the checkpoint's own weights anew, without a LoRA; leave one of the two out"
+)
 
 DTYPE_NAMES = {
     "fp32": torch.float32,
@@ -44,11 +49,15 @@ DTYPE_NAMES = {
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a model came from: load()'s arguments as given, and "demo" for the embedded model."""
+    """Where a model came from: load()'s arguments as given, and "demo" for the embedded model.
+
+    lora: those merged into it.
+    """
 
     checkpoint: str
     vae: str | None = None
     tokenizer: str | None = None
+    lora: tuple[Lora, ...] = ()
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -56,7 +65,8 @@ class StableDiffusion:
     """The parts of a Stable Diffusion v1 model in one dtype and, unless offloaded, on one device.
 
     offload: as `load` was told. offloaded: of an offloaded model on a CPU, what empties and fills its networks.
-    compiled: the UNet's compiler, by name. cuda_graphs: as `compile` was told.
+    compiled: the UNet's compiler, by name. cuda_graphs: as `compile` was told. base: of a model with LoRAs, the one
+    without.
     """
 
     unet: UNet
@@ -70,6 +80,7 @@ class StableDiffusion:
     offloaded: OffloadedNetworks | None = None
     compiled: str | None = None
     cuda_graphs: bool | None = None
+    base: StableDiffusion | None = None
 
     def __repr__(self) -> str:
         parameters = sum(p.numel() for m in (self.unet, self.vae, self.text_encoder) for p in m.parameters())
@@ -86,6 +97,9 @@ class StableDiffusion:
         digest = hashlib.sha256()
         for network in (self.unet, self.vae, self.text_encoder):
             digest.update(weight_samples(network) if self.offloaded is None else self.offloaded.weight_samples(network))
+        for lora in self.origin.lora:  # in half precision a weak one may change none of the samples
+            if any(lora.weights.values()):
+                digest.update(f"{lora.sha256} {lora.weights}".encode())
         return digest.hexdigest()[:16]
 
     @property
@@ -115,6 +129,36 @@ class StableDiffusion:
         name = compiler if isinstance(compiler, str) else getattr(compiler, "__name__", type(compiler).__name__)
         unet = compile_unet(self.unet, compiler, cuda_graphs)
         return replace(self, unet=unet, compiled=name, cuda_graphs=cuda_graphs)
+
+    def with_lora(self, path: LoraPath, weight: LoraWeight = 1.0) -> StableDiffusion:
+        """This model with a LoRA merged into UNet and text encoder, beside those that it has; it stays as it is.
+
+        path: a safetensors file, or its folder, as kohya's scripts, diffusers, peft or cloneofsimo's write it. weight:
+        how strongly it acts, or (on the UNet, on the text encoder); 0 leaves the very bits, and below 0 it acts the
+        other way. The two models share all weights that it does not change. Raises CheckpointError for a file that does
+        not fit, and lists what in it; MasaError for a compiled model, and one offloaded on a CPU.
+        """
+        return self.with_loras((Lora(str(path), check_weight(weight)),))
+
+    def with_loras(self, loras: Sequence[Lora]) -> StableDiffusion:
+        """As `with_lora`, of several; one with a digest must be the file that has it."""
+        if not loras:
+            return self
+        if self.offloaded is not None:
+            raise MasaError(LORA_OFFLOADED)
+        if self.compiled is not None:
+            raise MasaError("this model is compiled, on weights that a LoRA would change; merge it first, then compile")
+        base = self.without_lora()
+        loras = (*self.origin.lora, *loras)  # all anew, so that they are summed in float32 and rounded once
+        opened = open_loras(loras, base.unet, base.text_encoder)
+        unet, text_encoder = merge(base.unet, base.text_encoder, loras, opened)
+        merged = tuple(replace(lora, sha256=found.sha256) for lora, found in zip(loras, opened, strict=True))
+        origin = replace(base.origin, lora=merged)
+        return replace(base, unet=unet, text_encoder=text_encoder, origin=origin, base=base)
+
+    def without_lora(self) -> StableDiffusion:
+        """The model before any LoRA was merged into it, to the bit, and not compiled; itself where none was."""
+        return self if self.base is None else self.base
 
     @torch.no_grad()
     def encode_image(
@@ -173,6 +217,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     tokenizer: str | Path | None = None,
     vae: str | Path | None = None,
+    lora: LoraGiven | Sequence[LoraGiven] | None = None,
     offload: bool = False,
     progress: bool = True,
 ) -> StableDiffusion:
@@ -182,17 +227,21 @@ def load(
     None for the demo model that ships with the library. device: default cuda where there is one, else cpu.
     dtype: a torch dtype or "fp32", "fp16", "bf16"; default float16 on cuda, bfloat16 on a CPU with AMX or
     AVX512-BF16, else float32. tokenizer: a folder with vocab.json and merges.txt; default the checkpoint's
-    own, else CLIP's. vae: another autoencoder's file or folder. progress: a bar while a large file is read.
+    own, else CLIP's. vae: another autoencoder's file or folder. lora: a LoRA's path, (path, weight), or a list of
+    these, merged as `StableDiffusion.with_lora` does. progress: a bar while a large file is read.
 
     offload: less memory. Of a GPU, text encoder and VAE are there only while they work, else in the CPU's memory. On
     a CPU, only while they work in memory at all: each use reads its network from the checkpoint's files, which must
     stay as they are, and the UNet makes room for the VAE and is read again after it. Such a model is for inference:
-    changed weights are refused (MasaError), and so is `compile`.
+    changed weights are refused (MasaError), and so are `compile` and LoRAs.
 
     Raises CheckpointError, with reason and remedy, for whatever is not a whole Stable Diffusion v1 model.
     """
     device = choose_device(device)
     dtype = choose_dtype(dtype, device)
+    loras = as_loras(lora)
+    if loras and offload and device.type == "cpu":
+        raise MasaError(LORA_OFFLOADED)
     prefer_half, vae_path = dtype == torch.float16, None if vae is None else Path(vae)
     opened = open_checkpoint(locate(checkpoint, prefer_half=prefer_half), prefer_half=prefer_half, vae=vae_path)
     if tokenizer is not None:
@@ -204,11 +253,14 @@ def load(
             f"the tokenizer has {words.vocab_size:,} tokens and {opened.path}'s text encoder knows "
             f"{opened.config.text.vocab_size:,}; give its own tokenizer's folder as tokenizer="
         )
+    if loras:  # what does not fit is found before the model's weights are read
+        unet, _, text_encoder = meta_models(opened.config)
+        open_loras(loras, unet, text_encoder)
     offloaded = None
     if offload and device.type == "cpu":
         offloaded = OffloadedNetworks.read(opened, vae_path, prefer_half, dtype, progress)
     networks = build_models(opened, dtype, device, progress, offload) if offloaded is None else offloaded.networks
-    return StableDiffusion(
+    sd = StableDiffusion(
         *networks,
         words,
         Schedule(opened.config.schedule),
@@ -221,6 +273,7 @@ def load(
         offload,
         offloaded,
     )
+    return sd.with_loras(loras)
 
 
 def locate(checkpoint: str | Path | None, prefer_half: bool) -> Path:

@@ -226,6 +226,7 @@ def collect(prepared: Prepared, x: Tensor) -> Result:
         "checkpoint": sd.origin.checkpoint,
         "vae": sd.origin.vae,
         "tokenizer": sd.origin.tokenizer,
+        "lora": [lora.describe() for lora in sd.origin.lora],
         "fingerprint": sd.fingerprint,
         "device": str(sd.device),
         "dtype": str(sd.dtype).removeprefix("torch."),

@@ -791,6 +791,62 @@ FILES_AND_COMMANDS: Mutations = {
 }
 
 
+LORA: Mutations = {
+    "lora every_layout_equals_diffusers": [
+        ("loras[i].weights[layer[0]] * change.scale * delta", "change.scale * delta"),
+        ("loras[i].weights[layer[0]] * change.scale * delta", "loras[i].weights[layer[0]] * delta"),
+        ('flat = f"lora_te_text_model_{layer}" if text', 'flat = f"lora_te_{layer}" if text'),
+    ],
+    "lora the_first_layout_of_diffusers_as_it_was_written": [
+        ('old = re.sub(r"(self_attn)', 're.sub(r"(self_attn)'),
+        ('"unet": ("", "unet.", PEFT)', '"unet": ("unet.", PEFT)'),
+    ],
+    "lora diffusers_metadata_tell_alpha": [
+        ('(sqrt(rank) if settings.get("use_rslora") else rank)', "rank"),
+    ],
+    "lora peft_folders_equal_peft": [
+        ('alpha = next(told, settings.get("lora_alpha"))', 'alpha = settings.get("lora_alpha")'),
+        ('alpha = next(told, settings.get("lora_alpha"))', "alpha = next(told, None)"),
+    ],
+    "lora numbered_layers_are_found_as_they_were_numbered": [
+        ('blocks.sort(key=lambda name: name.startswith("mid_block"))', "pass"),
+        ("if geglu and last[0] > fifth[0]", "if geglu"),
+        (
+            'TEXT_ATTENTION = ("k_proj", "v_proj", "q_proj", "out_proj")',
+            'TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")',
+        ),
+    ],
+    "lora a_tucker_core_lies_between": [('"oa,abhw,bi->oihw"', '"oa,abwh,bi->oihw"')],
+    "lora an_alpha_of_nought_or_none_is_the_rank": [("if not alpha:", "if alpha is None:")],
+    "lora several_are_summed_and_rounded_once": [
+        ("total = weight.float()", "total = weight"),
+        ("loras = (*self.origin.lora, *loras)", "loras = (*loras,)"),
+    ],
+    "lora what_is_unchanged_is_shared_and_the_first_model_stays": [
+        ("twin = copy.deepcopy(network, shared)", "twin = network"),
+        ("twin = copy.deepcopy(network, shared)", "twin = copy.deepcopy(network)"),
+        ("torch.empty_like(weight).copy_(total)", "total.to(weight.dtype).contiguous()"),
+    ],
+    "lora a_weight_of_nought_leaves_the_very_bits": [("if any(lora.weights.values()):", "if True:")],
+    "lora the_fingerprint_tells_files_and_weights_apart": [
+        ('digest.update(f"{lora.sha256} {lora.weights}".encode())', "pass"),
+    ],
+    "lora all_that_does_not_fit_is_listed_at_once": [
+        ("wrong = [kind for kind, shape in expected.items() if shapes[kind] != shape]", "wrong = []"),
+        ('missing = [kind for kind in ("down", "up") if kind not in keys]', "missing = []"),
+    ],
+    "lora a_run_is_repeated_with_its_loras": [
+        ("lora=[(lora.path, lora.weight) for lora in loras]", "lora=[lora.path for lora in loras]"),
+        ('if lora_digest(path) != told["sha256"]:', "if False:"),
+        ("if lora.sha256 not in (None, found.sha256):", "if False:"),
+    ],
+    "lora a_picture_inverted_without_is_inverted_without_again": [
+        ("inverter = sd.without_lora().with_loras(find_loras(made_from, picture))", "pass"),
+    ],
+    "lora peft_settings_that_mean_more_are_refused": [('"bias": ("none",),', "")],
+}
+
+
 def mutants() -> list[Mutant]:
     """All of them."""
     found = []
@@ -803,6 +859,7 @@ def mutants() -> list[Mutant]:
         MODELS,
         KERNELS_AND_WEIGHTS,
         FILES_AND_COMMANDS,
+        LORA,
     )
     for key, mutations in ((key, mutations) for part in parts for key, mutations in part.items()):
         module, *names = key.split(" ")

@@ -160,7 +160,9 @@ def test_what_a_run_recorded_is_plotted(home, tiny_folder, capsys):
 
 
 MODEL = ["-c", "m", "--device", "cpu", "--dtype", "fp32", "--vae", "v", "--tokenizer", "words", "--offload"]
+MODEL += ["--lora", "a.safetensors:0.5", "--lora", "b"]
 LOADED = {"device": "cpu", "dtype": "fp32", "vae": "v", "tokenizer": "words", "offload": True, "progress": False}
+LOADED |= {"lora": [("a.safetensors", 0.5), ("b", 1.0)]}
 SHARED = ["--height", "128", "--width", "192", "--seed", "4", "--backend", "sdpa", "--steps", "7", "-q"]
 SHARED_GIVEN = {"height": 128, "width": 192, "seed": 4, "backend": "sdpa", "steps": 7, "progress": False}
 GUIDED = ["--guidance", "3", "--negative-prompt", "blurry", "--guidance-rule", "RescaledGuidance"]
@@ -283,9 +285,9 @@ def test_a_rerun_s_options_reach_the_library(home, monkeypatch):
 
     monkeypatch.setattr("masa.rerun", rerun)
     monkeypatch.setattr("masa.output.result.read_settings", lambda path: {"target": []})
-    model = [option for option in MODEL if option != "--offload"]
+    model = MODEL[: MODEL.index("--offload")]  # what follows is in the settings
     assert main(["rerun", "photo.jpg", *model, "-q"]) == 2
-    given = {name: value for name, value in LOADED.items() if name != "offload"}
+    given = {name: value for name, value in LOADED.items() if name not in ("offload", "lora")}
     assert seen == [(("photo.jpg",), given | {"checkpoint": "m"})]
 
 

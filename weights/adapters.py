@@ -73,11 +73,11 @@ def open_adapter(path: Path) -> OpenedAdapter:
         raise CheckpointError(f"{path} is a style adapter, which reads CLIP's view of a picture; {ADAPTER_WANTED}")
     if any(piece in key for key in entries for piece in ("task_embedding", "spatial_ch_projs")):
         raise CheckpointError(f"{path} is the fuser of several adapters (CoAdapter); {ADAPTER_WANTED}")
-    _refuse_others(entries, path, "T2I-Adapter", ADAPTER_WANTED)
+    refuse_others(entries, path, "T2I-Adapter", ADAPTER_WANTED)
     prefix = "adapter." if any(key.startswith("adapter.body.") for key in entries) else ""
     shape_of = PartFiles(entries, lambda name: prefix + name).shape_of()
     if not any(key.startswith(f"{prefix}body.") for key in entries):
-        raise CheckpointError(f"{path} holds no T2I-Adapter (its first tensors: {_first(entries)}); {ADAPTER_WANTED}")
+        raise CheckpointError(f"{path} holds no T2I-Adapter ({first_names(entries)}); {ADAPTER_WANTED}")
     light = not any(key.startswith(f"{prefix}conv_in.") for key in entries)
     first = shape_of("body.0.in_conv.weight" if light else "conv_in.weight") or (0, 192)
     if len(first) < 2 or first[1] not in PICTURE_CHANNELS or any("down_opt.op" in key for key in entries):
@@ -151,10 +151,10 @@ def open_controlnet(path: Path, heads: int, norm_groups: int) -> OpenedControlNe
             f"{path} is a ControlNet for {OTHER_CONTEXTS[context]} (it expects {context} text features); "
             + CONTROLNET_WANTED
         )
-    _refuse_others(own, path, "ControlNet", CONTROLNET_WANTED)
+    refuse_others(own, path, "ControlNet", CONTROLNET_WANTED)
     original = any(key.startswith(f"{prefix}input_hint_block.") for key in own)
     if not original and not any(key.startswith("controlnet_") for key in own):
-        raise CheckpointError(f"{path} holds no ControlNet (its first tensors: {_first(entries)}); {CONTROLNET_WANTED}")
+        raise CheckpointError(f"{path} holds no ControlNet ({first_names(entries)}); {CONTROLNET_WANTED}")
     layers = ldm_layers_per_block(own, prefix)
 
     def name(ours: str) -> str:
@@ -193,9 +193,9 @@ def open_ip_adapter(path: Path) -> OpenedIPAdapter:
     for pieces, what in OTHER_IP_ADAPTERS:
         if any(piece in key for key in entries for piece in pieces):
             raise CheckpointError(f"{path} is {what}, which is not served; {IP_ADAPTER_WANTED}")
-    _refuse_others(entries, path, "IP-Adapter", IP_ADAPTER_WANTED)
+    refuse_others(entries, path, "IP-Adapter", IP_ADAPTER_WANTED)
     if not any(key.startswith("image_proj.") for key in entries):
-        raise CheckpointError(f"{path} holds no IP-Adapter (its first tensors: {_first(entries)}); {IP_ADAPTER_WANTED}")
+        raise CheckpointError(f"{path} holds no IP-Adapter ({first_names(entries)}); {IP_ADAPTER_WANTED}")
     shape_of = PartFiles(entries, str).shape_of()
     base, plus = IPAdapterConfig(), any(key.startswith("image_proj.latents") for key in entries)
 
@@ -233,7 +233,7 @@ def _read(path: Path, what: str, wanted: str) -> tuple[Entries, Json]:
     return read_folder(path, prefer_half=False), read_json(path / "config.json")
 
 
-def _refuse_others(entries: Entries, path: Path, own: str, wanted: str) -> None:
+def refuse_others(entries: Entries, path: Path, own: str, wanted: str) -> None:
     """CheckpointError for the known kinds of files that are neither a whole model nor what is wanted."""
     if any(key.startswith((UNET_PREFIX, "cond_stage_model.", "first_stage_model.")) for key in entries):
         raise CheckpointError(f"{path} is a whole model; {wanted}")
@@ -242,5 +242,5 @@ def _refuse_others(entries: Entries, path: Path, own: str, wanted: str) -> None:
             raise CheckpointError(f"{path} is {what.split(', which')[0]}; {wanted}")
 
 
-def _first(entries: Entries) -> str:
-    return ", ".join(list(entries)[:3]) or "none"
+def first_names(entries: Entries) -> str:
+    return "its first tensors: " + (", ".join(list(entries)[:3]) or "none")

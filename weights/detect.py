@@ -35,7 +35,7 @@ KNOWN_KINDS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (
         ("lora_up.", "lora_down.", "lora_A.", "lora_B.", "lora.up.", "lora.down.", "hada_w1", "lokr_w1", "oft_blocks"),
         "a LoRA, which changes a model but is none",
-        "give the model that it is for, with the LoRA merged into it",
+        "give the model that it is for, and this file as lora=",
     ),
     (
         ("control_model.", "input_hint_block.", "controlnet_cond_embedding.", "zero_convs."),

@@ -46,6 +46,7 @@ def build_parser() -> Parser:
             'masa sample "a cat sitting" "a cat standing" --record-words cat --record-queries --record-x0 -o cats',
             'masa sample "" "a running corgi" --trajectory corgi.safetensors -c v1-5-pruned-emaonly.safetensors',
             'masa sample "a cat sitting" "a cat standing" --sampler dpm++2m --steps 15 --guidance-rescale 0.7',
+            'masa sample "a cat sitting" "a cat running" -c sd15/ --lora ink.safetensors:0.8 --lora cat.safetensors',
             'masa sample "a man" "a man, arms up" -c sd15/ --t2i-adapter openpose.safetensors pose.png --tau 0.8',
         ],
     )
@@ -237,6 +238,8 @@ def add_model(parser: Parser, speed: bool = True) -> None:
         help="less memory: text encoder and VAE wait elsewhere; on a CPU the UNet makes room for the VAE",
     )
     group.add_argument("--compile", action="store_true", help="compile the UNet: minutes first, then faster")
+    text = "a LoRA's file or folder and its weight (default: 1; 0.8,0.5: UNet's, text encoder's); several add up"
+    group.add_argument("--lora", type=parse_lora, action="append", metavar="FILE[:WEIGHT]", help=text)
 
 
 def add_steps_and_size(parser: Parser, steps: int | None = 50) -> argparse._ArgumentGroup:
@@ -304,6 +307,18 @@ def parse_sweep(text: str) -> tuple[str, list[Any]]:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUES with a name of {', '.join(names)}")
     parse = parse_numbers if name == "layers" else parse_value
     return name, [parse(value.strip()) for value in values.split(",")]
+
+
+def parse_lora(text: str) -> tuple[str, float | tuple[float, float]]:
+    """ "style.safetensors:0.8" -> ("style.safetensors", 0.8); what follows the last colon may be part of the name."""
+    path, _, weight = text.rpartition(":")
+    try:
+        numbers = [float(number) for number in weight.split(",")]
+    except ValueError:
+        numbers = []
+    if not path or len(numbers) not in (1, 2):
+        return text, 1.0
+    return path, numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
 
 
 def parse_control(text: str) -> str:

@@ -280,6 +280,7 @@ def load_model(args: argparse.Namespace):  # type: ignore[no-untyped-def]
         dtype=args.dtype,
         tokenizer=args.tokenizer,
         vae=args.vae,
+        lora=args.lora,
         offload=args.offload,
         progress=not args.quiet,
     )

@@ -21,9 +21,11 @@ from masa.io.files import file_digest, find_near
 from masa.null_text import INNER_STEPS
 from masa.output.result import Result, read_settings
 from masa.pipeline import StableDiffusion, choose_device, load
+from masa.runtime.lora import Lora
 from masa.sampling import Given, run
 from masa.settings import RunSettings, restore_schedule, unpack
 from masa.trajectory import Trajectory
+from masa.weights.lora import lora_digest
 
 
 def rerun(
@@ -59,6 +61,8 @@ def rerun(
         warnings.warn(f"a callback took part in making {picture}; it is not repeated", stacklevel=2)
     asked = RunSettings.restored(settings)
     asked = replace(asked, controls=tuple(find_weights(control, picture) for control in asked.controls))
+    if sd is None:
+        find_loras(settings, picture)  # before the model's minutes
     made_from = settings["trajectory"]
     source = None if made_from is None else find_source(made_from, picture)
     if sd is None:
@@ -66,7 +70,12 @@ def rerun(
         sd = load_again(settings | changed, picture, progress)
         if checkpoint is None and vae is None:
             check_weights(sd, settings, picture)
-    trajectory = None if made_from is None or source is None else restore_trajectory(sd, made_from, source, progress)
+    trajectory = None
+    if made_from is not None and source is not None:
+        inverter = sd
+        if made_from.get("trajectory") is None and made_from.get("lora", []) != settings.get("lora", []):
+            inverter = sd.without_lora().with_loras(find_loras(made_from, picture))  # as when inverted without
+        trajectory = restore_trajectory(inverter, made_from, source, progress)
 
     generator = restore_generator(asked.generator_state)
     if generator is not None:
@@ -104,12 +113,14 @@ def load_again(settings: Mapping[str, Any], picture: str | Path, progress: bool)
     checkpoint = None if settings["checkpoint"] == "demo" else find(settings["checkpoint"])
     vae, tokenizer = find(settings["vae"]), find(settings["tokenizer"])
     compiler = settings.get("compiled")
+    loras = find_loras(settings, picture)
     sd = load(
         checkpoint,
         device=settings["device"],
         dtype=settings["dtype"],
         vae=vae,
         tokenizer=tokenizer,
+        lora=[(lora.path, lora.weight) for lora in loras],
         progress=progress,
         # A run may be moved from a GPU, which can do both, to a CPU.
         offload=settings.get("offload", False) and not (compiler and choose_device(settings["device"]).type == "cpu"),
@@ -159,6 +170,22 @@ def find_weights(control: Control, picture: str | Path) -> Control:
         if isinstance(control, T2IAdapter | ControlNet | IPAdapter)
         else control
     )
+
+
+def find_loras(settings: Mapping[str, Any], picture: str | Path) -> tuple[Lora, ...]:
+    """The LoRAs that settings name, where they are now. MasaError for one that is gone, or has changed."""
+    found = []
+    for told in settings.get("lora", []):  # older pictures name none
+        path = find_near(told["path"], picture)
+        if path is None:
+            raise MasaError(
+                f"the LoRA {told['path']}, which {picture} was made with, is not there any more; put it back"
+            )
+        if lora_digest(path) != told["sha256"]:
+            raise MasaError(f"the LoRA {path} has changed since it made {picture}; put the old file back")
+        weight = tuple(told["weight"]) if isinstance(told["weight"], list) else told["weight"]
+        found.append(Lora(str(path), weight, told["sha256"]))
+    return tuple(found)
 
 
 def restore_trajectory(sd: StableDiffusion, settings: Mapping[str, Any], source: Path, progress: bool) -> Trajectory:
