@@ -762,7 +762,8 @@ FILES_AND_COMMANDS: Mutations = {
         ('"pin_source": not args.free_source', '"pin_source": True'),
         ('"backend": args.backend,', ""),
         ("edit_guidance_scale=args.edit_guidance,", ""),
-        ("tokenizer=args.tokenizer,\n        vae=args.vae,\n        offload", "vae=args.vae,\n        offload"),
+        ("tokenizer=args.tokenizer,\n        vae=args.vae,\n        lora", "vae=args.vae,\n        lora"),
+        ("vae=args.vae,\n        lora=args.lora,", "vae=args.vae,"),
         ("image=args.image,\n        control", "control"),
         ('{"pin_source": not args.free_source}', '{"pin_source": args.free_source}'),
         ("OPTIONS.get(name, name) in args}", 'OPTIONS.get(name, name) in args and name != "eta"}'),
@@ -819,7 +820,7 @@ LORA: Mutations = {
     "lora a_tucker_core_lies_between": [('"oa,abhw,bi->oihw"', '"oa,abwh,bi->oihw"')],
     "lora an_alpha_of_nought_or_none_is_the_rank": [("if not alpha:", "if alpha is None:")],
     "lora several_are_summed_and_rounded_once": [
-        ("total = weight.float()", "total = weight"),
+        ("total = total + loras[i]", "total = total.to(weight.dtype) + loras[i]"),
         ("loras = (*self.origin.lora, *loras)", "loras = (*loras,)"),
     ],
     "lora what_is_unchanged_is_shared_and_the_first_model_stays": [
@@ -839,6 +840,7 @@ LORA: Mutations = {
         ("lora=[(lora.path, lora.weight) for lora in loras]", "lora=[lora.path for lora in loras]"),
         ('if lora_digest(path) != told["sha256"]:', "if False:"),
         ("if lora.sha256 not in (None, found.sha256):", "if False:"),
+        ("((compiler or loras) and choose", "(compiler and choose"),
     ],
     "lora a_picture_inverted_without_is_inverted_without_again": [
         ("inverter = sd.without_lora().with_loras(find_loras(made_from, picture))", "pass"),

@@ -17,6 +17,7 @@ import masa
 from masa.cli import main
 from masa.cli.arguments import parse_lora
 from masa.config import ModelConfig
+from masa.output.result import Picture
 from masa.runtime.lora import Lora, as_loras, open_loras
 from masa.runtime.networks import meta_models
 
@@ -333,14 +334,15 @@ def test_several_are_summed_and_rounded_once(tiny_folder, pairs, path, tmp_path)
     assert again.unet.conv_in.weight.dtype == torch.bfloat16
 
 
-def test_what_is_unchanged_is_shared_and_the_first_model_stays(tiny, path):
+def test_what_is_unchanged_is_shared_and_the_first_model_stays(tiny, tiny_folder, path, tmp_path):
     before = {name: weight.clone() for name, weight in ours(tiny).items()}
     merged = tiny.with_lora(path).with_lora(path, 0.3)
     assert merged.vae is tiny.vae
     assert merged.unet.conv_in.weight is tiny.unet.conv_in.weight
     named = "down_blocks.0.resnets.0.conv1"
     assert merged.unet.get_submodule(named).weight.data_ptr() == tiny.unet.get_submodule(named).weight.data_ptr()
-    for name, weight in ours(merged).items():
+    locon = save(tmp_path / "locon.safetensors", kohya(factors(layers(tiny_folder, convolutions=True))))
+    for name, weight in ours(tiny.with_lora(locon)).items():
         assert weight.stride() == before[name].stride(), name  # as fast as it was
     assert not changed(ours(tiny), before)
     assert merged.without_lora() is tiny
@@ -545,6 +547,9 @@ def test_a_run_is_repeated_with_its_loras(tiny, tiny_folder, path, tmp_path, mon
     again = masa.rerun(picture, progress=False)
     assert torch.equal(again.latents, first.latents)
     assert again.settings["fingerprint"] == first.settings["fingerprint"]
+    moved = picture.with_name("moved.png")  # as from a GPU, where an offloaded model takes one
+    Picture.of(first.targets[0], first.settings | {"offload": True}).save(moved)
+    assert torch.equal(masa.rerun(moved, progress=False).latents, first.latents)
     file = tmp_path / "work" / "files" / "a.safetensors"
     save(file, {key: 2 * value for key, value in kohya(factors(layers(tiny_folder))).items()})
     with pytest.raises(masa.MasaError, match=r"LoRA .*a.safetensors has changed since it made"):
@@ -571,8 +576,6 @@ def test_a_picture_inverted_without_is_inverted_without_again(tiny, path, tmp_pa
 
 
 def test_pictures_from_before_there_were_loras_run_again(tiny, tmp_path):
-    from masa.output.result import Picture
-
     first = masa.sample(tiny, "a cat", "a dog", seed=1, **SETTINGS)
     old = {key: value for key, value in first.settings.items() if key != "lora"}
     Picture.of(first.targets[0], old).save(tmp_path / "old.png")

@@ -123,7 +123,8 @@ def load_again(settings: Mapping[str, Any], picture: str | Path, progress: bool)
         lora=[(lora.path, lora.weight) for lora in loras],
         progress=progress,
         # A run may be moved from a GPU, which can do both, to a CPU.
-        offload=settings.get("offload", False) and not (compiler and choose_device(settings["device"]).type == "cpu"),
+        offload=settings.get("offload", False)
+        and not ((compiler or loras) and choose_device(settings["device"]).type == "cpu"),
     )
     return sd if compiler is None else compile_again(sd, compiler, settings.get("cuda_graphs"))
 
