@@ -25,7 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PRODUCT = ("masa", "kernels", "weights")
-COPIED = (*PRODUCT, "tests", "benchmarks", "pyproject.toml", "setup.py", "README.md")
+COPIED = (*PRODUCT, "tests", "benchmarks", "docs", "examples", "pyproject.toml", "setup.py", "README.md")
 SECONDS = 300  # that the tests of one mutant may take; what hangs is killed too
 KILLED, SURVIVED, NOT_FOUND, NO_TESTS = "killed", "SURVIVED", "TEXT NOT FOUND", "NO SUCH TEST"
 
@@ -56,7 +56,7 @@ SOURCE_CACHE: Mutations = {
         (" and not (cache.pinned and run.first_step > cache.first_step)", ""),
     ],
     "source_cache the_seed_of_an_edit_s_noise_is_the_recorded_one": [
-        ('self.settings["eta"] > 0 and (', "False and ("),
+        ('self.settings["eta"] > 0 or not restore_setting', "not restore_setting"),
     ],
     "source_cache noise_that_a_trajectory_brings_is_kept": [
         ("(self.trajectory is None or self.trajectory.noise is None)", "(True)"),
@@ -151,7 +151,7 @@ RUN: Mutations = {
         ("stride * k + self.offset for k in", "stride * k for k in"),
     ],
     "sampling callback_sees_and_may_change_latents": [
-        ("return changed.to(x)", "return x"),
+        ("changed = changed.to(x)", "changed = x"),
     ],
     "inversion_methods guidance_has_no_say_in_a_negative_prompt_inversion": [
         ("        uncond = cond\n", "        pass\n"),
@@ -232,7 +232,7 @@ RUN: Mutations = {
         ("width=picture.shape[3], tiled=tiled)", "width=picture.shape[3])"),
     ],
     "sdedit controls_choose_among_the_steps_that_blending_leaves": [
-        ("control.begin(replace(run, first_step=first_step))", "control.begin(run)"),
+        ("_begin(control, replace(run, first_step=first_step))", "_begin(control, run)"),
     ],
     "attention a_backend_asked_for_by_name_is_used_everywhere": [
         ('if edit is PLAIN and call.backend == "auto":', "if edit is PLAIN:"),
@@ -393,7 +393,7 @@ ROUND_TRIPS: Mutations = {
         ("return int(layer), int(step)", "return int(step), int(layer)"),
     ],
     "memory_options a_gpu_s_run_that_was_offloaded_and_compiled_is_compiled_on_a_cpu": [
-        ('and not (compiler and choose_device(settings["device"]).type == "cpu")', ""),
+        ("and not ((compiler or loras) and", "and not (False and"),
     ],
     "null_text inner_steps_are_repeated_from_the_settings": [
         ('settings.get("inner_steps") or INNER_STEPS', "INNER_STEPS"),
@@ -792,6 +792,60 @@ FILES_AND_COMMANDS: Mutations = {
 }
 
 
+SEAMS: Mutations = {
+    "attention_over_parts every_form_equals_the_scores_written_out": [
+        ("logs = number_tensor(tuple(math.log(part.weight[row])", "logs = number_tensor(tuple(part.weight[row] - 1.0"),
+        ("bias = bias.masked_fill(~pick_rows(part.visible, rows), -math.inf)", "pass"),
+        ("pick_rows(part.v, _at(part.v_rows, rows))", "pick_rows(part.v, _at(part.k_rows, rows))"),
+        ("(k * pick_rows(part.gain, rows) + pick_rows(part.offset, rows))", "(k * pick_rows(part.gain, rows))"),
+    ],
+    "attention_over_parts contrast_spreads_probabilities_around_their_mean": [
+        ("(bias > -math.inf).sum(-1, keepdim=True)", "k.shape[2]"),
+        (".clamp(0.0, 1.0))", ")"),
+    ],
+    "attention_over_parts a_part_without_a_visible_key_is_left_out": [
+        ("out.masked_fill((bias == -math.inf).all(-1, keepdim=True), 0.0)", "out"),
+    ],
+    "attention keys_and_values_of_two_rows_go_through_every_form": [
+        ("part.rows if edit.parts else edit.v_from or tuple(range(rows))", "part.rows"),
+    ],
+    "seams style_aligned_equals_the_published_handler": [
+        ("half = (mean_a - mean_b) / 2.0", "half = (mean_a - mean_b) / 4.0"),
+        ("offsets.append(mean_to - mean * gains[-1])", "offsets.append(mean_to - mean)"),
+        ("q = (q * gain + offset).to(q.dtype)", "q = (q * gain).to(q.dtype)"),
+    ],
+    "seams residuals_follow_rows_that_share_work_and_that_leave": [
+        ("return x + self.still_here(residual.to(x.dtype))", "return x + residual.to(x.dtype)[: len(x)]"),
+    ],
+    "seams residuals_enter_where_diffusers_lets_them_in": [
+        ("x = skips[-1] = rows.add(x, add.at_level(level))", "x = rows.add(x, add.at_level(level))"),
+    ],
+    "seams free_u_equals_diffusers": [
+        ("half = x.shape[1] // 2", "half = x.shape[1]"),
+        ("deepest >> place", "deepest"),
+    ],
+    "seams what_would_change_a_recorded_source_is_refused": [
+        ("if self.joint is not None:\n            return True", "if False:\n            return True"),
+        ("_at(self.contrast, row) != 1.0 for row in rows", "False for row in rows"),
+    ],
+    "seams a_row_without_a_key_is_plain_though_another_part_has_no_region": [
+        ("if not any(edit.may_see_nothing(rows)):", "if any(part.visible is None for part in found):"),
+    ],
+    "seams a_recorded_source_serves": [
+        ('"norm": behind(self.norm_with)', '"norm": False'),
+    ],
+    "seams every_field_of_an_edit_matters": [
+        ("share * plain + (1.0 - share) * take(out, some)", "take(out, some)"),
+        ("share * self.q.aligned(others) + (1.0 - share) * q", "q"),
+    ],
+    "source_cache what_a_control_reads_is_recorded_before_its_targets_are_known": [
+        ("if not run.targets_known:\n        return {1: (1,)}", "if False:\n        return {1: (1,)}"),
+    ],
+    "sdedit no_noise_of_a_seed_serves_twice": [
+        ('{"noise": 1, "edit-friendly": self.steps}', '{"noise": 0, "edit-friendly": 0}'),
+    ],
+}
+
 LORA: Mutations = {
     "lora every_layout_equals_diffusers": [
         ("loras[i].weights[layer[0]] * change.scale * delta", "change.scale * delta"),
@@ -861,6 +915,7 @@ def mutants() -> list[Mutant]:
         MODELS,
         KERNELS_AND_WEIGHTS,
         FILES_AND_COMMANDS,
+        SEAMS,
         LORA,
     )
     for key, mutations in ((key, mutations) for part in parts for key, mutations in part.items()):

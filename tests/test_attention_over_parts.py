@@ -66,7 +66,8 @@ def test_a_part_without_a_visible_key_is_left_out(tensors):
     alone = attention_over_parts(q, parts[:1])
     assert torch.allclose(out[1], alone[1], atol=TOLERANCE)
     assert not torch.allclose(out[0], alone[0], atol=1e-2)
-    assert not attention_over_parts(q, [replace(parts[1])])[1].any(), "and a row without any key gives zeros"
+    for backend in ("sdpa", "reference"):  # and a row without any key gives zeros
+        assert not attention_over_parts(q, parts[1:], backend=backend)[1].any()
 
 
 def test_gradients_pass(tensors, generator):
