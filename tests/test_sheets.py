@@ -213,3 +213,18 @@ def test_a_grid_leaves_out_inversions_that_cannot_serve():
     assert not serves("null-text", "a cat", 50, 1.0)
     assert not serves("null-text", "a cat", 101, 7.5)
     assert not serves("negative-prompt", "", 50, 7.5)
+
+
+def test_samplers_and_guidance_are_swept(tiny):
+    rules = [masa.ClassifierFree(), masa.RescaledGuidance(0.5)]
+    swept = (("sampler", ["ddim", masa.DPMSolverPP()]), ("guidance", rules))
+    sheet = masa.sweep(tiny, SOURCE, TARGET, *swept, control=masa.MasaCtrl(0, 8), guidance_scale=5.0, **SETTINGS)
+    for row, sampler in enumerate(swept[0][1]):
+        for column, rule in enumerate(rules):
+            run = {"sampler": sampler, "guidance": rule, "guidance_scale": 5.0, **SETTINGS}
+            alone = masa.sample(tiny, SOURCE, TARGET, controls=masa.MasaCtrl(0, 8), **run)
+            assert cell(sheet, row, column, 2, 2) == shown(alone.targets[0])
+    assert parse_sweep("sampler=ddim,dpm++2m") == ("sampler", ["ddim", "dpm++2m"])
+    for sampled, message in ((["dpm"], "sampler is 'dpm'"), ([masa.DPMSolverPP], "sampler is")):
+        with pytest.raises(masa.MasaError, match=message):
+            masa.sweep(tiny, SOURCE, TARGET, ("sampler", sampled), ("seed", [0]), **SETTINGS)

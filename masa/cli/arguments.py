@@ -301,8 +301,10 @@ def parse_sweep(text: str) -> tuple[str, list[Any]]:
     """ "start_layer=0,6,10" -> ("start_layer", [0, 6, 10]), "layers=8-9,10" -> ("layers", [[8, 9], [10]])."""
     name, equals, values = text.partition("=")
     kinds = (MasaCtrl, *registered("begin").values())
-    # A mask has no form on the command line.
-    names = list(dict.fromkeys(name for kind in kinds for name in parameters_of(kind) if name != "mask"))
+    # A mask and a guidance have no form on the command line.
+    names = list(
+        dict.fromkeys(name for kind in kinds for name in parameters_of(kind) if name not in ("mask", "guidance"))
+    )
     if not equals or name not in names:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUES with a name of {', '.join(names)}")
     parse = parse_numbers if name == "layers" else parse_value

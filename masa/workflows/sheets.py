@@ -11,26 +11,38 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from masa.attention import Backend
-from masa.checks import check_controls, check_inversion, check_numbers, choose_first_step, picture_size
+from masa.checks import (
+    check_controls,
+    check_inversion,
+    check_numbers,
+    choose_first_step,
+    choose_levels,
+    picture_size,
+)
 from masa.controls.base import Control
 from masa.controls.masactrl import MasaCtrl
 from masa.controls.plug_and_play import PlugAndPlay
 from masa.controls.prompt_to_prompt import PromptToPrompt
 from masa.controls.style import StyleTransfer
 from masa.errors import MasaError
+from masa.guidance import check_guidance
 from masa.inversion import METHODS, check_method, invert
 from masa.io.pictures import ImageLike
 from masa.noise import Noise
 from masa.null_text import MAX_STEPS
 from masa.output.result import Picture, wrap
 from masa.pipeline import StableDiffusion
+from masa.samplers import choose_sampler
 from masa.samplers.base import Levels
 from masa.sampling import sample
 from masa.settings import describe, is_registered
 from masa.trajectory import default_skip
 
 # What a sweep may vary beside its control's own fields.
-SAMPLING = ("guidance_scale", "negative_prompt", "seed", "eta", "steps", "skip_steps", "pin_source")
+SAMPLING = (
+    *("guidance_scale", "guidance", "sampler", "negative_prompt"),
+    *("seed", "eta", "steps", "skip_steps", "pin_source"),
+)
 FIXED_BY_TRAJECTORY = ("steps",)
 
 
@@ -192,7 +204,17 @@ def sweep(
         Noise(settings["seed"])
         first_step = choose_first_step(skipped, own_steps, usual, from_noise=image is None)
         prompts, real = (source, target), image is not None
-        levels = Levels.of_schedule(sd.schedule, own_steps)
+        sampler = choose_sampler(settings.get("sampler", "ddim"))
+        if settings.get("guidance") is not None:
+            check_guidance(settings["guidance"])
+        levels = choose_levels(
+            sampler,
+            sd.schedule,
+            own_steps,
+            method=method if real else None,
+            eta=settings.get("eta", 0.0),
+            free=not settings.get("pin_source", True),
+        )
         check_controls(sd, settings["controls"], levels, prompts, size=size, first_step=first_step, real=real)
     _check_matters(dict([rows, columns]), control, guidance_scale, method if image is not None else None)
     if image is None:
@@ -243,7 +265,8 @@ def _check_matters(
 ) -> None:
     """MasaError for a parameter that no cell reads; method: the picture's inversion, None for synthesis."""
     guided = max(swept.get("guidance_scale", [guidance_scale])) > 1.0
-    drawn = method != "edit-friendly" and max(swept.get("eta", [0.0])) > 0.0
+    noisy = any(not choose_sampler(sampler).retraces for sampler in swept.get("sampler", ()))
+    drawn = method != "edit-friendly" and (noisy or max(swept.get("eta", [0.0])) > 0.0)
     reasons = {
         "negative_prompt": (not guided, "guidance is off in every cell; raise guidance_scale above 1"),
         "pin_source": (method is None, "only a real source is pinned; give image"),
