@@ -16,7 +16,7 @@ from torch import Tensor
 
 from masa.attention import Backend
 from masa.config import ScheduleConfig
-from masa.controls.base import Control
+from masa.controls.base import Control, FileControl
 from masa.controls.blended import BlendedLatents
 from masa.controls.controlnet import ControlNet
 from masa.controls.freeu import FreeU
@@ -192,8 +192,8 @@ def describe(value: Any) -> Any:
         return {"kind": "GivenMasks", "source": pack(load_mask(value.source)), "target": targets}
     if type(value) is BlendedLatents:
         return {"kind": "BlendedLatents", "mask": pack(load_mask(value.mask)), "skip": value.skip}
-    if type(value) in (T2IAdapter, ControlNet, IPAdapter):
-        value = value.kept()  # its pictures inside, its file's digest beside the path
+    if isinstance(value, FileControl) and is_registered(value):
+        value = value.kept()
     if is_registered(value):
         kept = {f.name: describe(getattr(value, f.name)) for f in fields(value) if f.init}
         return {"kind": type(value).__name__} | kept

@@ -16,6 +16,7 @@ import masa
 from masa.cli.arguments import build_parser
 from masa.cli.commands import main
 from masa.cli.registered_arguments import parse_field
+from masa.controls import FileControl
 from masa.output.result import Picture, read_settings
 from masa.samplers.base import Levels, Solver
 from masa.settings import KINDS, RunSettings, describe, restore
@@ -469,3 +470,33 @@ def test_a_subclass_of_a_built_in_control_is_not_taken_for_it(tiny):
 
     described = masa.settings.describe(Softer(torch.ones(8, 8)))
     assert described == {"kind": "Softer", "own": True}
+
+
+def test_a_control_of_a_users_that_names_a_file_is_found_again(tiny, tmp_path, monkeypatch):
+    """What settings keep of it, and where a rerun looks for its file, are its own affair, by one class to extend."""
+
+    @masa.register
+    @dataclass(frozen=True)
+    class Tuned(FileControl):
+        path: str
+        start: int | None = None
+
+        def kept(self):
+            return replace(self, start=int(Path(self.path).read_text()))
+
+        def begin(self, run):
+            return masa.MasaCtrl(self.start or int(Path(self.path).read_text()), 0).begin(run)
+
+    monkeypatch.setitem(KINDS, "Tuned", Tuned)
+    monkeypatch.chdir(tmp_path)
+    Path("start.txt").write_text("1")
+    run = {"steps": 3, "height": 64, "width": 64, "seed": 3, "progress": False}
+    out = masa.sample(tiny, "a cat", "a dog", controls=Tuned("start.txt"), **run)
+    assert out.settings["controls"] == [{"kind": "Tuned", "path": "start.txt", "start": 1}]
+    (tmp_path / "moved").mkdir()
+    out.targets[0].save(tmp_path / "moved" / "target.png")
+    Path("start.txt").rename("moved/start.txt")  # beside the picture
+    assert torch.equal(masa.rerun("moved/target.png", tiny, progress=False).latents, out.latents)
+    Path("moved/start.txt").unlink()
+    with pytest.raises(masa.MasaError, match=r"start.txt, which moved/target.png was made with, is not there any more"):
+        masa.rerun("moved/target.png", tiny, progress=False)

@@ -1,7 +1,7 @@
 """The controls, one method a file, and what it takes to write another: see docs/add_a_control.md."""
 
 from masa.branches import SOURCE, Branches, Row
-from masa.controls.base import ActiveControl, Control, Run, choose_layers, choose_steps, find_words
+from masa.controls.base import ActiveControl, Control, FileControl, Run, choose_layers, choose_steps, find_words
 from masa.controls.checks import check_flag, check_fraction, check_list, check_whole, is_number
 from masa.edits import Edit, ExtraKeys, Mix, Part, Record, Residuals, Site, Tape
 
@@ -12,6 +12,7 @@ __all__ = [
     "Control",
     "Edit",
     "ExtraKeys",
+    "FileControl",
     "Mix",
     "Part",
     "Record",

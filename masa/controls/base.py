@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -128,6 +129,25 @@ class Control(Protocol):
     """
 
     def begin(self, run: Run) -> ActiveControl: ...
+
+
+class FileControl:
+    """A control that names files of its own: settings keep it as `kept` gives it, and a rerun finds the files again.
+
+    Extend it with a frozen dataclass. files: the fields that hold a path, or None.
+    """
+
+    files: ClassVar[tuple[str, ...]] = ("path",)
+
+    def kept(self) -> Any:
+        """The same with all that tells its files from others, such as their digests."""
+        return self
+
+    def found(self, find: Callable[[str | Path], Path]) -> Any:
+        """The same with each path where `find` says that the file is now."""
+        paths = {name: getattr(self, name) for name in self.files}
+        now = {name: find(path) for name, path in paths.items() if path is not None}
+        return replace(self, **now)  # type: ignore[type-var]
 
 
 def begin_all(controls: Sequence[Control], run: Run) -> tuple[ActiveControl, ...]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,10 +16,11 @@ from PIL import Image
 from torch import Tensor
 
 from masa.branches import SOURCE
-from masa.controls.base import Run
+from masa.controls.base import FileControl, Run
 from masa.edits import Grid
 from masa.errors import MasaError
 from masa.io.pictures import ImageLike, flatten, open_picture
+from masa.runtime.adapters import AdapterFile
 
 # A path, PIL picture, uint8 array (h, w) or (h, w, 3), or float tensor (h, w), (1, h, w) or (3, h, w) in [0, 1]; None
 # for no condition.
@@ -42,6 +44,25 @@ class Conditions:
         """What tells the picture of a branch from others."""
         picture = self.pictures[self.place[branch]]
         return hashlib.sha256(picture.contiguous().numpy().tobytes()).hexdigest()
+
+
+class PictureControl(FileControl):
+    """What the controls share that have a network in a `file`, and a picture for the source and each target."""
+
+    source: Condition
+    target: Condition | Sequence[Condition]
+    path: str | Path
+    file: AdapterFile[Any]
+
+    @property
+    def needs_targets(self) -> bool:
+        """Whether a run without targets leaves it nothing to do."""
+        return self.source is None
+
+    def kept(self) -> Any:
+        """The same with its pictures inside and its file's digest, for settings."""
+        source, target = embed(self.source), embed_all(self.target)
+        return replace(self, path=str(self.path), sha256=self.file.digest(), source=source, target=target)  # type: ignore[type-var]
 
 
 def find_conditions(name: str, source: Condition, target: Condition | Sequence[Condition], run: Run) -> Conditions:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -16,9 +16,8 @@ from masa.controls.checks import check_flag, check_fraction, is_number
 from masa.controls.conditions import (
     Condition,
     Conditions,
+    PictureControl,
     check_conditions,
-    embed,
-    embed_all,
     find_conditions,
     warn_unless_lines,
 )
@@ -34,7 +33,7 @@ LINES = re.compile(r"canny|scribble|lineart|mlsd|hed|softedge")
 
 
 @dataclass(frozen=True, eq=False)
-class ControlNet:
+class ControlNet(PictureControl):
     """A ControlNet's residuals are added to the UNet's skip connections and its middle.
 
     path: a .safetensors file (alone, or with a whole model beside) or a diffusers folder, for SD v1. source, target:
@@ -67,16 +66,6 @@ class ControlNet:
             raise MasaError(f"ControlNet start is {self.start} and end {self.end}; expected start below end")
         check_flag("ControlNet guess_mode", self.guess_mode)
         object.__setattr__(self, "file", AdapterFile(self.path, self.sha256, read_controlnet))
-
-    @property
-    def needs_targets(self) -> bool:
-        """Whether a run without targets leaves it nothing to do."""
-        return self.source is None
-
-    def kept(self) -> ControlNet:
-        """The same with its pictures inside and its file's digest, for settings."""
-        source, target = embed(self.source), embed_all(self.target)
-        return replace(self, path=str(self.path), sha256=self.file.digest(), source=source, target=target)
 
     def begin(self, run: Run) -> ActiveControl:
         conditions = find_conditions("ControlNet", self.source, self.target, run)

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from masa.branches import SOURCE, Branches, Row
 from masa.controls.base import ActiveControl, Run
 from masa.controls.checks import is_number
-from masa.controls.conditions import Condition, by_branch, check_conditions, embed, embed_all, read_picture
+from masa.controls.conditions import Condition, PictureControl, by_branch, check_conditions, read_picture
 from masa.edits import Edit, ExtraKeys
 from masa.errors import MasaError
 from masa.io.pictures import ImageLike
@@ -27,7 +28,7 @@ MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 
 
 
 @dataclass(frozen=True, eq=False)
-class IPAdapter:
+class IPAdapter(PictureControl):
     """Every cross-attention adds a second one, to a few tokens made of a picture: out + scale * A(Q, K_ip, V_ip).
 
     path: a .safetensors file for SD v1, plain or plus. source, target: the source's picture and the targets', None for
@@ -38,8 +39,10 @@ class IPAdapter:
     transformers reads; not needed for tensors. sha256, encoder_sha256: of the files, where others are to be refused.
 
     The unprompted half of guidance reads the tokens of a zero embedding. Without targets it acts on the source.
-    MasaError for a file of another kind, or a picture that is none. 2308.06721, equation 5.
+    MasaError for a file of another kind, or a picture that is none. 2308.06721, decoupled cross-attention.
     """
+
+    files: ClassVar[tuple[str, ...]] = ("path", "image_encoder")
 
     path: str | Path
     source: Condition = None
@@ -60,22 +63,11 @@ class IPAdapter:
         encoder = None if folder is None else AdapterFile(folder, self.encoder_sha256, read_encoder)
         object.__setattr__(self, "encoder", encoder)
 
-    @property
-    def needs_targets(self) -> bool:
-        """Whether a run without targets leaves it nothing to do."""
-        return self.source is None
-
     def kept(self) -> IPAdapter:
         """The same with its pictures inside and its files' digests, for settings."""
-        return replace(
-            self,
-            path=str(self.path),
-            sha256=self.file.digest(),
-            source=embed(self.source),
-            target=embed_all(self.target),
-            image_encoder=None if self.image_encoder is None else str(self.image_encoder),
-            encoder_sha256=None if self.encoder is None else self.encoder.digest(),
-        )
+        encoder = None if self.image_encoder is None else str(self.image_encoder)
+        digest = None if self.encoder is None else self.encoder.digest()
+        return replace(super().kept(), image_encoder=encoder, encoder_sha256=digest)
 
     @torch.no_grad()
     def begin(self, run: Run) -> ActiveControl:

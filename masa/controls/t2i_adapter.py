@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -16,9 +16,8 @@ from masa.controls.checks import check_fraction, is_number
 from masa.controls.conditions import (
     Condition,
     Conditions,
+    PictureControl,
     check_conditions,
-    embed,
-    embed_all,
     find_conditions,
     warn_unless_lines,
 )
@@ -29,7 +28,7 @@ from masa.runtime.adapters import AdapterFile, read_adapter
 
 
 @dataclass(frozen=True, eq=False)
-class T2IAdapter:
+class T2IAdapter(PictureControl):
     """An adapter's features of a condition picture are added at the end of each level on the UNet's way down.
 
     path: a .safetensors file, or a diffusers folder, of an SD v1 adapter, full or light. source, target: the source's
@@ -57,16 +56,6 @@ class T2IAdapter:
             raise MasaError(f"T2IAdapter weight is {self.weight!r}; expected a number, 1 as trained")
         check_fraction("T2IAdapter tau", self.tau)
         object.__setattr__(self, "file", AdapterFile(self.path, self.sha256, read_adapter))
-
-    @property
-    def needs_targets(self) -> bool:
-        """Whether a run without targets leaves it nothing to do."""
-        return self.source is None
-
-    def kept(self) -> T2IAdapter:
-        """The same with its pictures inside and its file's digest, for settings."""
-        source, target = embed(self.source), embed_all(self.target)
-        return replace(self, path=str(self.path), sha256=self.file.digest(), source=source, target=target)
 
     def begin(self, run: Run) -> ActiveControl:
         conditions = find_conditions("T2IAdapter", self.source, self.target, run)

@@ -11,10 +11,7 @@ from typing import Any
 import torch
 
 from masa import __version__
-from masa.controls.base import Control
-from masa.controls.controlnet import ControlNet
-from masa.controls.ip_adapter import IPAdapter
-from masa.controls.t2i_adapter import T2IAdapter
+from masa.controls.base import Control, FileControl
 from masa.errors import MasaError
 from masa.inversion import invert
 from masa.io.files import file_digest, find_near
@@ -156,7 +153,7 @@ def find_source(settings: Mapping[str, Any], picture: str | Path) -> Path:
 
 
 def find_weights(control: Control, picture: str | Path) -> Control:
-    """A control whose weights lie in a file of their own, with the path where that is now. MasaError if it is gone."""
+    """A control that names files, with their paths where they are now. MasaError for one that is gone."""
 
     def find(path: str | Path) -> Path:
         found = find_near(path, picture)
@@ -164,13 +161,7 @@ def find_weights(control: Control, picture: str | Path) -> Control:
             raise MasaError(f"{path}, which {picture} was made with, is not there any more; put it back")
         return found
 
-    if isinstance(control, IPAdapter) and control.image_encoder is not None:
-        control = replace(control, image_encoder=find(control.image_encoder))
-    return (
-        replace(control, path=find(control.path))
-        if isinstance(control, T2IAdapter | ControlNet | IPAdapter)
-        else control
-    )
+    return control.found(find) if isinstance(control, FileControl) else control
 
 
 def find_loras(settings: Mapping[str, Any], picture: str | Path) -> tuple[Lora, ...]:

@@ -195,27 +195,8 @@ def sweep(
     if image is not None:
         check_method(method, source, steps, sd.schedule, guidance_scale)
     size = picture_size(sd, image, height, width)
-    usual = 0 if image is None else default_skip(method, steps)
     for settings in (cell for line in cells for cell in line):
-        own_steps, skipped = settings.get("steps", steps), settings.get("skip_steps")
-        check_numbers(sd, settings["guidance_scale"], settings.get("eta", 0.0), backend)
-        if image is not None:
-            check_inversion(method, settings.get("negative_prompt", ""), settings.get("eta", 0.0))
-        Noise(settings["seed"])
-        first_step = choose_first_step(skipped, own_steps, usual, from_noise=image is None)
-        prompts, real = (source, target), image is not None
-        sampler = choose_sampler(settings.get("sampler", "ddim"))
-        if settings.get("guidance") is not None:
-            check_guidance(settings["guidance"])
-        levels = choose_levels(
-            sampler,
-            sd.schedule,
-            own_steps,
-            method=method if real else None,
-            eta=settings.get("eta", 0.0),
-            free=not settings.get("pin_source", True),
-        )
-        check_controls(sd, settings["controls"], levels, prompts, size=size, first_step=first_step, real=real)
+        _check_cell(sd, settings, (source, target), steps, size, method if image is not None else None)
     _check_matters(dict([rows, columns]), control, guidance_scale, method if image is not None else None)
     if image is None:
         start: dict[str, Any] = {"steps": steps, "height": height, "width": width}
@@ -251,6 +232,30 @@ def sweep(
     }
     labels = ["source", *(f"{columns[0]} = {value}" for value in columns[1])]
     return Picture.of(label_sheet(pictures, [f"{rows[0]} = {value}" for value in rows[1]], labels), about)
+
+
+def _check_cell(
+    sd: StableDiffusion,
+    settings: Mapping[str, Any],
+    prompts: tuple[str, str],
+    steps: int,
+    size: tuple[int, int],
+    method: str | None,
+) -> None:
+    """MasaError for a cell that could not be run; method: the picture's inversion, None for synthesis."""
+    steps, eta = settings.get("steps", steps), settings.get("eta", 0.0)
+    check_numbers(sd, settings["guidance_scale"], eta, settings["backend"])
+    if method is not None:
+        check_inversion(method, settings.get("negative_prompt", ""), eta)
+    Noise(settings["seed"])
+    usual = 0 if method is None else default_skip(method, steps)
+    first_step = choose_first_step(settings.get("skip_steps"), steps, usual, from_noise=method is None)
+    sampler, free = choose_sampler(settings.get("sampler", "ddim")), not settings.get("pin_source", True)
+    if settings.get("guidance") is not None:
+        check_guidance(settings["guidance"])
+    levels = choose_levels(sampler, sd.schedule, steps, method=method, eta=eta, free=free)
+    controls, real = settings["controls"], method is not None
+    check_controls(sd, controls, levels, prompts, size=size, first_step=first_step, real=real)
 
 
 def serves(method: str, source: str, steps: int, guidance_scale: float) -> bool:
