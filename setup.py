@@ -41,6 +41,7 @@ setup(
     packages=list(FOLDERS),
     package_dir=FOLDERS,
     package_data={
+        "masa": ["py.typed"],
         "masa.weights": data("masa.weights", "clip/*"),
         "masa.weights.demo": data("masa.weights.demo", "*.md", "*.png", "*.json", "*.safetensors", "model/**/*.*"),
     },

@@ -17,11 +17,13 @@ from torch import Tensor
 
 from masa.errors import MasaError
 from masa.io.files import load_tensors, replacing, save_tensors
+from masa.output.notebook import picture_html, png, shorten, table_html
 
 KEY = "masa"  # the text chunks of a PNG that hold its settings: masa, masa.1, ..
 TENSORS = "result.safetensors"  # what is not a picture, beside the pictures
 FORMAT = "masa result 1"
 BIG = 2**20  # numbers; larger maps are saved as float16
+MOST_LINES = 8  # of a label; a prompt may be a page long
 CHUNK = 900_000  # characters in each; Pillow opens no PNG with a text chunk above 2**20 bytes
 
 
@@ -78,7 +80,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     return settings
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
     """One source and N targets.
 
@@ -95,6 +97,20 @@ class Result:
     attention: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
     queries: Mapping[int, Mapping[tuple[int, int], Tensor]] = field(default_factory=dict)
     predictions: Mapping[int, Mapping[int, Tensor]] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        size = f"{self.source.width}x{self.source.height}"
+        return (
+            f"Result({shorten(self.settings['source'], 60)!r} -> "
+            f"[{', '.join(repr(shorten(target, 60)) for target in self.settings['target'])}], {size}, "
+            f"{self.settings['steps']} steps, seed {self.settings['seed']})"
+        )
+
+    def _repr_png_(self) -> bytes:
+        return png(self.grid())
+
+    def _repr_html_(self) -> str:
+        return picture_html(self.grid()) + table_html("settings", self.settings)
 
     @property
     def source(self) -> Picture:
@@ -243,7 +259,7 @@ def label_row(images: Sequence[Image.Image], labels: Sequence[str], gap: int = 4
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
-    """Lines of at most `width` pixels, broken at spaces."""
+    """At most 8 lines of at most `width` pixels, broken at spaces."""
     lines: list[str] = []
     for word in text.split():
         longer = f"{lines[-1]} {word}" if lines else word
@@ -251,4 +267,6 @@ def wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: i
             lines[-1] = longer
         else:
             lines.append(word)
+    if len(lines) > MOST_LINES:
+        lines = [*lines[: MOST_LINES - 1], ".."]
     return lines or [""]

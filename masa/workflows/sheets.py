@@ -8,12 +8,13 @@ from dataclasses import fields, replace
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from masa.attention import Backend
 from masa.checks import (
     check_controls,
     check_inversion,
+    check_model,
     check_numbers,
     choose_first_step,
     choose_levels,
@@ -92,6 +93,7 @@ def grid(
     the name to write above; default those of `comparison`. Each picture is inverted once per method. All
     else as in `edit`. Raises MasaError for bad input, before any long work.
     """
+    check_model(sd)
     if methods is None:
         methods = [method for method in METHODS if serves(method, source, steps, guidance_scale)]
     unknown = [method for method in methods if method not in METHODS]
@@ -174,6 +176,7 @@ def sweep(
     as in `sample` and `invert`.
     Raises MasaError for bad input, before any long work.
     """
+    check_model(sd)
     if not is_registered(control):
         raise MasaError(
             f"a sweep varies fields of a registered control, and {type(control).__name__} is none; use masa.register"
