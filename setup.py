@@ -42,6 +42,7 @@ setup(
     package_dir=FOLDERS,
     package_data={
         "masa": ["py.typed"],
+        "masa.output": data("masa.output", "fonts/*"),
         "masa.weights": data("masa.weights", "clip/*"),
         "masa.weights.demo": data("masa.weights.demo", "*.md", "*.png", "*.json", "*.safetensors", "model/**/*.*"),
     },

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 
 from masa.attention import Backend
@@ -31,6 +31,7 @@ from masa.inversion import METHODS, check_method, invert
 from masa.io.pictures import ImageLike
 from masa.noise import Noise
 from masa.null_text import MAX_STEPS
+from masa.output.labels import label_font
 from masa.output.result import Picture, wrap
 from masa.pipeline import StableDiffusion
 from masa.samplers import choose_sampler
@@ -314,7 +315,7 @@ def label_sheet(
     width, height = rows[0][0].size
     scale = max(1, -(-CELL // min(width, height)))
     width, height = scale * width, scale * height
-    font = ImageFont.load_default(max(11, min(16, width // 14)))
+    font = label_font(max(11, min(16, width // 14)), (*row_labels, *column_labels))
     line = int(font.getbbox("Ag")[3]) + gap
     left = 2 * gap + int(max(font.getlength(word) for label in row_labels for word in (*label.split(), "source")))
     lines = [wrap(label, font, width) for label in column_labels]
