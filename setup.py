@@ -70,6 +70,8 @@ setup(
             "peft>=0.13",
             "scikit-image>=0.22",
             "matplotlib>=3.8",
+            "nbclient>=0.9",
+            "ipykernel>=6",
             "ruff>=0.17,<0.18",
             "mypy>=2.4,<2.5",
         ],

@@ -63,3 +63,10 @@ def test_a_prompt_of_a_page_makes_no_tower(tiny):
 
 def test_completion_lists_public_names_only():
     assert set(dir(masa)) == {*masa.__all__, "__version__"}
+
+
+def test_a_figure_shows_itself(tiny):
+    masked = masa.MasaCtrl(0, 0, mask=masa.WordMasks("cat", "dog"))
+    figure = masa.plots.masks(masa.sample(tiny, "a cat", "a dog", controls=masked, seed=0, **FAST))
+    with Image.open(io.BytesIO(figure._repr_png_())) as shown:
+        assert len(shown.convert("RGB").getcolors(shown.width * shown.height)) > 2
