@@ -31,6 +31,9 @@ from masa.pipeline import StableDiffusion, load
 from masa.samplers.base import Sampler
 from masa.samplers.ddim import DDIM
 from masa.samplers.dpm_solver import DPMSolverPP
+from masa.samplers.euler import Euler
+from masa.samplers.lcm import LCM
+from masa.samplers.unipc import UniPC
 from masa.sampling import edit, sample
 from masa.schedule import Schedule
 from masa.settings import register
@@ -42,11 +45,13 @@ from masa.workflows.sheets import grid, sweep
 
 __all__ = [
     "DDIM",
+    "LCM",
     "BlendedLatents",
     "CheckpointError",
     "ClassifierFree",
     "ControlNet",
     "DPMSolverPP",
+    "Euler",
     "FreeU",
     "GivenMasks",
     "Guidance",
@@ -71,6 +76,7 @@ __all__ = [
     "StyleTransfer",
     "T2IAdapter",
     "Trajectory",
+    "UniPC",
     "WordMasks",
     "edit",
     "grid",

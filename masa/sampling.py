@@ -93,8 +93,9 @@ def sample(
     height, width: multiples of 64, default the model's training size. Starting noise: `latents` (1, 4, h, w)
     shared or (1 + N, 4, h, w), else drawn from `generator`, else from `seed` on the CPU, the same on every
     device. eta: DDIM's, 0 is deterministic. schedule: default the model's. sampler: "ddim" (default), "dpm++2m",
-    "dpm++2m-sde" or a value such as DPMSolverPP(karras=True); one that adds noise takes it from the same seed or
-    generator, after the start's. On a trajectory it visits the trajectory's levels. targets_at_once: how many
+    "dpm++2m-sde", "unipc", "euler", "euler-a", "lcm" or a value such as DPMSolverPP(karras=True); one that adds noise
+    takes it from the same seed or generator, after the start's. On a trajectory it visits the trajectory's levels, which
+    "lcm" cannot. targets_at_once: how many
     targets one call of the UNet takes, where memory is short; further calls in a step compute the source again where
     their targets read it, unless it is cached. tiled: decode in overlapping tiles, which takes less memory and changes
     the pictures a little; default where a side is over 768 pixels. backend: of controlled attention, "auto", "triton",
@@ -181,6 +182,8 @@ def prepare(sd: StableDiffusion, asked: RunSettings, given: Given) -> Prepared:
 
     active, first_step = _begin(sd, settings, levels, trajectory, lambda: draw().to(sd.device))
     start = _start(settings, trajectory, first_step, shape, draw).to(sd.device)
+    if trajectory is None and first_step == 0:
+        start = start * settings.sampler.noise_scale(levels)
     start = _started(active, start, cache)
     denoising = Denoising(
         sd=sd,

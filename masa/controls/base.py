@@ -76,7 +76,7 @@ class ActiveControl:
         """
         return {}
 
-    def residuals(self, step: int, timestep: int, x: Tensor, context: Tensor, branches: Branches) -> Residuals | None:
+    def residuals(self, step: int, timestep: float, x: Tensor, context: Tensor, branches: Branches) -> Residuals | None:
         """What is added to the network's features in this step, by row of the batch; None for nothing.
 
         x (rows, 4, h, w) and context (rows, 77, width), in the networks' dtype: what each row is predicted from.

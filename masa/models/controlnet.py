@@ -59,7 +59,7 @@ class ControlNetwork(nn.Module):
         self.controlnet_mid_block = Conv2d(widths[-1], widths[-1], 1)
 
     def forward(
-        self, x: Tensor, timestep: int | Tensor, context: Tensor, hint: Tensor, backend: Backend = "auto"
+        self, x: Tensor, timestep: float | Tensor, context: Tensor, hint: Tensor, backend: Backend = "auto"
     ) -> tuple[tuple[Tensor, ...], Tensor]:
         """What is added to the UNet's skip connections, in the order of the way down, and to its middle.
 

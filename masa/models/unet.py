@@ -180,7 +180,7 @@ class UNet(nn.Module):
     def forward(
         self,
         x: Tensor,
-        timestep: int | Tensor,
+        timestep: float | Tensor,
         context: Tensor,
         edits: Mapping[int, Edit] | None = None,
         retire: Retirement | None = None,
@@ -257,7 +257,7 @@ class UNet(nn.Module):
         return any(site.index in call.edits for site in before) or (retire is not None and retire.layer == 0)
 
 
-def timestep_embedding(timestep: int | Tensor, width: int, like: Tensor) -> Tensor:
+def timestep_embedding(timestep: float | Tensor, width: int, like: Tensor) -> Tensor:
     """Cosines, then sines, of the timestep at `width / 2` frequencies from 1 to 1/10000: (1 or rows, width).
 
     Computed in float32, given in the dtype and on the device of `like`.

@@ -58,7 +58,7 @@ class CompiledUNet(UNet):
     def forward(
         self,
         x: Tensor,
-        timestep: int | Tensor,
+        timestep: float | Tensor,
         context: Tensor,
         edits: Mapping[int, Edit] | None = None,
         retire: Retirement | None = None,
@@ -69,7 +69,7 @@ class CompiledUNet(UNet):
     ) -> tuple[Tensor, Tape]:
         """As `UNet.forward`. With a gradient to take, or masks, which index by host lists, nothing is captured."""
         # A number would be copied to the device anew, which a graph cannot do.
-        time = torch.full((1,), timestep, device=x.device) if isinstance(timestep, int) else timestep
+        time = torch.full((1,), timestep, device=x.device) if isinstance(timestep, int | float) else timestep
         graded = torch.is_grad_enabled() and any(t.requires_grad for t in (x, context))
         plain = edits or {}
         # Names of torch 2.6; later releases say recompile_limit and take these too.
