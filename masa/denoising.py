@@ -45,6 +45,7 @@ class Denoising:
     callback: Callback | None = None
     cache: SourceCache | None = None  # has what the targets read of the source, which is not computed
     targets_at_once: int | None = None
+    embedded_guidance: Tensor | None = None  # of a model that is told its guidance, and has no halves
 
     @property
     def steps(self) -> int:
@@ -161,6 +162,7 @@ def _predict(
                 backend=run.backend,
                 copies=branches.copies,
                 residuals=_residuals(run, x, step, timestep, prompts, branches),
+                guidance=run.embedded_guidance,
             )
             wanted = branches.select(batch.wanted)
             eps = (eps if batch.retire is not None else take(eps, batch.wanted)).float()

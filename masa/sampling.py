@@ -21,6 +21,7 @@ from masa.checks import (
     as_controls,
     as_prompts,
     check_controls,
+    check_embedded,
     check_inversion,
     check_settings,
     choose_first_step,
@@ -38,6 +39,7 @@ from masa.guidance import Guidance
 from masa.inversion import invert
 from masa.io.pictures import ImageLike
 from masa.noise import Noise
+from masa.models.taesd import TinyVAE
 from masa.null_text import INNER_STEPS
 from masa.output.result import Picture, Result
 from masa.pipeline import StableDiffusion
@@ -204,6 +206,7 @@ def prepare(sd: StableDiffusion, asked: RunSettings, given: Given) -> Prepared:
         callback=given.callback,
         cache=cache,
         targets_at_once=settings.targets_at_once,
+        embedded_guidance=sd.embed_guidance(settings.guidance_scale),
     )
     if cache is not None:
         rows_of = {step: denoising.contexts[step].branches for step in range(first_step, denoising.steps)}
@@ -228,6 +231,7 @@ def collect(prepared: Prepared, x: Tensor) -> Result:
         "version": __version__,
         "checkpoint": sd.origin.checkpoint,
         "vae": sd.origin.vae,
+        "decoder": "TAESD" if isinstance(sd.vae, TinyVAE) else "VAE",
         "tokenizer": sd.origin.tokenizer,
         "lora": [lora.describe() for lora in sd.origin.lora],
         "fingerprint": sd.fingerprint,
@@ -356,6 +360,8 @@ def _check_edit(
     check_inversion(method, asked.negative_prompt, asked.eta)
     size = picture_size(sd, image, *asked_size)
     first_step = choose_first_step(asked.skip_steps, steps, default_skip(method, steps), from_noise=False)
+    if sd.embeds_guidance:
+        check_embedded(asked.negative_prompt, asked.guidance, method)
     free = not asked.pin_source
     levels = choose_levels(asked.sampler, schedule, steps, method=method, eta=asked.eta, free=free)
     check_controls(sd, asked.controls, levels, (asked.source, *asked.target), size=size, first_step=first_step)
@@ -429,8 +435,8 @@ def _contexts(
     else:
         unconds = list(trajectory.context.to(cond).split(1))
     source_scale = (trajectory.source_guidance if trajectory is not None else None) or 0.0
-    guided = max(settings.guidance_scale, source_scale) > 1.0
-    if settings.guidance_scale > 1.0 and first_step < steps:
+    guided = max(settings.guidance_scale, source_scale) > 1.0 and not sd.embeds_guidance
+    if guided and settings.guidance_scale > 1.0 and first_step < steps:
         rule.check(range(first_step, steps))
 
     def rows(step: int, merged: bool) -> Branches:

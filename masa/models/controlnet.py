@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import cast
 
@@ -45,7 +46,7 @@ class ControlNetwork(nn.Module):
         super().__init__()
         self.config = config
         self.bgr, self.pooled = bgr, pooled
-        unet = UNet(config)
+        unet = UNet(replace(config, guidance_width=0))
         self.conv_in = unet.conv_in
         self.time_embedding = unet.time_embedding
         self.controlnet_cond_embedding = HintEncoder(config.block_out_channels[0])
