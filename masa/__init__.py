@@ -14,6 +14,7 @@ from masa.controls.blended import BlendedLatents
 from masa.controls.controlnet import ControlNet
 from masa.controls.freeu import FreeU
 from masa.controls.ip_adapter import IPAdapter
+from masa.controls.live_preview import LivePreview
 from masa.controls.local_blend import LocalBlend
 from masa.controls.masactrl import MasaCtrl
 from masa.controls.masks import GivenMasks, WordMasks
@@ -57,6 +58,7 @@ __all__ = [
     "Guidance",
     "GuidanceInterval",
     "IPAdapter",
+    "LivePreview",
     "LocalBlend",
     "MasaCtrl",
     "MasaError",

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# Red, green and blue in [-1, 1] of a unit in each latent channel, then of none: (channels + 1, 3).
+PreviewFactors = tuple[tuple[float, ...], ...]
+
 
 @dataclass(frozen=True)
 class UNetConfig:
@@ -100,6 +103,7 @@ class ModelConfig:
     text: TextConfig = TextConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     image_size: int = 512  # side of the pictures that the model was trained on, in pixels
+    preview: PreviewFactors | None = None  # the latents' colours, where the checkpoint tells them
 
 
 SD_V1 = ModelConfig()

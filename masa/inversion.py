@@ -93,9 +93,7 @@ def invert(
     context = rows.contexts(uncond, cond)
 
     def predict(x: Tensor, timestep: int) -> Tensor:
-        eps, _ = sd.unet(
-            x.to(sd.dtype), timestep, context, backend=backend, copies=rows.copies, guidance=embedded
-        )
+        eps, _ = sd.unet(x.to(sd.dtype), timestep, context, backend=backend, copies=rows.copies, guidance=embedded)
         return guide(rows, eps.float(), ClassifierFree(), 0, guidance_scale)
 
     z0 = sd.encode_image(picture, height=picture.shape[2], width=picture.shape[3], tiled=tiled)

@@ -38,8 +38,8 @@ from masa.errors import MasaError
 from masa.guidance import Guidance
 from masa.inversion import invert
 from masa.io.pictures import ImageLike
-from masa.noise import Noise
 from masa.models.taesd import TinyVAE
+from masa.noise import Noise
 from masa.null_text import INNER_STEPS
 from masa.output.result import Picture, Result
 from masa.pipeline import StableDiffusion
@@ -96,12 +96,12 @@ def sample(
     shared or (1 + N, 4, h, w), else drawn from `generator`, else from `seed` on the CPU, the same on every
     device. eta: DDIM's, 0 is deterministic. schedule: default the model's. sampler: "ddim" (default), "dpm++2m",
     "dpm++2m-sde", "unipc", "euler", "euler-a", "lcm" or a value such as DPMSolverPP(karras=True); one that adds noise
-    takes it from the same seed or generator, after the start's. On a trajectory it visits the trajectory's levels, which
-    "lcm" cannot. targets_at_once: how many
-    targets one call of the UNet takes, where memory is short; further calls in a step compute the source again where
-    their targets read it, unless it is cached. tiled: decode in overlapping tiles, which takes less memory and changes
-    the pictures a little; default where a side is over 768 pixels. backend: of controlled attention, "auto", "triton",
-    "sdpa" or "reference". callback(step, timestep, latents) may return other latents.
+    takes it from the same seed or generator, after the start's. On a trajectory it visits the trajectory's levels;
+    "lcm" cannot. targets_at_once: how many targets one call of the UNet takes, where memory is short; further calls in
+    a step compute the source again where their targets read it, unless it is cached. tiled: decode in overlapping
+    tiles, which takes less memory and changes the pictures a little; default where a side is over 768 pixels. backend:
+    of controlled attention, "auto", "triton", "sdpa" or "reference". callback(step, timestep, latents) may return other
+    latents; a timestep between training's is rounded.
 
     Raises MasaError for bad input, before any long work. MasaCtrl (2304.08465), algorithm 1.
     """
@@ -164,6 +164,8 @@ def run(sd: StableDiffusion, asked: RunSettings, given: Given) -> Result:
 def prepare(sd: StableDiffusion, asked: RunSettings, given: Given) -> Prepared:
     """Check all that a run is given, fill in what was left out, bind its controls. MasaError before any long work."""
     cache = given.cache
+    looking = tuple(filter(_only_looks, asked.controls))
+    asked = replace(asked, controls=tuple(control for control in asked.controls if not _only_looks(control)))
     if not asked.target and [describe(control) for control in asked.controls] == [describe(MasaCtrl())]:
         asked = replace(asked, controls=())  # the default, which has nothing to act on
     if cache is not None:
@@ -182,7 +184,10 @@ def prepare(sd: StableDiffusion, asked: RunSettings, given: Given) -> Prepared:
     def draw() -> Tensor:
         return noise.draw((1, *shape))
 
-    active, first_step = _begin(sd, settings, levels, trajectory, lambda: draw().to(sd.device))
+    controls = (*settings.controls, *looking)
+    active, first_step = _begin(
+        sd, replace(settings, controls=controls), levels, trajectory, lambda: draw().to(sd.device)
+    )
     start = _start(settings, trajectory, first_step, shape, draw).to(sd.device)
     if trajectory is None and first_step == 0:
         start = start * settings.sampler.noise_scale(levels)
@@ -210,7 +215,7 @@ def prepare(sd: StableDiffusion, asked: RunSettings, given: Given) -> Prepared:
     )
     if cache is not None:
         rows_of = {step: denoising.contexts[step].branches for step in range(first_step, denoising.steps)}
-        pairs = zip(settings.controls, active, strict=True)
+        pairs = zip(controls, active, strict=True)
         check_cache(denoising, cache, [source_condition(control, bound, rows_of) for control, bound in pairs])
     check_together(denoising)
     settings = replace(settings, skip_steps=first_step, generator_state=noise.generator_state)
@@ -365,6 +370,11 @@ def _check_edit(
     free = not asked.pin_source
     levels = choose_levels(asked.sampler, schedule, steps, method=method, eta=asked.eta, free=free)
     check_controls(sd, asked.controls, levels, (asked.source, *asked.target), size=size, first_step=first_step)
+
+
+def _only_looks(control: Control) -> bool:
+    """Whether a control has no part in the result, nor in its settings."""
+    return bool(getattr(control, "only_looks", False))
 
 
 def _begin(

@@ -322,7 +322,8 @@ def test_a_cached_source_serves_it(tiny, sampled, name, tmp_path):
     controls = [CONTROL, masa.LocalBlend("cat", "cat", threshold=0.95)]
     parts = masa.sample(tiny, target=TARGETS, controls=controls, cache=cache, targets_at_once=1, progress=False)
     same(parts.latents, run(tiny, controls=controls, sampler=SAMPLERS[name]).latents)
-    with pytest.raises(masa.MasaError, match=r"sampler is DDIM\(\), but the cache was recorded with (DPM|Uni|Euler|LCM)"):
+    kind = type(SAMPLERS[name]).__name__
+    with pytest.raises(masa.MasaError, match=rf"sampler is DDIM\(\), but the cache was recorded with {kind}"):
         masa.sample(tiny, target=TARGETS, cache=cache, sampler="ddim")
 
 

@@ -34,7 +34,7 @@ def published():
 
 
 def original(state, coder):
-    """The names of the original repository: diffusers' of the decoder are one lower, for the tanh has no layer there."""
+    """The names of the original repository; of the decoder diffusers' are one lower: the tanh has no layer there."""
     found = {}
     for key, tensor in state.items():
         part, _, rest = key.partition(".layers.")
@@ -86,7 +86,7 @@ def test_every_layout_equals_diffusers(tiny_folder, published, tmp_path, layout)
 
 
 def test_its_shapes_are_the_published_ones():
-    model = TinyVAE()
+    model = TinyVAE(TinyVAEConfig())
     counts = [sum(p.numel() for p in part.parameters()) for part in (model.encoder, model.decoder)]
     assert counts == [1_222_532, 1_222_531]
     assert [len(part.state_dict()) for part in (model.encoder, model.decoder)] == [67, 67]

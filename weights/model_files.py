@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from masa.config import ModelConfig, ScheduleConfig, TextConfig, TinyVAEConfig, UNetConfig, VAEConfig
+from masa.config import ModelConfig, PreviewFactors, ScheduleConfig, TextConfig, TinyVAEConfig, UNetConfig, VAEConfig
 from masa.errors import CheckpointError
 from masa.weights.checkpoint import (
     PICKLE_SUFFIXES,
@@ -141,7 +141,7 @@ def open_checkpoint(path: Path, *, prefer_half: bool = False, vae: Path | None =
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}; {EXPECTED}")
     opened = _open_folder if path.is_dir() else _open_file
-    return opened(path, prefer_half, None if vae is None else _open_vae(vae, prefer_half))
+    return opened(path, prefer_half, None if vae is None else open_vae(vae, prefer_half))
 
 
 def summarise(
@@ -289,6 +289,7 @@ def _open_folder(path: Path, prefer_half: bool, vae: OpenedVAE | None) -> Checkp
         ),
         schedule=_schedule(path),
         image_size=vae[1].downsample * _side(unet_json.get("sample_size", 64)),
+        preview=_preview(path),
     )
     _check_fit(config, path)
     return Checkpoint(
@@ -318,7 +319,7 @@ def _refuse_folder(path: Path, missing: list[str]) -> NoReturn:
     raise CheckpointError(f"{path} has no folder {', '.join(missing)}; {EXPECTED}")
 
 
-def _open_vae(path: Path, prefer_half: bool) -> OpenedVAE:
+def open_vae(path: Path, prefer_half: bool = False) -> OpenedVAE:
     """An autoencoder of its own: a file in any layout, a diffusers `vae/` folder, or a whole checkpoint's."""
     path = Path(path)
     if not path.exists():
@@ -431,6 +432,16 @@ def _heads(settings: Json, path: Path) -> int:
             f"{path}: its levels have {sorted(heads)} heads; Stable Diffusion v1 has {LDM_HEADS} on every level"
         )
     return heads.pop()
+
+
+def _preview(path: Path) -> PreviewFactors | None:
+    """The colours of the latents, which masa's own models tell beside their parts."""
+    factors = read_json(path / "preview.json").get("factors")
+    if factors is None:
+        return None
+    if not isinstance(factors, list) or not all(isinstance(row, list) and len(row) == 3 for row in factors):
+        raise CheckpointError(f"{path / 'preview.json'} holds no factors; expected rows of three numbers, or no file")
+    return tuple(tuple(map(float, row)) for row in factors)
 
 
 def _side(sample_size: int | list[int]) -> int:

@@ -64,7 +64,7 @@ class TinyDecoder(nn.Module):
 class TinyVAE(nn.Module):
     """Encoder and decoder, with the interface of `VAE`; the encoder may be missing."""
 
-    def __init__(self, config: TinyVAEConfig = TinyVAEConfig()) -> None:
+    def __init__(self, config: TinyVAEConfig) -> None:
         super().__init__()
         self.config = config
         self.encoder = TinyEncoder(config.latent_channels) if config.encodes else None

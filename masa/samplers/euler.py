@@ -13,7 +13,6 @@ from masa.samplers.grids import (
     Spacing,
     alpha_of,
     check_grid,
-    half_log_snr,
     karras_sigmas,
     log_sigmas,
     refuse_own_levels,

@@ -36,8 +36,8 @@ def refuse_own_levels(sampler: str, *, karras: bool, spacing: Spacing | None, en
     own = [name for name, value in asked.items() if value]
     if own:
         raise MasaError(
-            f"{sampler}({', '.join(own)}) asks for noise levels of its own, and the trajectory brings those that it was "
-            "inverted on; leave it out"
+            f"{sampler}({', '.join(own)}) asks for noise levels of its own, and the trajectory brings those that it "
+            "was inverted on; leave it out"
         )
 
 
