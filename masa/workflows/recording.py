@@ -86,7 +86,7 @@ def record(
     # A source whose two prompts are equal has one row.
     prompt = source or ("" if trajectory is None else trajectory.prompt)
     merged = prompt == negative_prompt and (trajectory is None or trajectory.context is None)
-    rows = 2 if max(guidance_scale, source_guidance or 0.0) > 1.0 and not merged else 1
+    rows = 2 if max(guidance_scale, source_guidance or 0.0) > 1.0 and not merged and not sd.embeds_guidance else 1
     recording = Recording(store, path)
     with recording.closing:
         result = sample(

@@ -25,6 +25,7 @@ from .denoiser import Denoiser, UNetRecipe, draw, train_unet
 from .export import export
 from .loop import Budget, save_atomically, to_device
 from .pool import FIRST_TRAINING_SEED, Pool, as_pictures, render_pool
+from .preview import write as write_preview
 from .vocabulary import write_tokenizer
 from .world import POSES, SUBJECTS
 
@@ -271,6 +272,7 @@ def main() -> None:
     export(out, vae, trained, preset.size)
     facts = {"preset": args.preset, "subjects": preset.subjects, "autoencoder_psnr_db": round(quality, 2)}
     (out / "facts.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    write_preview(out)
     print(f"wrote {out}")
 
 
