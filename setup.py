@@ -9,6 +9,7 @@ HERE = Path(__file__).parent
 # exists. They are imported as parts of masa.
 FOLDERS = {
     "masa": "masa",
+    "masa.app": "masa/app",
     "masa.cache": "masa/cache",
     "masa.cli": "masa/cli",
     "masa.controls": "masa/controls",
@@ -42,6 +43,7 @@ setup(
     package_dir=FOLDERS,
     package_data={
         "masa": ["py.typed"],
+        "masa.app": ["page.css"],
         "masa.output": data("masa.output", "fonts/*"),
         "masa.weights": data("masa.weights", "clip/*"),
         "masa.weights.demo": data("masa.weights.demo", "*.md", "*.png", "*.json", "*.safetensors", "model/**/*.*"),
@@ -76,6 +78,7 @@ setup(
             "mypy>=2.4,<2.5",
         ],
         "plots": ["matplotlib>=3.8"],
+        "app": ["gradio>=6,<7"],
     },
     entry_points={"console_scripts": ["masa = masa.cli:main"]},
 )

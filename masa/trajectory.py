@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from masa.io.files import file_digest, load_tensors, save_tensors
+from masa.io.pictures import ImageLike, load_image, to_pil
 from masa.output.notebook import table_html
 from masa.schedule import Schedule
-from masa.settings import check_kept, restore_schedule
+from masa.settings import check_kept, pack, restore_schedule
 
 FORMAT = "masa trajectory 1"
 Method = Literal["ddim", "negative-prompt", "null-text", "edit-friendly", "noise"]
@@ -55,6 +58,15 @@ class Trajectory:
         return f"<code>{escape(repr(self))}</code>" + table_html("settings", self.settings)
 
     @property
+    def height(self) -> int:
+        """Of its picture, in pixels."""
+        return int(self.settings["height"])
+
+    @property
+    def width(self) -> int:
+        return int(self.settings["width"])
+
+    @property
     def steps(self) -> int:
         return len(self.latents) - 1
 
@@ -88,6 +100,14 @@ class Trajectory:
     def skip_steps(self) -> int:
         """How many of the noisiest steps an edit leaves out by default."""
         return default_skip(self.method, self.steps)
+
+    def with_picture(self, picture: ImageLike) -> Trajectory:
+        """The same, with the picture that was inverted in its settings: PNGs made from it rerun without the file.
+
+        picture: as `invert` was given it, at the size that it was inverted at.
+        """
+        pixels = to_pil(load_image(picture, short_side=1, height=self.height, width=self.width))[0]
+        return replace(self, settings={**self.settings, "picture": pack(torch.from_numpy(np.array(pixels)))})
 
     def save(self, path: str | Path) -> None:
         """Write all of it as one safetensors file. MasaError for a schedule that could not be read back."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from masa import __version__
+from masa.cli.app_command import add_app
 from masa.cli.control_arguments import add_control, add_record, add_start, parse_numbers, parse_words
 from masa.cli.preview import add_preview
 from masa.cli.registered_arguments import add_fields, add_plugins, add_sampler, choose
@@ -189,6 +190,15 @@ def build_parser() -> Parser:
     group = plot.add_argument_group("output")
     group.add_argument("-o", "--out", help="the .png, .pdf or .svg to write (default: FOLDER/KIND.png)")
     group.add_argument("--overwrite", action="store_true", help="replace a file that is already there")
+
+    app = add(
+        commands,
+        "app",
+        "the page: synthesis, editing, masks and comparisons in a browser, on this machine",
+        ["masa app", "masa app -c v1-5-pruned-emaonly.safetensors --t2i-adapter t2iadapter_sketch_sd15v2.safetensors"],
+    )
+    add_app(app)
+    add_model(app)
 
     inspect = add(
         commands,

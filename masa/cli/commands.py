@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from masa.cli.adapter_arguments import given
+from masa.cli.app_command import run_app
 from masa.cli.arguments import build_parser
 from masa.cli.control_arguments import build_controls, build_start, build_swept, check_picture
 from masa.cli.idle_options import refuse_idle
@@ -201,6 +202,10 @@ def run_sweep(args: argparse.Namespace) -> None:
     report([folder / "sweep.png"], args)
 
 
+def run_page(args: argparse.Namespace) -> None:
+    run_app(args, lambda: load_model(args))
+
+
 def run_inspect(args: argparse.Namespace) -> None:
     from masa.pipeline import locate
     from masa.runtime.networks import check_keys
@@ -263,6 +268,7 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace], None]] = {
     "grid": run_grid,
     "sweep": run_sweep,
     "plot": run_plot,
+    "app": run_page,
     "inspect": run_inspect,
     "rerun": run_rerun,
 }

@@ -73,7 +73,7 @@ class GivenMasks:
         masks = [source, *(load_mask(target) for target in targets)]
         soft = any(bool(((mask > 0) & (mask < 1)).any()) for mask in masks)
         sizes = {run.grid_at(site.downsample) for site in run.sites if site.layer in layers}
-        by_grid = {size: torch.stack([_resize(mask, size) for mask in masks]).to(run.device) for size in sizes}
+        by_grid = {size: torch.stack([resize(mask, size) for mask in masks]).to(run.device) for size in sizes}
         return _ActiveGiven(by_grid, soft)
 
 
@@ -202,7 +202,7 @@ class _WordPlans:
         if maps is None:  # the first step, in a layer before any map: nothing to mask by yet
             return None
         scaled, constant = normalise(maps)
-        masks = (_resize(scaled.unflatten(1, self.map_grid), grid) >= self.threshold).flatten(1)
+        masks = (resize(scaled.unflatten(1, self.map_grid), grid) >= self.threshold).flatten(1)
         # A constant map says nothing: its row, and every row that reads a source without a map, sees all keys.
         source, rows = list(self.branches.source_rows), len(self.branches)
         full = _is_source(self.branches, maps.device) | constant[:rows] | constant[source]
@@ -231,7 +231,7 @@ def _is_source(branches: Branches, device: torch.device) -> Tensor:
     return torch.tensor([row.branch == SOURCE for row in branches.rows], device=device)
 
 
-def _resize(masks: Tensor, size: Grid) -> Tensor:
+def resize(masks: Tensor, size: Grid) -> Tensor:
     """Nearest neighbour, torch's: (h, w) or (rows, h, w) -> the same with `size`."""
     x = masks if masks.ndim == 3 else masks[None]
     x = F.interpolate(x[:, None].float(), size=size, mode="nearest")[:, 0]

@@ -56,7 +56,7 @@ def load_image(image: ImageLike, *, short_side: int, height: int | None = None, 
     if isinstance(image, Tensor):
         return _fit_tensor(image, short_side, height, width)
     picture = _to_pil(image)
-    target = _target_size(picture.height, picture.width, short_side, height, width)
+    target = target_size(picture.height, picture.width, short_side, height, width)
     if (picture.height, picture.width) != target:
         # Scale to cover, crop the middle; ImageOps.fit does both in one resampling.
         picture = ImageOps.fit(picture, (target[1], target[0]), Image.Resampling.LANCZOS)
@@ -72,7 +72,7 @@ def check_size(height: int | None, width: int | None) -> None:
             raise MasaError(f"{name} is {side!r}; expected a multiple of {MULTIPLE}, such as {near}")
 
 
-def _target_size(h: int, w: int, short_side: int, height: int | None, width: int | None) -> tuple[int, int]:
+def target_size(h: int, w: int, short_side: int, height: int | None, width: int | None) -> tuple[int, int]:
     if height is not None and width is not None:
         return height, width
     if height is not None or width is not None:  # one side given: the other keeps the proportions
@@ -113,7 +113,7 @@ def _fit_tensor(image: Tensor, short_side: int, height: int | None, width: int |
     if not bool((x.abs() <= 1.0 + 1e-3).all()):
         raise MasaError(f"the tensor holds values from {x.min():.4g} to {x.max():.4g}; expected [-1, 1]")
     x = x.detach().float().cpu()
-    target = _target_size(x.shape[1], x.shape[2], short_side, height, width)
+    target = target_size(x.shape[1], x.shape[2], short_side, height, width)
     if tuple(x.shape[1:]) == target:
         return x[None].contiguous()
     return load_image(to_pil(x[None])[0], short_side=short_side, height=height, width=width)

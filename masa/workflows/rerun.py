@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from masa import __version__
@@ -15,6 +16,7 @@ from masa.controls.base import Control, FileControl
 from masa.errors import MasaError
 from masa.inversion import invert
 from masa.io.files import file_digest, find_near
+from masa.io.pictures import ImageLike
 from masa.null_text import INNER_STEPS
 from masa.output.result import Result, read_settings
 from masa.pipeline import StableDiffusion, choose_device, load
@@ -136,8 +138,11 @@ def compile_again(sd: StableDiffusion, compiler: str, cuda_graphs: bool | None =
         return sd
 
 
-def find_source(settings: Mapping[str, Any], picture: str | Path) -> Path:
+def find_source(settings: Mapping[str, Any], picture: str | Path) -> ImageLike:
     """The trajectory's file, or the real picture that it was made from. MasaError unless there, and unchanged."""
+    if settings.get("picture") is not None:  # it travels with the PNG
+        pixels: np.ndarray = unpack(settings["picture"]).numpy()
+        return pixels
     if settings.get("trajectory") is not None:
         path, digest = settings["trajectory"], settings["trajectory_sha256"]
     else:
@@ -180,9 +185,11 @@ def find_loras(settings: Mapping[str, Any], picture: str | Path) -> tuple[Lora, 
     return tuple(found)
 
 
-def restore_trajectory(sd: StableDiffusion, settings: Mapping[str, Any], source: Path, progress: bool) -> Trajectory:
+def restore_trajectory(
+    sd: StableDiffusion, settings: Mapping[str, Any], source: ImageLike, progress: bool
+) -> Trajectory:
     """A trajectory from its file where it came from one, else by inverting its picture again."""
-    if settings.get("trajectory") is not None:
+    if isinstance(source, Path) and settings.get("trajectory") is not None:
         return Trajectory.load(source)
     fitted = settings["edit_guidance_scale"]
     generator = restore_generator(settings["generator_state"])
