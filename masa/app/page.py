@@ -33,6 +33,7 @@ from masa.io.pictures import MULTIPLE, target_size
 from masa.samplers import NAMES
 
 PROMPT, PICTURE = "a prompt", "a picture"
+MASK_COLOUR = "#e6283cb0"
 LARGEST = 1024  # pixels of a side
 # How events are run: at once, or one at a time of all tabs. Neither is an API for programs, which is Python's.
 QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
@@ -97,17 +98,11 @@ class Page:
         with gr.Group():
             self.kind = gr.Radio([PROMPT, PICTURE], value=PROMPT, label="The source is", elem_id="kind")
             with gr.Column(visible=False) as self.picture_part:
-                self.fields["picture"] = gr.ImageEditor(
-                    type="pil",
-                    label="Picture (upload, then crop if you like)",
-                    sources=["upload", "clipboard"],
-                    transforms=["crop"],
-                    brush=False,
-                    eraser=False,
-                    layers=False,
-                    format="png",
-                    height=380,
-                    elem_id="picture",
+                self.fields["picture"] = _editor(
+                    "Picture: upload it; crop with the picture tool; brush over the subject for a painted mask",
+                    MASK_COLOUR,
+                    "picture",
+                    crop=True,
                 )
                 self.fields["inverter"] = gr.Dropdown(
                     list(INVERTERS),
@@ -202,12 +197,19 @@ class Page:
                 self.show_mask = gr.Button("Show the mask", size="sm", elem_id="show_mask")
                 self.mask_shown = gr.HTML(elem_id="mask_shown", elem_classes="pictures")
             with gr.Column(visible=False) as self.paint_part:
-                self.fetch = gr.Button("Bring the picture here to paint on", size="sm", elem_id="fetch")
-                with gr.Row():
-                    self.fields["mask_source"] = _editor("Brush over the subject", "#e6283cb0", "mask_source")
-                    self.fields["mask_target"] = _editor(
-                        "Where it is to be (nothing: the same place)", "#e6283cb0", "mask_target"
-                    )
+                gr.HTML("<p>Of a picture: brush over the subject on the picture itself, above.</p>", padding=True)
+                with gr.Column() as self.paint_source_part:
+                    self.fetch_source = gr.Button("Bring the last source here to paint on", size="sm")
+                    self.fields["mask_source"] = _editor("Brush over the subject", MASK_COLOUR, "mask_source")
+                self.moves = gr.Checkbox(
+                    value=False,
+                    label="The subject moves",
+                    info="Else it is expected at the same place in the targets.",
+                    elem_id="moves",
+                )
+                with gr.Column(visible=False) as self.paint_target_part:
+                    self.fetch_target = gr.Button("Bring the picture here to paint on", size="sm", elem_id="fetch")
+                    self.fields["mask_target"] = _editor("Brush over where it is to be", MASK_COLOUR, "mask_target")
 
     def _add_layout(self) -> None:
         names = [adapter.name for adapter in self.desk.adapters]
@@ -237,7 +239,7 @@ class Page:
                 self.fields["guidance"] = gr.Slider(1, 20, value=defaults.guidance, step=0.1, label="Guidance")
             self.fields["negative"] = gr.Textbox(label="Negative prompt", elem_id="negative")
             with gr.Row():
-                self.fields["seed"] = gr.Number(label="Seed (empty: drawn)", precision=0, value=None, elem_id="seed")
+                self.fields["seed"] = gr.Textbox(label="Seed", placeholder="empty: drawn anew", elem_id="seed")
                 self.fields["sampler"] = gr.Dropdown(list(NAMES), value="ddim", label="Sampler", elem_id="sampler")
             with gr.Row():
                 self.fields["width"] = gr.Slider(label="Width", elem_id="width", **size)
@@ -287,7 +289,8 @@ class Page:
 
     def _connect(self) -> None:
         kind, fields = self.kind, self.fields
-        kind.change(lambda chosen: gr.update(visible=chosen == PICTURE), kind, self.picture_part, **QUIET)
+        kind.change(_show_kind, kind, [self.picture_part, self.paint_source_part], **QUIET)
+        self.moves.change(lambda moves: gr.update(visible=moves), self.moves, self.paint_target_part, **QUIET)
         fields["methods"].change(
             _show_parts, fields["methods"], [self.mask_part, self.p2p_part, self.pnp_part], **QUIET
         )
@@ -299,13 +302,9 @@ class Page:
         size = [fields["width"], fields["height"]]
         for event in (fields["picture"].upload, fields["picture"].apply):
             event(self._fit_size, fields["picture"], size, **QUIET)
-        self.fetch.click(
-            self._fetch,
-            [kind, fields["picture"], *size],
-            [fields["mask_source"], fields["mask_target"], self.progress],
-            **QUIET,
-        )
-        inputs = [kind, *fields.values()]
+        for button, editor in ((self.fetch_source, "mask_source"), (self.fetch_target, "mask_target")):
+            button.click(self._fetch, [kind, fields["picture"], *size], [fields[editor], self.progress], **QUIET)
+        inputs = [kind, self.moves, *fields.values()]
         told = [self.run, self.cancel, self.progress, self.live]
         outcome = [
             *(self.results_part, self.notes, self.gallery, self.files, self.table),
@@ -329,22 +328,22 @@ class Page:
         self.words.input(self._attention, self.words, self.attention, **QUIET)
         self.blocks.unload(self._close)
 
-    def asked(self, kind: str, *values: Any) -> Asked:
+    def asked(self, kind: str, moves: bool, *values: Any) -> Asked:
         """What the page's controls say."""
         said = dict(zip(self.fields, values, strict=True))
+        said["mask_source"] = painted_on(said["picture"] if kind == PICTURE else said["mask_source"])
+        said["mask_target"] = painted_on(said["mask_target"]) if moves else None
         said["picture"] = picture_of(said["picture"]) if kind == PICTURE else None
         if kind == PICTURE and said["picture"] is None:
             raise MasaError("there is no picture yet; upload one")
         said["layout"] = drawing_of(said["layout"])
-        for name in ("mask_source", "mask_target"):
-            said[name] = painted_on(said[name])
         for name in ("source", "negative", "word_source", "word_target"):
             said[name] = (said[name] or "").strip()
         for name in ("steps", "width", "height", "start_step", "start_layer"):
             said[name] = int(said[name])
         for name in ("guidance", "layout_weight"):
             said[name] = float(said[name])
-        said["seed"] = None if said["seed"] is None else int(said["seed"])
+        said["seed"] = _seed(said["seed"])
         said["methods"] = tuple(said["methods"])
         return Asked(**said)
 
@@ -411,8 +410,8 @@ class Page:
         except MasaError as error:
             return _refused(error)
 
-    def _fetch(self, request: gr.Request, kind: str, edited: Any, width: int, height: int) -> tuple[Any, Any, Any]:
-        """The picture, or the last run's source, into both mask editors."""
+    def _fetch(self, request: gr.Request, kind: str, edited: Any, width: int, height: int) -> tuple[Any, Any]:
+        """The picture, or the last run's source, into a mask editor."""
         outcome = self.desk.sessions.of(_tab(request)).outcome
         picture = picture_of(edited) if kind == PICTURE else None
         if picture is not None:
@@ -423,9 +422,9 @@ class Page:
             missing = (
                 "upload a picture first" if kind == PICTURE else "run once first: then there is a source to paint on"
             )
-            return gr.skip(), gr.skip(), _refused(MasaError(missing))
+            return gr.skip(), _refused(MasaError(missing))
         value = {"background": enlarged(picture), "layers": [], "composite": None}
-        return value, value, gr.skip()
+        return value, gr.skip()
 
     def _fit_size(self, edited: Any) -> tuple[Any, Any]:
         """Width and height of a run in a picture's proportions."""
@@ -444,20 +443,34 @@ def build_page(desk: Desk) -> gr.Blocks:
     return Page(desk).blocks
 
 
-def _editor(label: str, colour: str, name: str, below: Image.Image | None = None) -> gr.ImageEditor:
+def _seed(text: str | None) -> int | None:
+    """A seed as typed; None for none."""
+    text = (text or "").strip()
+    if not text:
+        return None
+    if not text.isdecimal() or len(text) > 15:
+        raise MasaError(f"seed is {text!r}; expected a whole number, or nothing for one that is drawn")
+    return int(text)
+
+
+def _editor(label: str, colour: str, name: str, below: Image.Image | None = None, crop: bool = False) -> gr.ImageEditor:
     """A canvas with one brush."""
     return gr.ImageEditor(
         value=None if below is None else {"background": below, "layers": [], "composite": None},
         type="pil",
         label=label,
-        sources=["upload"],
-        transforms=[],
+        sources=["upload", "clipboard"],
+        transforms=["crop"] if crop else [],
         brush=gr.Brush(default_size=24, colors=[colour], default_color=colour, color_mode="fixed"),
         layers=False,
         format="png",
         height=380,
         elem_id=name,
     )
+
+
+def _show_kind(kind: str) -> list[Any]:
+    return [gr.update(visible=kind == PICTURE), gr.update(visible=kind == PROMPT)]
 
 
 def _show_parts(methods: list[str]) -> list[Any]:

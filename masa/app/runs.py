@@ -357,7 +357,7 @@ def settings_of(outcome: Outcome) -> list[tuple[str, str]]:
         ("steps", str(settings["steps"])),
         ("guidance", str(settings["guidance_scale"])),
         ("negative prompt", settings["negative_prompt"] or "(none)"),
-        ("seed", str(settings["seed"])),
+        ("seed", "none was needed" if settings["seed"] is None else str(settings["seed"])),
         ("sampler", _named(settings["sampler"])),
         ("size", f"{size.width}x{size.height}"),
         ("model", f"{settings['checkpoint']}, {settings['dtype']} on {settings['device']}"),
