@@ -9,10 +9,11 @@ from PIL import Image
 from masa.weights.demo.canvas import SUPERSAMPLE
 from masa.weights.demo.figures import draw_figure
 from masa.weights.demo.stick_figure import StickCanvas, stick_figure
-from masa.weights.demo.world import POSES, SUBJECTS, render, sample
+from masa.weights.demo.world import POSES, SUBJECTS, Between, render, sample
 from tests.test_demo_world import grown
 
 EVERY_POSE = [(subject, pose) for subject in SUBJECTS for pose in POSES[subject]]
+EVERY_POSE += [("cat", Between("sitting", "jumping", 0.4)), ("person", Between("standing", "running", 0.5))]
 
 
 def differ(a, b):

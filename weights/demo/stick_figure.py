@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from .between import Pose
 from .canvas import SUPERSAMPLE, Canvas, Colour, Node, Point, curve, outline_of_blob, outline_of_ellipse
 from .figures import Appearance, draw_figure
 from .scenery import Scene
@@ -67,7 +68,7 @@ def nobody(subject: str) -> Appearance:
     )
 
 
-def stick_figure(subject: str, pose: str, scene: Scene, size: int = 128, thickness: float = 1.0) -> np.ndarray:
+def stick_figure(subject: str, pose: Pose, scene: Scene, size: int = 128, thickness: float = 1.0) -> np.ndarray:
     """Draws a pose where `render` draws it: uint8 (size, size), white lines on black.
 
     It tells pose, place, size and direction. It cannot tell more: of the individual it is given the kind alone, and
