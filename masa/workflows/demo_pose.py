@@ -18,7 +18,7 @@ from masa.pipeline import StableDiffusion, load
 from masa.sampling import sample
 from masa.weights.demo.stick_figure import stick_figure
 from masa.weights.demo.world import Between, Pose, Sample, caption, render
-from masa.workflows.demo import GUIDANCE, STEPS, enlarge, find_sample
+from masa.workflows.demo import GUIDANCE, SHOWN_SIZE, STEPS, enlarge, find_sample
 
 CONTROL = MasaCtrl(start_step=2, start_layer=6)
 SEED = 2
