@@ -20,6 +20,7 @@ from masa.weights.demo.stick_figure import stick_figure
 from masa.weights.demo.train_adapter import AdapterRecipe, Pool
 from masa.weights.demo.world import POSES, SUBJECTS, Between, caption, render, sample
 from masa.workflows import demo_pose
+from masa.workflows.demo import SHOWN_SIZE
 
 CPU = torch.device("cpu")
 # One rate throughout, so that a run in two parts takes the steps of a whole one.
@@ -170,8 +171,7 @@ def test_a_model_says_which_subjects_it_knows(tmp_path):
 
 
 def test_the_shipped_adapter_is_the_shipped_models():
-    """When this fails the demo model has changed: python -m masa.weights.demo.train_adapter --out weights/demo/adapter
-    """
+    """When this fails the demo model has changed; its adapter is trained anew by one command, which its card names."""
     facts = json.loads((DEMO_ADAPTER.parent / train_adapter.CARD).read_text())
     model = masa.load(dtype="fp32", device="cpu")
     assert facts["model"] == model.fingerprint
@@ -229,7 +229,7 @@ def test_demo_is_a_path_and_a_run_with_it_is_repeated(tmp_path, monkeypatch, cap
         masa.sample(masa.load(), "a cat", "a cat", controls=masa.T2IAdapter("demo", target=stick), progress=False)
 
 
-# ------------------------------------------------------------------------------------------------------ masa demo --pose
+# ----------------------------------------------------------------------------------------------------- masa demo --pose
 
 
 @pytest.fixture
@@ -248,8 +248,8 @@ def test_demo_pose_writes_source_drawings_edits_and_truths(quick, capsys):
     assert sorted(path.name for path in (quick / "out").iterdir()) == sorted(names)
     assert all(str(Path("out") / name) in printed for name in names)
     sheet = Image.open(quick / "out" / "pose.png")
-    assert sheet.width == 4 * demo_pose.SHOWN_SIZE + 12
-    assert sheet.height > 2 * demo_pose.SHOWN_SIZE
+    assert sheet.width == 4 * SHOWN_SIZE + 12
+    assert sheet.height > 2 * SHOWN_SIZE
     who = demo_pose.find_sample(10 * demo_pose.SEED)
     for name, pose in zip(names[2:], demo_pose.POSES, strict=True):
         assert np.array_equal(Image.open(quick / "out" / name), stick_figure("cat", pose, who.scene))
@@ -267,7 +267,7 @@ def test_demo_pose_takes_a_drawing(quick, capsys, monkeypatch):
     drawing.save("mine.png")
     assert main(["demo", "--pose", "mine.png", "--seed", "1", "-q", "-o", "out"]) == 0
     assert sorted(path.name for path in (quick / "out").iterdir()) == ["picture.png", "pose.png"]
-    assert Image.open(quick / "out" / "pose.png").width == 3 * demo_pose.SHOWN_SIZE + 8
+    assert Image.open(quick / "out" / "pose.png").width == 3 * SHOWN_SIZE + 8
     settings = masa.rerun(quick / "out" / "pose.png", progress=False).settings
     assert len(settings["target"]) == 1
     assert not any(word in settings["target"][0] for word in ("facing", *POSES["cat"]))

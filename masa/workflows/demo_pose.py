@@ -18,14 +18,13 @@ from masa.pipeline import StableDiffusion, load
 from masa.sampling import sample
 from masa.weights.demo.stick_figure import stick_figure
 from masa.weights.demo.world import Between, Pose, Sample, caption, render
-from masa.workflows.demo import GUIDANCE, SHOWN_SIZE, STEPS, enlarge, find_sample
+from masa.workflows.demo import GUIDANCE, STEPS, enlarge, find_sample
 
 CONTROL = MasaCtrl(start_step=2, start_layer=6)
 SEED = 2
 # One that a prompt names, and one that no prompt can.
 POSES: tuple[Pose, ...] = ("standing", Between("sitting", "jumping", 0.6))
 SHEET, PICTURE, DRAWN = "pose.png", "picture.png", ("drawn_0.png", "drawn_1.png")
-OUTLINE = "white lines on black"
 
 
 def file_names(drawing: ImageLike | None) -> list[str]:
