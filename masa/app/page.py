@@ -99,10 +99,13 @@ class Page:
             self.kind = gr.Radio([PROMPT, PICTURE], value=PROMPT, label="The source is", elem_id="kind")
             with gr.Column(visible=False) as self.picture_part:
                 self.fields["picture"] = _editor(
-                    "Picture: upload it; crop with the picture tool; brush over the subject for a painted mask",
+                    "Picture",
                     MASK_COLOUR,
                     "picture",
                     crop=True,
+                )
+                gr.HTML(
+                    "<p>The picture's tool crops it. The brush paints the mask, where that is chosen.</p>", padding=True
                 )
                 self.fields["inverter"] = gr.Dropdown(
                     list(INVERTERS),
@@ -180,7 +183,7 @@ class Page:
                 [BY_WORD, PAINTED],
                 value=BY_WORD,
                 label="Mask of the subject",
-                info="Subject looks at subject, background at background.",
+                info="Subject looks at subject, background at background. Of a picture, paint on the picture.",
                 elem_id="mask",
             )
             with gr.Column() as self.word_part:
@@ -197,7 +200,6 @@ class Page:
                 self.show_mask = gr.Button("Show the mask", size="sm", elem_id="show_mask")
                 self.mask_shown = gr.HTML(elem_id="mask_shown", elem_classes="pictures")
             with gr.Column(visible=False) as self.paint_part:
-                gr.HTML("<p>Of a picture: brush over the subject on the picture itself, above.</p>", padding=True)
                 with gr.Column() as self.paint_source_part:
                     self.fetch_source = gr.Button("Bring the last source here to paint on", size="sm")
                     self.fields["mask_source"] = _editor("Brush over the subject", MASK_COLOUR, "mask_source")
@@ -218,12 +220,12 @@ class Page:
                 [NO_LAYOUT, *names],
                 value=NO_LAYOUT,
                 label="Adapter",
-                info="White lines on black say where the targets' things are.",
+                info="Draw, or upload, white lines on black: they say where the targets' things are.",
                 elem_id="adapter",
             )
             with gr.Column(visible=False) as self.drawing_part:
                 black = Image.new("RGB", (512, 512), "black")
-                self.fields["layout"] = _editor("Draw, or upload a picture of lines", "#ffffff", "layout", black)
+                self.fields["layout"] = _editor("Drawing", "#ffffff", "layout", black, brush=7)
                 with gr.Row():
                     self.fields["layout_weight"] = gr.Slider(0, 2, value=1.0, step=0.05, label="Weight")
                     self.fields["layout_until"] = gr.Slider(0, 1, value=1.0, step=0.05, label="Share of the steps")
@@ -453,7 +455,9 @@ def _seed(text: str | None) -> int | None:
     return int(text)
 
 
-def _editor(label: str, colour: str, name: str, below: Image.Image | None = None, crop: bool = False) -> gr.ImageEditor:
+def _editor(
+    label: str, colour: str, name: str, below: Image.Image | None = None, crop: bool = False, brush: int = 24
+) -> gr.ImageEditor:
     """A canvas with one brush."""
     return gr.ImageEditor(
         value=None if below is None else {"background": below, "layers": [], "composite": None},
@@ -461,7 +465,7 @@ def _editor(label: str, colour: str, name: str, below: Image.Image | None = None
         label=label,
         sources=["upload", "clipboard"],
         transforms=["crop"] if crop else [],
-        brush=gr.Brush(default_size=24, colors=[colour], default_color=colour, color_mode="fixed"),
+        brush=gr.Brush(default_size=brush, colors=[colour], default_color=colour, color_mode="fixed"),
         layers=False,
         format="png",
         height=380,

@@ -16,6 +16,7 @@ from masa.app.runs import Desk
 from masa.app.sessions import Sessions
 from masa.errors import MasaError
 from masa.pipeline import StableDiffusion
+from masa.runtime.adapters import DEMO_ADAPTER
 
 if TYPE_CHECKING:
     import uvicorn
@@ -51,13 +52,21 @@ def serve(
     with bind(host, port) as listening, tempfile.TemporaryDirectory(prefix="masa-app-") as root:
         # gradio reads it when its components are made.
         os.environ["GRADIO_TEMP_DIR"] = str(Path(root) / "gradio")
-        desk = Desk(sd if isinstance(sd, StableDiffusion) else sd(), Sessions(Path(root)), tuple(adapters))
+        model = sd if isinstance(sd, StableDiffusion) else sd()
+        desk = Desk(model, Sessions(Path(root)), (*own_adapters(model), *adapters))
         try:
             server = build_server(desk)
             announce(f"http://{'localhost' if host in (HOST, '0.0.0.0') else host}:{listening.getsockname()[1]}")
             server.run(sockets=[listening])
         finally:
             desk.worker.close()
+
+
+def own_adapters(sd: StableDiffusion) -> tuple[Adapter, ...]:
+    """What a model brings with it: the demo model's, of stick figures."""
+    if sd.origin.checkpoint != "demo" or not DEMO_ADAPTER.is_file():
+        return ()
+    return (Adapter("stick figures", "T2I-Adapter", "demo"),)
 
 
 def check_installed() -> None:
