@@ -40,8 +40,8 @@ def painted_on(edited: Mapping[str, Any] | None) -> Image.Image | None:
 def drawing_of(edited: Mapping[str, Any] | None) -> Image.Image | None:
     """A layout condition: white lines on black as drawn, over an uploaded picture; None where there is neither."""
     picture, lines = picture_of(edited), painted_on(edited)
-    if lines is None:
-        return picture
+    if lines is None:  # a canvas that is black all over says nothing
+        return picture if picture is not None and picture.getbbox() is not None else None
     below = Image.new("RGB", lines.size, "black") if picture is None else picture.resize(lines.size)
     return Image.composite(Image.new("RGB", lines.size, "white"), below, lines)
 
