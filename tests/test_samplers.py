@@ -574,6 +574,23 @@ def test_a_callback_leaves_the_history_alone(tiny):
     assert difference(seen[1], x) < 1e-4
 
 
+def test_a_callback_is_told_whole_timesteps_and_the_network_those_between(tiny, monkeypatch):
+    told, seen = [], []
+    forward = type(tiny.unet).forward
+
+    def spy(self, x, timestep, *args, **kwargs):
+        seen.append(timestep)
+        return forward(self, x, timestep, *args, **kwargs)
+
+    monkeypatch.setattr(type(tiny.unet), "forward", spy)
+    sampler = masa.Euler(karras=True)
+    run(tiny, (), controls=[], sampler=sampler, callback=lambda step, timestep, x: told.append(timestep))
+    assert tuple(seen) == sampler.levels(tiny.schedule, 4).timesteps
+    assert any(timestep != round(timestep) for timestep in seen)
+    assert told == [round(timestep) for timestep in seen]
+    assert all(isinstance(timestep, int) for timestep in told)
+
+
 def test_unipc_goes_on_from_what_a_callback_changed(tiny):
     """Its correction is of the latents that it is given: what was moved stays moved."""
     moved = run(tiny, (), controls=[], sampler="unipc", callback=lambda step, t, x: x + 1.0 if step == 1 else None)
