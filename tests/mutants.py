@@ -340,7 +340,7 @@ GUIDANCE_AND_SAMPLERS: Mutations = {
     ],
     "live_preview the_result_is_the_same_to_the_bit": [
         (
-            "controls=tuple(control for control in asked.controls if not _only_looks(control))",
+            "controls=tuple(control for control in asked.controls if not only_looks(control))",
             "controls=asked.controls",
         ),
     ],
