@@ -33,7 +33,7 @@ from masa.checks import (
     picture_size,
     settle,
 )
-from masa.controls.base import ActiveControl, Control, begin_all
+from masa.controls.base import ActiveControl, Control, begin_all, only_looks
 from masa.controls.masactrl import MasaCtrl
 from masa.denoising import Callback, Context, Denoising, check_cache, check_together, denoise
 from masa.errors import MasaError
@@ -169,8 +169,8 @@ def prepare(sd: StableDiffusion, asked: RunSettings, given: Given) -> Prepared:
     if given.callback is not None and not callable(given.callback):
         raise MasaError(f"callback is {given.callback!r}; expected a function of (step, timestep, latents), or None")
     cache = given.cache
-    looking = tuple(filter(_only_looks, asked.controls))
-    asked = replace(asked, controls=tuple(control for control in asked.controls if not _only_looks(control)))
+    looking = tuple(filter(only_looks, asked.controls))
+    asked = replace(asked, controls=tuple(control for control in asked.controls if not only_looks(control)))
     if not asked.target and [describe(control) for control in asked.controls] == [describe(MasaCtrl())]:
         asked = replace(asked, controls=())  # the default, which has nothing to act on
     if cache is not None:
@@ -377,11 +377,6 @@ def _check_edit(
     free = not asked.pin_source
     levels = choose_levels(asked.sampler, schedule, steps, method=method, eta=asked.eta, free=free)
     check_controls(sd, asked.controls, levels, (asked.source, *asked.target), size=size, first_step=first_step)
-
-
-def _only_looks(control: Control) -> bool:
-    """Whether a control has no part in the result, nor in its settings."""
-    return bool(getattr(control, "only_looks", False))
 
 
 def _begin(

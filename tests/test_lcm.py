@@ -184,6 +184,13 @@ def test_what_needs_two_halves_is_refused(lcm, settings, message):
             masa.sample(lcm, SOURCE, **SETTINGS, **settings)
 
 
+def test_a_controlnet_has_no_place_for_guidance(lcm):
+    """It is a copy of a plain UNet, whose timesteps are embedded without."""
+    from masa.models.controlnet import ControlNetwork
+
+    assert not [name for name in ControlNetwork(lcm.config.unet).state_dict() if "cond_proj" in name]
+
+
 def test_the_real_shapes_are_detected(tmp_path):
     """cond_proj (320, 256) in a diffusers folder of SD v1.5's size; without it there is none."""
     from fake_checkpoints import key_list, write_folder

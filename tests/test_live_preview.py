@@ -97,7 +97,9 @@ def test_pictures_inversions_and_caches_are_previewed(tiny):
     made = {"steps": 2, "height": 64, "width": 64, "progress": False}
     masa.edit(tiny, picture, TARGETS, controls=[masa.MasaCtrl(1), masa.LivePreview(seen)], **made)
     assert [len(shown) for shown in seen.pictures] == [3, 3]
-    cache = masa.record(tiny, SOURCE, seed=1, controls=masa.MasaCtrl(1), **made)
+    recording = [masa.MasaCtrl(1), masa.LivePreview(seen := Seen())]
+    cache = masa.record(tiny, SOURCE, seed=1, controls=recording, **made)
+    assert [len(shown) for shown in seen.pictures] == [1, 1]
     plain = masa.sample(tiny, target=TARGETS, controls=masa.MasaCtrl(1), cache=cache, progress=False)
     looking = [masa.MasaCtrl(1), masa.LivePreview(seen := Seen())]
     out = masa.sample(tiny, target=TARGETS, controls=looking, cache=cache, progress=False)

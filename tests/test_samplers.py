@@ -327,6 +327,18 @@ def test_a_cached_source_serves_it(tiny, sampled, name, tmp_path):
         masa.sample(tiny, target=TARGETS, cache=cache, sampler="ddim")
 
 
+@pytest.mark.parametrize("sampler", ["ddim", "euler"])
+def test_a_cached_source_serves_starts_of_ones_own(tiny, sampler):
+    """Given as they are, before a sampler weighs them."""
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    made = {"controls": CONTROL, "sampler": sampler, "latents": noise, **SETTINGS}
+    cache = masa.record(tiny, SOURCE, **made)
+    uncached = masa.sample(tiny, SOURCE, TARGETS, **made)
+    for latents in (None, noise, noise.expand(3, -1, -1, -1)):
+        cached = masa.sample(tiny, target=TARGETS, controls=CONTROL, cache=cache, latents=latents, progress=False)
+        same(cached.latents, uncached.latents)
+
+
 @pytest.mark.parametrize(
     ("name", "pinned"),
     [(name, pinned) for name in ("2m", "unipc", "euler") for pinned in (True, False)]
@@ -528,6 +540,18 @@ def test_blended_latents_blend_the_history_with_the_clean_picture(tiny, trajecto
     assert torch.equal(blended[0], history[0])
 
 
+@pytest.mark.parametrize("name", ON_A_TRAJECTORY)
+def test_a_picture_is_kept_outside_a_mask(tiny, trajectory, name):
+    """Whatever the solver remembers, what BlendedLatents puts back is the clean picture in the end."""
+    mask = torch.zeros(16, 16)
+    mask[:, 5:] = 1.0
+    start = {"trajectory": trajectory, "sampler": ON_A_TRAJECTORY[name], "seed": 0, "progress": False}
+    out = masa.sample(tiny, target=TARGETS, controls=[CONTROL, masa.BlendedLatents(mask)], **start)
+    for target in out.latents[1:]:
+        assert torch.equal(target[:, :, :5], trajectory.latents[0, :, :, :5])
+        assert difference(target[:, :, 5:], trajectory.latents[0, :, :, 5:]) > 0.1
+
+
 def test_a_callback_leaves_the_history_alone(tiny):
     """Moving the latents in step 0 changes step 1 by the solver's own formula, from the prediction before the move."""
     seen = []
@@ -548,6 +572,39 @@ def test_a_callback_leaves_the_history_alone(tiny):
         eps = tiny.unet(moved, levels.timesteps[1], context)[0]
         x, _ = solver.step(1, moved, eps, predict_x0(eps, moved, levels.alphas[1]), history, None)
     assert difference(seen[1], x) < 1e-4
+
+
+def test_a_callback_is_told_whole_timesteps_and_the_network_those_between(tiny, monkeypatch):
+    told, seen = [], []
+    forward = type(tiny.unet).forward
+
+    def spy(self, x, timestep, *args, **kwargs):
+        seen.append(timestep)
+        return forward(self, x, timestep, *args, **kwargs)
+
+    monkeypatch.setattr(type(tiny.unet), "forward", spy)
+    sampler = masa.Euler(karras=True)
+    run(tiny, (), controls=[], sampler=sampler, callback=lambda step, timestep, x: told.append(timestep))
+    assert tuple(seen) == sampler.levels(tiny.schedule, 4).timesteps
+    assert any(timestep != round(timestep) for timestep in seen)
+    assert told == [round(timestep) for timestep in seen]
+    assert all(isinstance(timestep, int) for timestep in told)
+
+
+def test_unipc_goes_on_from_what_a_callback_changed(tiny):
+    """Its correction is of the latents that it is given: what was moved stays moved."""
+    moved = run(tiny, (), controls=[], sampler="unipc", callback=lambda step, t, x: x + 1.0 if step == 1 else None)
+    plain = run(tiny, (), controls=[], sampler="unipc")
+    sampler = masa.UniPC()
+    levels = sampler.levels(tiny.schedule, 4)
+    solver = sampler.start(levels, 0.0)
+    x, before = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    m, zero = torch.zeros_like(x), torch.zeros_like(x)
+    one, _ = solver.step(1, x, zero, m, (before,), None)
+    other, _ = solver.step(1, x + 1.0, zero, m, (before,), None)
+    shrink = ((1 - levels.alphas[2]) / (1 - levels.alphas[1])) ** 0.5
+    assert torch.allclose(other - one, torch.full_like(x, shrink), atol=1e-5)
+    assert difference(moved.latents, plain.latents) > 1e-2
 
 
 # ------------------------------------------------------------------------------------------------------- refusals

@@ -152,6 +152,11 @@ class FileControl:
         return replace(self, **now)  # type: ignore[type-var]
 
 
+def only_looks(control: Control) -> bool:
+    """Whether a control has no part in the result, nor in its settings."""
+    return bool(getattr(control, "only_looks", False))
+
+
 def begin_all(controls: Sequence[Control], run: Run) -> tuple[ActiveControl, ...]:
     """Controls bound to a run, and to the step at which the latest of them wants it to start.
 

@@ -60,10 +60,10 @@ class LivePreview:
             raise MasaError(f"LivePreview every is {self.every!r}; expected a number of steps, 1 or more")
 
     def begin(self, run: Run) -> ActiveControl:
-        decode = _linear(run.preview or SD_V1_FACTORS, run)
-        if self.decoder != "linear":
-            decode = _Tiny(AdapterFile(self.decoder, None, read_tiny_vae).load(run.unet, run.dtype, run.device))
-        return _Active(self, decode, run)
+        if self.decoder == "linear":
+            return _Active(self, _linear(run.preview or SD_V1_FACTORS, run), run)
+        vae = AdapterFile(self.decoder, None, read_tiny_vae).load(run.unet, run.dtype, run.device)
+        return _Active(self, _Tiny(vae), run)
 
 
 class _Active(ActiveControl):

@@ -1,4 +1,4 @@
-"""TAESD: a tiny autoencoder for Stable Diffusion v1's latents, some hundred times faster than its own.
+"""TAESD: a tiny autoencoder for Stable Diffusion v1's latents, some twenty times faster than its own.
 
 After github.com/madebyollin/taesd: convolutions of one width and residual blocks, neither norms nor attention. It has
 learnt the latents as the denoiser sees them, so nothing is divided by 0.18215, and pictures in [0, 1].

@@ -1,4 +1,4 @@
-"""Euler's method on the probability flow, plain and ancestral (2206.00364, algorithm 1; 2011.13456)."""
+"""Euler's method on the probability flow (2206.00364, eq. 1), plain and ancestral (2010.02502, eq. 16)."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ class LCM(Sampler):
 
     A LoRA wants guidance_scale 1 to 2; a model with guidance embedded takes it as usual, at half the rows. Each step
     draws a noise, one for all branches. It has timesteps of its own, which no trajectory has: a picture that was
-    inverted by DDIM is refused. 2310.04378, algorithm 2; LCM-LoRA 2311.05556.
+    inverted by DDIM is refused. 2310.04378, with the multistep sampling of 2303.01469, algorithm 1; LoRA: 2311.05556.
     """
 
     @property

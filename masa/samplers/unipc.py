@@ -22,7 +22,7 @@ class UniPC(Sampler):
     """UniPC of B2(h) = e^h - 1, on predictions of the clean latents; for 5 to 12 steps.
 
     order: 1, 2 or 3, of the prediction; the correction's is one more. karras, spacing, end: the noise levels, as in
-    `DPMSolverPP`; a trajectory brings its own. 2302.04867, algorithms 5 and 6 and appendix E.
+    `DPMSolverPP`; a trajectory brings its own. 2302.04867, section 3, in the form for data prediction.
     """
 
     order: int = 2
@@ -79,10 +79,10 @@ class _Solver(Solver):
         lambdas = [half_log_snr(self.levels.alphas[i]) for i in range(step - q + 1, step + 2)]
         h = lambdas[-1] - lambdas[-2]
         r = [(before - lambdas[-2]) / h for before in lambdas[-3::-1]]
-        return r, [0.5] if q == 2 else _weights(h, r)  # of order 2 the paper drops the term in h^3, as 2M does
+        return r, [0.5] if q == 2 else _weights(h, r)  # simplified as published: 2M's
 
     def _correct(self, step: int, x: Tensor, m: Tensor, history: History) -> Tensor:
-        """x with the answer m to it taken in: algorithm 5 less the step that predicted it."""
+        """x with the answer m to it taken in: the corrector's step less the predictor's, which x came from."""
         if not history:
             return x
         a_before, a = self.levels.alphas[step - 1 : step + 1]
@@ -106,7 +106,7 @@ def _total(first: Tensor, differences: Sequence[Tensor], weights: Sequence[float
 
 
 def _weights(h: float, r: Sequence[float]) -> list[float]:
-    """rho of sum_k r_k^(j-1) rho_k = b_j, j = 1..q, with b_j = j! g_j / B(h). Eq. 10, of the data prediction."""
+    """rho of sum_k r_k^(j-1) rho_k = b_j, j = 1..q, with b_j = j! g_j / B(h)."""
     phi = math.expm1(-h)
     g, b = -phi / h - 1.0, []
     for j in range(1, len(r) + 1):

@@ -140,6 +140,7 @@ def train_or_load_vae(
     pictures = vae_pool(run, preset, workers).pictures.to(held_out.device)
     budget = Budget(minutes=preset.vae_minutes)
     first = None if start is None else load(start, device="cpu", dtype="fp32").vae
+    assert first is None or isinstance(first, VAE)
     vae = train_vae(
         pictures, held_out, preset.vae, preset.vae_recipe, budget, run / "vae.pt", threads=threads, start=first
     )
