@@ -312,10 +312,10 @@ def test_a_png_alone_repeats_its_run(desk, session, tmp_path, picture, changes):
 
 def test_a_trajectory_carries_its_picture(tiny, tmp_path):
     trajectory = masa.invert(tiny, PICTURE, "a cat", steps=2, height=64, width=64, progress=False)
-    out = masa.sample(tiny, target="a dog", trajectory=trajectory.with_picture(PICTURE), progress=False)
+    out = masa.sample(tiny, target="a dog", trajectory=trajectory.with_picture(PICTURE), controls=[], progress=False)
     out.targets[0].save(tmp_path / "a.png")
     assert torch.equal(masa.rerun(tmp_path / "a.png", tiny, progress=False).latents, out.latents)
-    out = masa.sample(tiny, target="a dog", trajectory=trajectory, progress=False)
+    out = masa.sample(tiny, target="a dog", trajectory=trajectory, controls=[], progress=False)
     out.targets[0].save(tmp_path / "b.png")
     with pytest.raises(MasaError, match="given as pixels"):
         masa.rerun(tmp_path / "b.png", tiny, progress=False)

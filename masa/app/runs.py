@@ -111,9 +111,9 @@ def _run(desk: Desk, session: Session, asked: Asked, ticket: Ticket) -> Outcome:
     methods = asked.controls(desk.adapters)
     seed = secrets.randbelow(2**32) if asked.seed is None else asked.seed
     key = asked.source_key(seed, methods)
-    recorded = session.recorded if session.recorded is not None and session.recorded.key == key else None
     # It pays where the source would be run again: for several methods, or for the second prompt.
     pays = asked.reuse and bool(asked.prompts) and any(methods.values())
+    recorded = session.recorded if pays and session.recorded is not None and session.recorded.key == key else None
     records = recorded is None and pays and (len(methods) > 1 or session.asked_before == key)
     kept = None if asked.picture is None else session.inverted.get(asked.inversion_key())
     ticket.plan(_phases(asked, methods, kept is None, records, recorded is not None or records))
