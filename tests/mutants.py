@@ -953,6 +953,59 @@ LORA: Mutations = {
 }
 
 
+PAGE: Mutations = {
+    "app_runs a_run_is_what_the_library_makes_of_it": [
+        ("controls=every,\n        guidance_scale=asked.guidance,", "controls=every,"),
+    ],
+    "app_runs a_picture_is_inverted_once_and_its_source_recorded_for_the_second_prompt": [
+        ("None if asked.picture is None else session.inverted.get(asked.inversion_key())", "None"),
+        ("(len(methods) > 1 or session.asked_before == key)", "len(methods) > 1"),
+    ],
+    "app_runs methods_share_one_source_and_start_from_its_noise": [
+        ("pays = asked.reuse and bool(asked.prompts)", "pays = bool(asked.prompts)"),
+        ("(len(methods) > 1 or session.asked_before == key)", "session.asked_before == key"),
+    ],
+    "app_runs what_tabs_keep_is_bounded_and_their_own": [
+        ("while len(self.inverted) > INVERTED:", "while False:"),
+        ("idle[: max(0, len(self.by_tab) - self.most)]", "idle[:0]"),
+        ("while len(self.folders) > OUTCOMES:", "while False:"),
+    ],
+    "app_runs recorded_sources_of_all_tabs_fit_a_budget": [("other.recorded = None", "break")],
+    "app_runs a_trajectory_carries_its_picture": [
+        ('if settings.get("picture") is not None:  # it travels with the PNG', "if False:"),
+    ],
+    "app_runs the_share_weighs_phases_by_their_rows": [
+        ("total = sum(phase.calls * phase.rows for phase in self.phases)", "total = sum(p.calls for p in self.phases)"),
+        ("finished = min(max(0, self.calls - 1), now.calls)", "finished = max(0, self.calls - 1)"),
+    ],
+    "app_runs cancel_acts_within_a_step_and_leaves_nothing": [
+        ("for part in network.modules()]", "for part in ()]"),
+        ("for handle in handles:\n            handle.remove()", "pass"),
+    ],
+    "app_runs a_run_that_waits_is_cancelled_before_it_begins": [
+        ("if self.ticket is None:\n            self.ticket = Ticket()", "self.ticket = Ticket()"),
+    ],
+    "app_runs a_run_whose_page_is_gone_stops": [
+        ("finally:\n            ticket.stop.set()", "finally:\n            pass")
+    ],
+    "app_runs one_page_has_one_run_and_all_pages_one_worker": [("if self.at_work:", "if False:")],
+    "app_runs warnings_are_told_and_told_again_for_a_kept_picture": [
+        ("*(inverted.warnings if inverted is not None else ()), ", ""),
+    ],
+    "app_runs a_words_mask_is_found_once_and_cut_anew": [
+        ("if session.found is None or session.found.key != key:", "if session.found is None:"),
+        ("session.found is None or session.found.key != key", "True"),
+    ],
+    "app_runs what_an_editor_gives": [
+        ("picture is not None and picture.getbbox() is not None", "picture is not None"),
+    ],
+    "app_runs pages_name_no_other_server_and_forbid_them": [
+        ('body = ELSEWHERE.sub(b"", body)', "body = bytes(body)"),
+        ('(b"content-security-policy", POLICY.encode())', '(b"x-policy", POLICY.encode())'),
+    ],
+}
+
+
 DRAWN_POSES: dict[str, tuple[tuple[str, str], ...]] = {
     "demo_stick_figure": (
         ("pixels = max(1, round(width * self.thickness * self._side))", "pixels = max(1, round(width * self._side))"),
@@ -995,6 +1048,7 @@ def mutants() -> list[Mutant]:
         FILES_AND_COMMANDS,
         SEAMS,
         LORA,
+        PAGE,
         DRAWN_POSES,
     )
     for key, mutations in ((key, mutations) for part in parts for key, mutations in part.items()):

@@ -67,6 +67,15 @@ def test_imports_flow_one_way(path):
             assert all(i.startswith(allowed) for i in own), own
 
 
+def test_nothing_but_its_command_knows_the_page_and_nothing_else_its_toolkit():
+    for path in PRODUCT:
+        name, found = relative(path), imports(path)
+        if not name.startswith("masa/app/") and name != "masa/cli/app_command.py":
+            assert not {i for i in found if i.startswith("masa.app")}, name
+        if name not in ("masa/app/page.py", "masa/app/serve.py"):
+            assert not {i for i in found if i.split(".")[0] in ("gradio", "fastapi", "uvicorn")}, name
+
+
 @pytest.mark.parametrize(
     "path", [p for p in PRODUCT if "masa/models" in str(p) or p.name == "attention.py"], ids=relative
 )
