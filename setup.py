@@ -80,7 +80,9 @@ setup(
             "mypy>=2.4,<2.5",
         ],
         "plots": ["matplotlib>=3.8"],
-        "app": ["gradio>=6,<7"],
+        "app": ["gradio>=6.31,<7"],
+        # Beside "test", and a chromium on the PATH. Apart because gradio wants a newer huggingface_hub than masa.
+        "test-app": ["gradio>=6.31,<7", "playwright>=1.45"],
     },
     entry_points={"console_scripts": ["masa = masa.cli:main"]},
 )

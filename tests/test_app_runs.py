@@ -270,6 +270,9 @@ def test_what_tabs_keep_is_bounded_and_their_own(desk, tmp_path):
     sessions.close("one")
     assert ticket.stop.is_set()
     assert not one.folder.exists()
+    rest = [sessions.of("three"), sessions.of("four")]
+    sessions.close_all()
+    assert not any(session.folder.exists() for session in rest)
 
     asked = replace(BASE, picture=PICTURE)
     mine, other = desk.sessions.of("mine"), desk.sessions.of("other")
@@ -551,7 +554,8 @@ def test_gradio_is_imported_where_a_page_is_built_only():
 
 
 def test_pages_name_no_other_server_and_forbid_them():
-    page = b'<head><meta property="og:image" content="https://elsewhere.example/a.png"\n/><title>masa</title></head>'
+    page = b'<head><meta property="og:image" content="https://elsewhere.example/a.png"\n/><title>masa</title>'
+    page += b'<script>example = "https://github.com/gradio-app/gradio/raw/main/a.pdf"</script></head>'
     sent = []
 
     async def app(scope, receive, send):
@@ -568,7 +572,7 @@ def test_pages_name_no_other_server_and_forbid_them():
     with pytest.raises(StopIteration):
         step.send(None)
     headers = dict(sent[0]["headers"])
-    assert sent[1]["body"] == b"<head><title>masa</title></head>"
+    assert sent[1]["body"] == b'<head><title>masa</title><script>example = ""</script></head>'
     assert headers[b"content-length"] == str(len(sent[1]["body"])).encode()
     assert headers[b"content-security-policy"].startswith(b"default-src 'self';")
 

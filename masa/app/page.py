@@ -105,7 +105,8 @@ class Page:
                     crop=True,
                 )
                 gr.HTML(
-                    "<p>The picture's tool crops it. The brush paints the mask, where that is chosen.</p>", padding=True
+                    "<p>The picture tool crops; the brush paints the mask, where one is to be painted.</p>",
+                    elem_classes="hint",
                 )
                 self.fields["inverter"] = gr.Dropdown(
                     list(INVERTERS),

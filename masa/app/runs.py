@@ -136,17 +136,12 @@ def _run(desk: Desk, session: Session, asked: Asked, ticket: Ticket) -> Outcome:
             results.append((name, _sample(desk.sd, asked, seed, trajectory, cache, controls, ticket)))
         ticket.check()
     said = [*(inverted.warnings if inverted is not None else ()), *(str(w.message) for w in caught if _ours(w))]
-    if cache is not None and desk.sd.dtype != torch.float32:
-        said.append(
-            "made from a recorded source, to save time: in half precision masa rerun gives the same picture up to "
-            "rounding (Reuse the source, under Run settings, switches this off)"
-        )
     shown, files = _save(session.new_folder(), results, ticket)
     if recorded is not None:
         desk.sessions.keep_recorded(session, recorded)
     session.asked_before = key
     notes = tuple(dict.fromkeys(said))
-    session.outcome = Outcome(tuple(results), shown, files, notes, time.monotonic() - began)
+    session.outcome = Outcome(tuple(results), shown, files, notes, time.monotonic() - began, cache is not None)
     return session.outcome
 
 
@@ -362,6 +357,7 @@ def settings_of(outcome: Outcome) -> list[tuple[str, str]]:
         ("size", f"{size.width}x{size.height}"),
         ("model", f"{settings['checkpoint']}, {settings['dtype']} on {settings['device']}"),
         ("took", f"{outcome.seconds:.1f} s"),
+        ("rerun", "up to rounding: the source was recorded (Reuse the source)" if outcome.recorded else "exact"),
     ]
     return rows
 

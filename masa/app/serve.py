@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 HOST, PORT = "127.0.0.1", 7860
 MOST_UPLOADED = "64mb"
 WAITING = 16  # runs in the queue
-ELSEWHERE = re.compile(rb"\s*<meta[^>]*(?:og:|twitter:)[^>]*>")
+# What gradio's pages name of other servers: how they look when they are shared, and examples of its programs' API.
+ELSEWHERE = re.compile(rb"\s*<meta[^>]*(?:og:|twitter:)[^>]*>|https://(?:raw\.githubusercontent|github)\.com/[\w./-]*")
 
 # A browser that is told so loads nothing from elsewhere, whatever a later version of gradio asks it for.
 POLICY = (
@@ -59,6 +60,7 @@ def serve(
             announce(f"http://{'localhost' if host in (HOST, '0.0.0.0') else host}:{listening.getsockname()[1]}")
             server.run(sockets=[listening])
         finally:
+            desk.sessions.close_all()  # or the process would end with the run under way, not before it
             desk.worker.close()
 
 

@@ -53,13 +53,17 @@ class Found:
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What a run left: results by method, files to download, what there was to say."""
+    """What a run left: results by method, files to download, what there was to say.
+
+    recorded: its source came from a recording, so that a rerun agrees up to rounding.
+    """
 
     results: tuple[tuple[str, Result], ...]
     shown: tuple[tuple[Path, str], ...]  # pictures and their labels
     files: tuple[Path, ...]
     notes: tuple[str, ...]
     seconds: float
+    recorded: bool
 
 
 @dataclass(eq=False)
@@ -154,3 +158,8 @@ class Sessions:
         if session is not None:
             session.cancel()
             shutil.rmtree(session.folder, ignore_errors=True)
+
+    def close_all(self) -> None:
+        """Stop every run, and forget all tabs."""
+        for tab in list(self.by_tab):
+            self.close(tab)
