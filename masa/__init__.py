@@ -25,6 +25,7 @@ from masa.controls.t2i_adapter import T2IAdapter
 from masa.errors import CheckpointError, MasaError
 from masa.guidance import ClassifierFree, Guidance, GuidanceInterval, RescaledGuidance
 from masa.inversion import invert
+from masa.io import condition_pictures as conditions
 from masa.output import plots
 from masa.output.result import Result
 from masa.pipeline import StableDiffusion, load
@@ -72,6 +73,7 @@ __all__ = [
     "T2IAdapter",
     "Trajectory",
     "WordMasks",
+    "conditions",
     "edit",
     "grid",
     "invert",

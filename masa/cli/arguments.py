@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from masa.cli.condition_command import add_condition
 from masa.cli.control_arguments import add_control, add_record, add_start, parse_numbers, parse_words
 from masa.cli.registered_arguments import add_fields, add_plugins, add_sampler, choose
 from masa.controls.masactrl import MasaCtrl
@@ -184,10 +185,23 @@ def build_parser() -> Parser:
     group.add_argument("-o", "--out", help="the .png, .pdf or .svg to write (default: FOLDER/KIND.png)")
     group.add_argument("--overwrite", action="store_true", help="replace a file that is already there")
 
+    condition = add(
+        commands,
+        "condition",
+        "a condition picture for an adapter or ControlNet: edges, a sketch, a pose, ..",
+        [
+            "masa condition canny photo.jpg -o edges.png",
+            "masa condition sketch photo.jpg --threshold 0.2 -o sketch.png",
+            "masa condition openpose joints.json --height 512 --width 768 -o pose.png",
+            "masa condition depth depth16.png --near-is-dark -o depth.png",
+        ],
+    )
+    add_condition(condition)
+
     inspect = add(
         commands,
         "inspect",
-        "what is in a checkpoint: layout, parts, sizes, dtype, what is missing",
+        "what is in a checkpoint or adapter: kind, layout, parts, sizes, dtype, what is missing",
         ["masa inspect v1-5-pruned-emaonly.safetensors", "masa inspect demo"],
     )
     inspect.add_argument("checkpoint", help="a file, folder or hub id; 'demo' is the embedded model")

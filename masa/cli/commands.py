@@ -13,6 +13,7 @@ from typing import Any
 
 from masa.cli.adapter_arguments import given
 from masa.cli.arguments import build_parser
+from masa.cli.condition_command import run_condition
 from masa.cli.control_arguments import build_controls, build_start, build_swept, check_picture
 from masa.cli.idle_options import refuse_idle
 from masa.cli.registered_arguments import build_guidance, build_sampler, check_used, load_plugins, with_fields
@@ -253,6 +254,7 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace], None]] = {
     "grid": run_grid,
     "sweep": run_sweep,
     "plot": run_plot,
+    "condition": run_condition,
     "inspect": run_inspect,
     "rerun": run_rerun,
 }
