@@ -29,6 +29,7 @@ from masa.io import condition_pictures as conditions
 from masa.output import plots
 from masa.output.result import Result
 from masa.pipeline import StableDiffusion, load
+from masa.runtime.adapters import keep_networks
 from masa.samplers.base import Sampler
 from masa.samplers.ddim import DDIM
 from masa.samplers.dpm_solver import DPMSolverPP
@@ -77,6 +78,7 @@ __all__ = [
     "edit",
     "grid",
     "invert",
+    "keep_networks",
     "load",
     "plots",
     "record",

@@ -7,21 +7,26 @@ from dataclasses import replace
 
 import pytest
 import torch
-from adapter_cases import SteeredOracle, controlnet_residuals, make_adapter, make_controlnet, picture, save
-from fake_checkpoints import key_list, write_sparse
-from published import MutualAttention
-from test_t2i_adapter import (
+from adapter_cases import (
     CPU,
     ROUNDING,
     SOURCE,
     STEPS,
     TARGETS,
     USUAL,
+    SteeredOracle,
+    controlnet_residuals,
     differs,
+    make_adapter,
+    make_controlnet,
+    picture,
     run,
     same,
+    save,
     seen_steps,
 )
+from fake_checkpoints import key_list, write_sparse
+from published import MutualAttention
 
 import masa
 from masa.config import UNetConfig
@@ -144,7 +149,6 @@ REFUSED = {
     "SD 2": (lambda: wider(1024), "ControlNet for a Stable Diffusion 2.x model"),
     "SDXL": (lambda: wider(2048), "ControlNet for an SDXL model"),
     "SDXL's classes": (lambda: with_key("control_model.label_emb.0.0.weight"), "conditioned on classes"),
-    "difference": (lambda: with_key("difference"), "holds differences to its base model"),
     "Control-LoRA": (lambda: with_key("lora_controlnet"), "is a Control-LoRA"),
     "LLLite": (lambda: {"lllite_unet_input_blocks": ([1], "F32")}, "is a ControlNet-LLLite"),
     "LoRA": (lambda: key_list("lora_sd15_rank4")[next(iter(key_list("lora_sd15_rank4")))], "is a LoRA"),

@@ -6,12 +6,23 @@ from dataclasses import replace
 
 import pytest
 import torch
-from adapter_cases import picture, save
+from adapter_cases import (
+    CPU,
+    ROUNDING,
+    SOURCE,
+    STEPS,
+    TARGETS,
+    USUAL,
+    differs,
+    picture,
+    run,
+    same,
+    save,
+)
 from diffusers import UNet2DConditionModel
 from fake_checkpoints import key_list, write_sparse
 from PIL import Image
 from published import Oracle
-from test_t2i_adapter import CPU, ROUNDING, SOURCE, STEPS, TARGETS, USUAL, differs, run, same
 
 import masa
 from masa.config import IPAdapterConfig, UNetConfig

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from masa.cli.adapter_arguments import add_adapters
 from masa.cli.condition_command import add_condition
 from masa.cli.control_arguments import add_control, add_record, add_start, parse_numbers, parse_words
 from masa.cli.registered_arguments import add_fields, add_plugins, add_sampler, choose
@@ -94,6 +95,7 @@ def build_parser() -> Parser:
     group.add_argument("--edit-guidance", type=float, help="guidance that null-text fits (default: 7.5)")
     group.add_argument("--seed", type=int, help="of edit-friendly and plain noise (default: drawn)")
     add_tiled(add_steps_and_size(invert))
+    add_adapters(invert)
     add_model(invert)
     add_output(invert, "the .safetensors file to write (default: named after the picture)")
     add_profile(invert)

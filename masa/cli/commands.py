@@ -11,7 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from masa.cli.adapter_arguments import given
+from masa.cli.adapter_arguments import build_adapters, given
 from masa.cli.arguments import build_parser
 from masa.cli.condition_command import run_condition
 from masa.cli.control_arguments import build_controls, build_start, build_swept, check_picture
@@ -122,6 +122,7 @@ def run_invert(args: argparse.Namespace) -> None:
         raise MasaError(f"-o {out} must end in .safetensors, the format of a trajectory")
     check_free(out, args.overwrite, "-o")
     check_picture(args.image)
+    args.target = ()  # an inversion has none: adapters' pictures are the source's
     trajectory = masa.invert(
         load_model(args),
         args.image,
@@ -129,6 +130,7 @@ def run_invert(args: argparse.Namespace) -> None:
         steps=args.steps,
         tiled=args.tiled,
         method=args.method,
+        controls=build_adapters(args),
         **given(
             guidance_scale=args.invert_guidance,
             edit_guidance_scale=args.edit_guidance,
