@@ -40,6 +40,7 @@ import masa
 from masa.config import T2IAdapterConfig, UNetConfig
 from masa.edits import Residuals
 from masa.models.t2i_adapter import T2IAdapterNetwork
+from masa.runtime import adapters
 from masa.runtime.adapters import read_adapter
 from masa.runtime.compile import CompiledUNet
 from masa.weights.adapters import open_adapter
@@ -429,16 +430,44 @@ def test_a_run_is_repeated_from_its_picture(tiny, nets, tmp_path):
         masa.rerun(shown, tiny, progress=False)
 
 
-def test_an_adapter_file_is_read_once_and_let_go(tiny, files, tmp_path):
+def test_an_adapter_file_is_read_once_a_run_and_let_go(tiny, files, tmp_path, monkeypatch):
     path = Path(shutil.copy(files["full"], tmp_path))
     one = masa.T2IAdapter(path, target=picture(0))
     two = replace(one, weight=0.5)
     first = one.file.load(tiny.config.unet, torch.float32, CPU)
     assert two.file.load(tiny.config.unet, torch.float32, CPU) is first
     seen = weakref.ref(first)
-    del one, two, first
+    del first
     gc.collect()
-    assert seen() is None
+    assert seen() is None  # though both controls live
+
+    read = []
+    loaded = adapters.load_parts
+    monkeypatch.setattr(adapters, "load_parts", lambda *given, **named: read.append(1) or loaded(*given, **named))
+    image = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    usual = {"steps": 1, "height": 64, "width": 64, "progress": False}
+    masa.edit(tiny, image, "a dog", controls=[replace(one, source=picture(1)), two], **usual)
+    assert len(read) == 1  # checked, inverted and sampled
+    with masa.keep_networks():
+        for _ in range(2):
+            masa.sample(tiny, SOURCE, "a dog", controls=one, **usual)
+    assert len(read) == 2
+    for _ in range(2):
+        masa.sample(tiny, SOURCE, "a dog", controls=one, **usual)
+    assert len(read) == 4
+    assert not adapters._IN_USE
+
+
+def test_a_colour_adapter_sees_squares_of_64_pixels(tiny, nets, files):
+    """A photograph is the same to it as its squares; a full adapter sees all of it."""
+    photo = torch.rand(3, 128, 192, generator=torch.Generator().manual_seed(3))
+    shown = in_patches(photo)
+    assert shown.flatten(1).unique(dim=1).shape[1] == 6
+    ours = run(tiny, masa.T2IAdapter(files["light"], target=photo), TARGETS[0])
+    same(run(tiny, masa.T2IAdapter(files["light"], target=shown), TARGETS[0]), ours, ROUNDING)
+    differs(run(tiny, masa.T2IAdapter(files["light"], target=photo.flip(2)), TARGETS[0]), ours)
+    full = run(tiny, masa.T2IAdapter(files["full"], target=photo), TARGETS[0])
+    differs(run(tiny, masa.T2IAdapter(files["full"], target=shown), TARGETS[0]), full)
 
 
 def test_the_plain_loop_is_the_oracles(tiny, tiny_folder, generator):

@@ -204,7 +204,7 @@ def build_parser() -> Parser:
         commands,
         "inspect",
         "what is in a checkpoint or adapter: kind, layout, parts, sizes, dtype, what is missing",
-        ["masa inspect v1-5-pruned-emaonly.safetensors", "masa inspect demo"],
+        ["masa inspect v1-5-pruned-emaonly.safetensors", "masa inspect adapter.safetensors", "masa inspect demo"],
     )
     inspect.add_argument("checkpoint", help="a file, folder or hub id; 'demo' is the embedded model")
 

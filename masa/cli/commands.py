@@ -197,9 +197,11 @@ def run_sweep(args: argparse.Namespace) -> None:
 def run_inspect(args: argparse.Namespace) -> None:
     from masa.pipeline import locate
     from masa.runtime.networks import check_keys
+    from masa.weights.kinds import recognise
     from masa.weights.model_files import summarise
 
-    rows = summarise(locate(args.checkpoint, prefer_half=False), check=check_keys)
+    path = locate(args.checkpoint, prefer_half=False)
+    rows = recognise(path) or summarise(path, check=check_keys)
     width = max(len(label) for label, _ in rows)
     for label, text in rows:
         print(f"{label:<{width}}  {text}")
