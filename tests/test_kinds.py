@@ -23,7 +23,6 @@ TAESD = {
         "decoder.layers.2.conv.0.weight": ([64, 64, 3, 3], "F32"),
     },
 }
-WHOLE = {f"model.diffusion_model.{i}": ([1], "F32") for i in range(3)}
 CASES = {
     "full": (
         lambda: ADAPTERS["diffusers_full_cin3"],
@@ -77,7 +76,8 @@ def test_adapters_say_what_they_read(tmp_path, kind):
         assert lines["usable"].startswith("no: ")
         assert "style adapter" in lines["usable"]
     else:
-        told = "squares of 64" if "light" in kind else "lines" if "cin1" in kind else "colours, 3"
+        lines_read = "cin64" in kind or kind.endswith("cin1")
+        told = "squares of 64" if "light" in kind else "lines, 1" if lines_read else "colours, 3"
         assert told in lines["reads"]
 
 
@@ -100,6 +100,7 @@ def test_loras_of_every_layout_are_counted(tmp_path, layout):
         ({"lllite_unet_input_blocks": ([1], "F32")}, "ControlNet-LLLite"),
         ({"body.0.block1.weight": ([320, 320, 3, 3], "F32"), "conv_in.weight": ([320, 768, 3, 3], "F32")}, "SDXL's"),
         ({"image_proj.proj.3.weight": ([8], "F16")}, "full face"),
+        ({"ip_adapter.0.to_q_lora.down.weight": ([8, 8], "F16"), "image_proj.x": ([1], "F16")}, "FaceID"),
         ({"1.weight": ([64, 16, 3, 3], "F32"), "3.conv.0.weight": ([64, 64, 3, 3], "F32")}, "16 channels"),
         ({"w": ([1, 1024], "F32")}, "is for Stable Diffusion 2.x"),
     ],

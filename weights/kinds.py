@@ -20,13 +20,13 @@ Lines = list[tuple[str, str]]
 
 # What a key of each kind matches; the first that is found decides.
 MARKS: tuple[tuple[str, str], ...] = (
+    ("IP-Adapter", r"^(ip_adapter|image_proj)\."),
     (
         "LoRA",
-        r"lora_up\.|lora_down\.|lora_[AB]\.|lora\.(up|down)\.|:(up|down)$|hada_w|lokr_w|oft_blocks|oft_diag|ia3_l",
+        r"lora_(up|down|[AB])\.|lora\.(up|down)\.|:(up|down)$|hada_w|lokr_w|oft_blocks|oft_diag|ia3_l",
     ),
     ("ControlNet", r"control_model\.|input_hint_block\.|controlnet_cond_embedding\.|zero_convs\.|lllite_unet_"),
     ("T2I-Adapter", r"^(adapter\.)?body\.\d+\.(block1|in_conv|resnets|body)\b|transformer_layes\.|style_embedding"),
-    ("IP-Adapter", r"^(ip_adapter|image_proj)\."),
     ("TAESD", r"^(taesd_)?((encoder|decoder)\.)?(layers\.)?\d+\.conv\.[024]\.weight$"),
 )
 # How a LoRA's keys look in each layout.
