@@ -178,7 +178,7 @@ def test_adapters_beside_a_control_stay_with_their_targets(tiny, adapters, image
     """All three change the targets, and not a source without conditions; a target alone is the same among others."""
     start = {}
     if name == "blended latents":
-        start = {"trajectory": masa.invert(tiny, image, SOURCE, steps=STEPS, progress=False)}
+        start = {"trajectory": masa.invert(tiny, image, SOURCE, **INVERTED), "seed": 3}
     control = listed(CONTROLS[name])
     together = run(tiny, [*control, *adapters], **start)
     plain = run(tiny, control, **start)
@@ -194,7 +194,7 @@ def test_adapters_beside_a_control_stay_with_their_targets(tiny, adapters, image
 def test_without_weight_they_are_absent_beside_any_control(tiny, adapters, image, name):
     start = {}
     if name == "blended latents":
-        start = {"trajectory": masa.invert(tiny, image, SOURCE, steps=STEPS, progress=False)}
+        start = {"trajectory": masa.invert(tiny, image, SOURCE, **INVERTED), "seed": 3}
     nothing = [replace(adapters[0], weight=0.0), replace(adapters[1], scale=0.0), replace(adapters[2], scale=0.0)]
     control = listed(CONTROLS[name])
     assert torch.equal(run(tiny, [*control, *nothing], **start), run(tiny, control, **start))
