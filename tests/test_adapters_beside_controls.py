@@ -125,9 +125,7 @@ def published_control(name, ids):
         return published.SourceLayout(range(2), range(8, 16)), {"feature_steps": 3}
     if name == "prompt-to-prompt":
         edit = published.replace(torch.stack([published.replacement_mapper(ids, SOURCE, target) for target in TARGETS]))
-        return published.PromptToPrompt(
-            edit, published.schedule(STEPS, 2, (0, 0.8)), (0, 2), self_tokens=8 * 16 // 4
-        ), {}
+        return published.PromptToPrompt(edit, published.schedule(STEPS, 2, (0, 0.8)), (0, 2)), {}
     given = {"union": {"union": True}, "masks": {"masks": (LEFT, 1.0 - LEFT), "aspect": (1, 2)}}.get(name, {})
     return MutualAttention(range(1, STEPS), range(8, 16), **given), {}
 
