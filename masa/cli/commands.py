@@ -130,8 +130,8 @@ def run_invert(args: argparse.Namespace) -> None:
         steps=args.steps,
         tiled=args.tiled,
         method=args.method,
-        controls=build_adapters(args),
         **given(
+            controls=build_adapters(args) or None,
             guidance_scale=args.invert_guidance,
             edit_guidance_scale=args.edit_guidance,
             inner_steps=args.inner_steps,
