@@ -41,6 +41,8 @@ setup(
     packages=list(FOLDERS),
     package_dir=FOLDERS,
     package_data={
+        "masa": ["py.typed"],
+        "masa.output": data("masa.output", "fonts/*"),
         "masa.weights": data("masa.weights", "clip/*"),
         "masa.weights.demo": data("masa.weights.demo", "*.md", "*.png", "*.json", "*.safetensors", "model/**/*.*"),
     },
@@ -70,6 +72,8 @@ setup(
             "scipy>=1.10",
             "opencv-python-headless>=4.8",
             "matplotlib>=3.8",
+            "nbclient>=0.9",
+            "ipykernel>=6",
             "ruff>=0.17,<0.18",
             "mypy>=2.4,<2.5",
         ],

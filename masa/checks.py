@@ -17,7 +17,7 @@ from masa.controls.base import Control, Run, begin_all, check_together
 from masa.controls.steering import check_halves, steering_controls
 from masa.edits import Grid
 from masa.errors import MasaError
-from masa.guidance import ClassifierFree, check_guidance, check_guidance_scale
+from masa.guidance import ClassifierFree, Guidance, check_guidance, check_guidance_scale
 from masa.io.pictures import ImageLike, check_size, load_image
 from masa.pipeline import StableDiffusion
 from masa.samplers.base import Levels, Sampler
@@ -27,8 +27,25 @@ from masa.settings import RunSettings
 from masa.trajectory import EDIT_FRIENDLY_ETA, Trajectory
 
 
+def check_model(sd: object) -> None:
+    """MasaError unless it is a model."""
+    if not isinstance(sd, StableDiffusion):
+        raise MasaError(f"the model is {sd!r}; expected what masa.load() gives, as the first argument")
+
+
+def check_schedule(schedule: object) -> None:
+    """MasaError unless it is a schedule, or None."""
+    if schedule is not None and not isinstance(schedule, Schedule):
+        raise MasaError(
+            f"schedule is {schedule!r}; expected a value such as masa.Schedule(), the noise levels of training (how "
+            "they are walked is the sampler's: sampler='dpm++2m')"
+        )
+
+
 def as_prompts(target: str | Sequence[str]) -> tuple[str, ...]:
     """One prompt or several, as several."""
+    if target is not None and not isinstance(target, Sequence):
+        raise MasaError(f"the target is {target!r}; expected a prompt, or a list of prompts")
     prompts = (target,) if isinstance(target, str) else tuple(target or ())
     for prompt in prompts:
         if not isinstance(prompt, str):
@@ -60,6 +77,7 @@ def check_numbers(
 def check_settings(sd: StableDiffusion, asked: RunSettings) -> None:
     """MasaError for values that no run can use, whatever it starts from."""
     check_targets_at_once(asked.targets_at_once)
+    check_schedule(asked.schedule)
     check_tiled(asked.tiled)
     scale = 7.5 if asked.guidance_scale is None else asked.guidance_scale
     check_numbers(sd, scale, asked.eta, asked.backend, asked.latents)
@@ -130,6 +148,7 @@ def describe_run(sd: StableDiffusion, levels: Levels, prompts: tuple[str, ...], 
         dtype=sd.dtype,
         unet=sd.config.unet,
         base_weights=sd.without_lora().unet.state_dict() if sd.offloaded is None else None,
+        preview=sd.config.preview,
         token_positions=sd.tokenizer.token_positions,
         encode=sd.tokenizer.encode,
         tokens=sd.config.text.tokens,
@@ -194,6 +213,8 @@ def settle(sd: StableDiffusion, asked: RunSettings, trajectory: Trajectory | Non
     sampler = asked.sampler or DDIM()
     method = None if trajectory is None else trajectory.method
     levels = choose_levels(sampler, schedule, steps, method=method, eta=asked.eta, free=not pinned)
+    if sd.embeds_guidance:
+        check_embedded(asked.negative_prompt, asked.guidance, method)
     from_noise = trajectory is None and asked.latents is None
     settled = replace(
         asked,
@@ -210,6 +231,20 @@ def settle(sd: StableDiffusion, asked: RunSettings, trajectory: Trajectory | Non
         sampler=sampler,
     )
     return settled, levels
+
+
+def check_embedded(negative_prompt: str, guidance: Guidance | None, method: str | None) -> None:
+    """MasaError for what needs two halves, of a model that is told its guidance and has one. method: an inversion's."""
+    what = f"negative_prompt={negative_prompt!r}" if negative_prompt else None
+    if guidance not in (None, ClassifierFree()):
+        what = f"guidance={guidance!r}"
+    if method in ("negative-prompt", "null-text", "edit-friendly"):
+        what = f"{method} inversion"
+    if what is not None:
+        raise MasaError(
+            f"{what} needs an unconditional prediction, and this model, a latent consistency model that is told its "
+            "guidance, makes none; leave it out, or take a plain model with an LCM-LoRA"
+        )
 
 
 def steps_and_size(

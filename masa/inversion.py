@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import get_args
@@ -9,11 +11,11 @@ from typing import get_args
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from masa.attention import Backend, check_backend
 from masa.branches import Branches
-from masa.checks import as_controls, check_tiled, describe_run
+from masa.checks import as_controls, check_embedded, check_model, check_schedule, check_tiled, describe_run
 from masa.controls.base import Control
 from masa.controls.steering import NO_STEERING, Steering, begin_steering, check_halves, without_targets
 from masa.errors import MasaError
@@ -27,6 +29,9 @@ from masa.samplers.base import Levels
 from masa.schedule import Schedule
 from masa.settings import describe, describe_schedule
 from masa.trajectory import EDIT_FRIENDLY_ETA, Method, Trajectory
+
+# Peak signal to noise ratio, dB, of what an autoencoder rebuilds: the demo's world has 24 to 30, photographs 12 to 22.
+PHOTOGRAPH = 23.0
 
 METHODS: tuple[str, ...] = get_args(Method)
 
@@ -77,11 +82,15 @@ def invert(
 
     Raises MasaError for bad input, before any long work.
     """
+    check_model(sd)
+    check_schedule(schedule)
     schedule = schedule or sd.schedule
     timesteps = schedule.timesteps(steps)
     check_guidance_scale(guidance_scale)
     check_guidance_scale(edit_guidance_scale)
     check_method(method, prompt, steps, schedule, edit_guidance_scale)
+    if sd.embeds_guidance:
+        check_embedded("", None, method)
     if not isinstance(inner_steps, int | np.integer) or isinstance(inner_steps, bool) or inner_steps < 1:
         raise MasaError(f"inner_steps is {inner_steps}; expected a whole number, 1 or more")
     check_backend(backend, sd.device)
@@ -91,19 +100,30 @@ def invert(
     uncond, cond = sd.encode_prompt([""]), sd.encode_prompt([prompt])
     if method == "negative-prompt":
         uncond = cond
+    embedded = sd.embed_guidance(guidance_scale)
     steering = _steering(sd, as_controls(controls), prompt, schedule, steps, picture, method)
-    apart = steering.tells_halves_apart
     # Where both halves would be the same row, or the unconditional one has no say, one is enough.
-    rows = Branches.build(0, guided=guidance_scale > 1.0 and (apart or not torch.equal(uncond, cond)))
+    differ = steering.tells_halves_apart or not torch.equal(uncond, cond)
+    rows = Branches.build(0, guided=guidance_scale > 1.0 and differ and not sd.embeds_guidance)
     context = rows.contexts(uncond, cond)
 
     def predict(x: Tensor, timestep: int) -> Tensor:
         latents = x.to(sd.dtype)
         edits, residuals = steering.edits(timestep, rows), steering.residuals(timestep, latents, context, rows)
-        eps, _ = sd.unet(latents, timestep, context, edits, backend=backend, copies=rows.copies, residuals=residuals)
+        eps, _ = sd.unet(
+            latents,
+            timestep,
+            context,
+            edits,
+            backend=backend,
+            copies=rows.copies,
+            residuals=residuals,
+            guidance=embedded,
+        )
         return guide(rows, eps.float(), ClassifierFree(), 0, guidance_scale)
 
     z0 = sd.encode_image(picture, height=picture.shape[2], width=picture.shape[3], tiled=tiled)
+    _warn_of_photograph(sd, picture, z0)
     bar = tqdm(timesteps[::-1], desc="invert", disable=not progress or method == "noise")
     embeddings: Tensor | None = None
     added: Tensor | None = None
@@ -171,6 +191,21 @@ def _steering(
     steering = begin_steering(controls, run, schedule.timesteps(steps))
     check_halves(method, steering.controls)
     return steering
+
+
+def _warn_of_photograph(sd: StableDiffusion, picture: Tensor, z0: Tensor) -> None:
+    """Say so where the demo model is given a picture (1, 3, h, w) that its autoencoder cannot rebuild."""
+    if sd.origin.checkpoint != "demo":
+        return
+    rebuilt = torch.from_numpy(np.array(sd.decode_latents(z0)[0])).permute(2, 0, 1)
+    error = ((picture[0] + 1.0) * 127.5 - rebuilt).square().mean().item()
+    psnr = 10.0 * math.log10(255.0**2 / max(error, 1e-6))
+    if psnr < PHOTOGRAPH:
+        warnings.warn(
+            f"the demo model rebuilds this picture at {psnr:.0f} dB only: it knows a small drawn world, no "
+            "photographs; load Stable Diffusion v1 for those (masa.load(FILE), -c FILE)",
+            stacklevel=3,
+        )
 
 
 def _ddim(predict: Predict, z0: Tensor, schedule: Schedule, steps: int, timesteps: Sequence[int] | tqdm) -> Tensor:

@@ -16,6 +16,7 @@ from masa.cli.arguments import build_parser
 from masa.cli.condition_command import run_condition
 from masa.cli.control_arguments import build_controls, build_start, build_swept, check_picture
 from masa.cli.idle_options import refuse_idle
+from masa.cli.preview import build_preview
 from masa.cli.registered_arguments import build_guidance, build_sampler, check_used, load_plugins, with_fields
 from masa.errors import MasaError
 from masa.io.files import check_folder, check_free, replacing
@@ -31,7 +32,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.formatwarning = lambda message, *_: f"masa: {message}\n"
     try:
         load_plugins(sys.argv[1:] if argv is None else argv)
-        args = build_parser().parse_args(argv)
+        parser = build_parser()
+        if not (sys.argv[1:] if argv is None else argv):
+            parser.print_help()
+            return 0
+        args = parser.parse_args(argv)
         refuse_idle(args)
         run(args)
     except (Exception, KeyboardInterrupt) as error:
@@ -94,16 +99,18 @@ In Python:
 def run_sample(args: argparse.Namespace) -> None:
     import masa
 
+    check_prompts(args)
     folder = choose_folder(args.out, file_names(len(args.target)), args.overwrite)
     settings = sampling_settings(args)
     trajectory = masa.Trajectory.load(args.trajectory) if args.trajectory else None
     result = masa.sample(load_model(args), args.source, args.target, trajectory=trajectory, **settings)
-    report(result.save(folder))
+    report(result.save(folder), args)
 
 
 def run_edit(args: argparse.Namespace) -> None:
     import masa
 
+    check_prompts(args)
     folder = choose_folder(args.out, file_names(len(args.target)), args.overwrite)
     settings = sampling_settings(args)
     check_picture(args.image)
@@ -111,7 +118,7 @@ def run_edit(args: argparse.Namespace) -> None:
     result = masa.edit(
         load_model(args), args.image, args.target, args.source, method=args.method, **inversion, **settings
     )
-    report(result.save(folder))
+    report(result.save(folder), args)
 
 
 def run_invert(args: argparse.Namespace) -> None:
@@ -139,22 +146,24 @@ def run_invert(args: argparse.Namespace) -> None:
         **size_and_seed(args),
     )
     trajectory.save(out)
-    report([out])
+    report([out], args)
 
 
 def run_sdedit(args: argparse.Namespace) -> None:
     import masa
 
+    check_prompts(args)
     folder = choose_folder(args.out, file_names(len(args.target)), args.overwrite)
     check_picture(args.image)
     settings = sampling_settings(args)
     result = masa.sdedit(load_model(args), args.image, args.target, args.strength, **settings)
-    report(result.save(folder))
+    report(result.save(folder), args)
 
 
 def run_grid(args: argparse.Namespace) -> None:
     import masa
 
+    check_prompts(args)
     folder = choose_folder(args.out, ["grid.png"], args.overwrite)
     check_picture(args.image)
     sheet = masa.grid(
@@ -169,12 +178,13 @@ def run_grid(args: argparse.Namespace) -> None:
         **size_and_seed(args),
     )
     sheet.save(folder / "grid.png")
-    report([folder / "grid.png"])
+    report([folder / "grid.png"], args)
 
 
 def run_sweep(args: argparse.Namespace) -> None:
     import masa
 
+    check_prompts(args)
     folder = choose_folder(args.out, ["sweep.png"], args.overwrite)
     if args.image is not None:
         check_picture(args.image)
@@ -191,7 +201,7 @@ def run_sweep(args: argparse.Namespace) -> None:
         **size_and_seed(args),
     )
     sheet.save(folder / "sweep.png")
-    report([folder / "sweep.png"])
+    report([folder / "sweep.png"], args)
 
 
 def run_inspect(args: argparse.Namespace) -> None:
@@ -267,6 +277,14 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace], None]] = {
 # ------------------------------------------------------------------------------------------------ helpers
 
 
+def check_prompts(args: argparse.Namespace) -> None:
+    """Refuse a picture's name where a prompt belongs: `masa edit a.png b.png "a cat"` edits one picture only."""
+    prompts = [args.target] if isinstance(args.target, str) else args.target
+    for prompt in [*prompts, args.source] if "source" in args else prompts:
+        if os.path.isfile(prompt):
+            raise MasaError(f"{prompt} is a file and stands where a prompt belongs; a command edits one picture")
+
+
 def load_model(args: argparse.Namespace):  # type: ignore[no-untyped-def]
     import masa
     from masa.attention import check_backend
@@ -308,6 +326,9 @@ def sampling_settings(args: argparse.Namespace) -> dict[str, Any]:
     plain = {name: getattr(args, OPTIONS.get(name, name)) for name in names if OPTIONS.get(name, name) in args}
     pinned = {"pin_source": not args.free_source} if "free_source" in args else {}
     made = {name: with_fields(value, args.set) for name, value in made.items() if value is not None}
+    previews = build_preview(args)
+    if previews:
+        controls = {"controls": [*controls.get("controls", ()), *previews]}
     return {**plain, **pinned, **controls, **made, "progress": not args.quiet}
 
 
@@ -338,6 +359,12 @@ def choose_folder(out: str | None, names: Sequence[str], overwrite: bool) -> Pat
     return folder
 
 
-def report(paths: Sequence[Path]) -> None:
+def report(paths: Sequence[Path], args: argparse.Namespace | None = None) -> None:
+    """Say what was written and, of a run without -c, with which model."""
     for path in paths:
         print(path)
+    if args is not None and args.checkpoint is None and not args.quiet:
+        print(
+            "masa: made with the embedded demo model, which knows a small drawn world; -c FILE: another",
+            file=sys.stderr,
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from numbers import Real
 
@@ -149,7 +150,9 @@ def _is_point(joint: object) -> bool:
     return (
         isinstance(joint, list | tuple | np.ndarray)
         and len(joint) == 2
-        and all(isinstance(value, Real) and not isinstance(value, bool) and np.isfinite(value) for value in joint)
+        and all(
+            isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(float(value)) for value in joint
+        )
     )
 
 
