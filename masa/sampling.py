@@ -199,8 +199,6 @@ def prepare(sd: StableDiffusion, asked: RunSettings, given: Given) -> Prepared:
     if trajectory is None and first_step == 0:
         start = start * settings.sampler.noise_scale(levels)
     start = _started(active, start, cache)
-    if cache is None:
-        _warn_of_other_conditions(trajectory, active)
     denoising = Denoising(
         sd=sd,
         levels=levels,
@@ -404,6 +402,7 @@ def _begin(
         source_pinned=trajectory is not None and bool(settings.pin_source),
     )
     active = begin_all(settings.controls, info)
+    _warn_of_other_conditions(trajectory, active)
     first_step = max(settings.skip_steps, *(control.first_step for control in active), 0)
     late = [control.name for control in active if control.first_step > settings.skip_steps]
     if late and trajectory is None and settings.latents is None:

@@ -147,13 +147,10 @@ def _point(name: str, joint: Joint, which: str, height: int, width: int) -> tupl
 
 
 def _is_point(joint: object) -> bool:
-    return (
-        isinstance(joint, list | tuple | np.ndarray)
-        and len(joint) == 2
-        and all(
-            isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(float(value)) for value in joint
-        )
-    )
+    if not isinstance(joint, list | tuple | np.ndarray) or len(joint) != 2:
+        return False
+    numbers = all(isinstance(value, Real) and not isinstance(value, bool) for value in joint)
+    return numbers and all(math.isfinite(float(value)) for value in joint)
 
 
 def _canvas(height: int, width: int) -> np.ndarray:

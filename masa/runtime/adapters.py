@@ -164,7 +164,7 @@ def read_controlnet(
     with torch.no_grad():
         for name, weight in network.named_parameters():
             if name in base:  # what the UNet has not, such as the hint's encoder, stands as it is
-                weight += base[name].to(weight)
+                weight.add_(base[name].to(weight))
     return network.to(dtype)
 
 
