@@ -21,6 +21,7 @@ IP_OPTIONS = ("ip_source", "ip_scale", "image_encoder")
 
 
 def add_adapters(parser: argparse.ArgumentParser) -> None:
+    """Options of three kinds of adapters; for a command without targets, which has the source's alone."""
     group = parser.add_argument_group("layout by a picture (for the targets; without targets, for the source)")
     text = "an adapter's file or folder, and its picture of lines, poses, depth, ..; several add up"
     group.add_argument("--t2i-adapter", nargs=2, action="append", metavar=("FILE", "PICTURE"), help=text)
