@@ -197,7 +197,7 @@ def write_report(store: Store, out: Path) -> str:
         f"An appearance is right below an error of {limit.value:.1f}, the equal error rate's threshold. A named pose "
         "is right where the classifier sees it; one between two where the nearest of 22 exact renders is its own. The "
         "pose error is how far that render's joints are from the asked ones, of the subject's size. Prompts tell "
-        'subject and direction; "named" ones tell the pose too, of one between two the first of them. The prompt alone, '
+        'subject and direction; "named" ones tell the pose too, of one between two the first. The prompt alone, '
         "on the same individuals, is in ground_truth_editing.md: MasaCtrl S=2 L=6.\n",
     ]
     for section, title in TITLES.items():
