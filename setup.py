@@ -73,6 +73,8 @@ setup(
             "accelerate>=0.30",
             "peft>=0.13",
             "scikit-image>=0.22",
+            "scipy>=1.10",
+            "opencv-python-headless>=4.8",
             "matplotlib>=3.8",
             "nbclient>=0.9",
             "ipykernel>=6",
@@ -83,6 +85,7 @@ setup(
         "app": ["gradio>=6.31,<7"],
         # Beside "test", and a chromium on the PATH. Apart because gradio wants a newer huggingface_hub than masa.
         "test-app": ["gradio>=6.31,<7", "playwright>=1.45"],
+        "conditions": ["scikit-image>=0.22", "scipy>=1.10"],
     },
     entry_points={"console_scripts": ["masa = masa.cli:main"]},
 )
