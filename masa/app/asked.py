@@ -138,18 +138,23 @@ class Asked:
         return {name: [*self._method(name), *layout] for name in METHODS if name in self.methods}
 
     def _method(self, name: str) -> list[Control]:
-        start = {"start_step": self.start_step, "start_layer": self.start_layer}
         if name == MASACTRL:
-            return [MasaCtrl(**start)]
+            return [MasaCtrl(self.start_step, self.start_layer)]
         if name == MASKED:
-            return [MasaCtrl(**start, mask=self._masks())]
+            return [MasaCtrl(self.start_step, self.start_layer, mask=self._masks())]
         if name == P2P:
             edit: Any = self.p2p_edit
-            bounds = {"cross_replace_steps": self.p2p_cross, "self_replace_steps": self.p2p_self}
-            return [PromptToPrompt(edit, **bounds, self_replace_tokens=None)]
+            return [
+                PromptToPrompt(
+                    edit,
+                    cross_replace_steps=self.p2p_cross,
+                    self_replace_steps=self.p2p_self,
+                    self_replace_tokens=None,
+                )
+            ]
         if name == PNP:
             return [PlugAndPlay(self.pnp_features, self.pnp_attention)]
-        return [StyleTransfer(**start)] if name == STYLE else []
+        return [StyleTransfer(self.start_step, self.start_layer)] if name == STYLE else []
 
     def _masks(self) -> WordMasks | GivenMasks:
         if self.mask == PAINTED:

@@ -233,7 +233,7 @@ class Page:
 
     def _add_settings(self) -> None:
         defaults = self.desk.defaults
-        size = {"minimum": MULTIPLE, "maximum": LARGEST, "step": MULTIPLE, "value": defaults.size}
+        size: dict[str, Any] = {"minimum": MULTIPLE, "maximum": LARGEST, "step": MULTIPLE, "value": defaults.size}
         with gr.Accordion("Run settings", open=False, elem_id="settings_part"):
             with gr.Row():
                 self.fields["steps"] = gr.Slider(

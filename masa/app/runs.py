@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from PIL import Image
@@ -34,6 +35,7 @@ from masa.trajectory import Trajectory
 from masa.workflows.recording import record
 from masa.workflows.sheets import label_sheet
 
+T = TypeVar("T")
 MAP_STEPS = 3  # noise levels at which a word is looked for on a picture
 
 
@@ -96,7 +98,7 @@ def mask_again(session: Session, threshold: float) -> Image.Image:
     return mask_over(session.found.picture, word_mask(session.found.map, threshold, size))
 
 
-def _follow(desk: Desk, session: Session, work: Callable[[Ticket], object]) -> Iterator[Progress | object]:
+def _follow(desk: Desk, session: Session, work: Callable[[Ticket], T]) -> Iterator[Progress | T]:
     """Do the work in its turn, so that the session's Cancel reaches it."""
     with session.working() as ticket:
         for told in desk.worker.follow(work, ticket):

@@ -33,7 +33,7 @@ def run_app(args: argparse.Namespace, load: Callable[[], StableDiffusion]) -> No
 
 def named(paths: Sequence[str], kind: str) -> list[Adapter]:
     """Adapters under their files' names."""
-    found = []
+    found: list[Adapter] = []
     for path in paths:
         check_weights(path, kind)
         name = f"{Path(path).stem} ({kind})"
