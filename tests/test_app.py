@@ -221,6 +221,29 @@ def test_a_words_mask_and_a_drawn_layout(open_page, picture):
     assert "T2IAdapter(path=demo" in page.inner_text("#table")
 
 
+def test_a_runs_size_follows_the_picture_and_its_crop(open_page, tmp_path):
+    wide = tmp_path / "wide.png"
+    Image.new("RGB", (600, 240), "green").save(wide)
+    page = open_page()
+    page.click("#settings_part button >> nth=0")
+    page.wait_for_selector("#width input[type=number]")
+    give_picture(page, wide)
+    page.wait_for_function("document.querySelector('#width input[type=number]').value == 320")
+    page.click("#picture button[aria-label='Image']")
+    page.click("#picture button[aria-label='Crop']")
+    page.wait_for_timeout(1000)
+    canvas = page.locator("#picture canvas").first
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    middle = box["y"] + 0.45 * box["height"]
+    page.mouse.move(box["x"] + box["width"] - 27, middle)  # the right edge's handle
+    page.mouse.down()
+    page.mouse.move(box["x"] + 0.5 * box["width"], middle, steps=12)
+    page.mouse.up()
+    page.click("#picture button[aria-label='Confirm crop']")
+    page.wait_for_function("document.querySelector('#width input[type=number]').value < 200")
+
+
 def test_cancel_and_reload_during_a_run_and_a_second_tab(open_page):
     one, two = open_page(), open_page()
     open_settings(one, 2)

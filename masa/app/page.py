@@ -303,8 +303,10 @@ class Page:
         )
         fields["steps"].change(_limit_start, [fields["steps"], fields["start_step"]], fields["start_step"], **QUIET)
         size = [fields["width"], fields["height"]]
-        for event in (fields["picture"].upload, fields["picture"].apply):
-            event(self._fit_size, fields["picture"], size, **QUIET)
+        shape = gr.State((0, 0))
+        editor = fields["picture"]
+        for event in (editor.upload, editor.input, editor.apply):
+            event(self._fit_size, [editor, shape], [*size, shape], **QUIET)
         for button, editor in ((self.fetch_source, "mask_source"), (self.fetch_target, "mask_target")):
             button.click(self._fetch, [kind, fields["picture"], *size], [fields[editor], self.progress], **QUIET)
         inputs = [kind, self.moves, *fields.values()]
@@ -429,13 +431,13 @@ class Page:
         value = {"background": enlarged(picture), "layers": [], "composite": None}
         return value, gr.skip()
 
-    def _fit_size(self, edited: Any) -> tuple[Any, Any]:
-        """Width and height of a run in a picture's proportions."""
+    def _fit_size(self, edited: Any, shape: tuple[int, int]) -> tuple[Any, Any, Any]:
+        """Width and height of a run in a picture's proportions, where it is another or was cropped."""
         picture = picture_of(edited)
-        if picture is None:
-            return gr.skip(), gr.skip()
+        if picture is None or picture.size == tuple(shape):
+            return gr.skip(), gr.skip(), gr.skip()
         height, width = target_size(picture.height, picture.width, self.desk.sd.config.image_size, None, None)
-        return min(width, LARGEST), min(height, LARGEST)
+        return min(width, LARGEST), min(height, LARGEST), picture.size
 
     def _close(self, request: gr.Request) -> None:
         self.desk.sessions.close(_tab(request))

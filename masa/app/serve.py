@@ -98,7 +98,7 @@ def build_server(desk: Desk) -> uvicorn.Server:
     import uvicorn
 
     # A browser's open streams do not keep the server from ending.
-    config = uvicorn.Config(build_app(desk), log_level="error", timeout_graceful_shutdown=1)
+    config = uvicorn.Config(build_app(desk), log_level="critical", timeout_graceful_shutdown=1)
     return uvicorn.Server(config)
 
 
