@@ -203,7 +203,7 @@ RUN: Mutations = {
         ('"schedule": (schedule, trajectory.schedule)', '"schedule": (schedule, sd.schedule)'),
     ],
     "sampling an_unguided_inversion_costs_one_row_a_step": [
-        ("guided=guidance_scale > 1.0 and not torch.equal(uncond, cond)", "guided=not torch.equal(uncond, cond)"),
+        ("guided=guidance_scale > 1.0 and differ", "guided=differ"),
     ],
     "sampling what_controls_set_may_depend_on_the_pictures_size": [
         ("return fitted.shape[2], fitted.shape[3]", "return fitted.shape[2], fitted.shape[2]"),
@@ -324,7 +324,7 @@ GUIDANCE_AND_SAMPLERS: Mutations = {
         ("device=like.device) / (half - 1)", "device=like.device) / half"),
     ],
     "lcm an_inversion_is_told_its_guidance": [
-        ("copies=rows.copies, guidance=embedded", "copies=rows.copies"),
+        ("residuals=residuals,\n            guidance=embedded,", "residuals=residuals,"),
     ],
     "lcm what_needs_two_halves_is_refused": [
         ("if guidance not in (None, ClassifierFree()):", "if False:"),
@@ -896,6 +896,34 @@ SEAMS: Mutations = {
     ],
 }
 
+CONDITIONS: Mutations = {
+    "condition_pictures canny_is_its_definition": [
+        ("across, down = ay < ax * TANGENT,", "across, down = ay <= ax,"),
+        ("falling = (dx ^ dy) >= 0", "falling = (dx ^ dy) < 0"),
+        ("labels, _ = ndimage.label(candidates, structure=np.ones((3, 3)))", "labels, _ = ndimage.label(candidates)"),
+    ],
+    "condition_pictures openpose_has_the_published_colours": [
+        ("canvas[inside] = (1.0 - OPENPOSE_OPACITY) * canvas[inside] +", "canvas[inside] ="),
+    ],
+    "condition_pictures larger_photographs_are_scaled_down": [
+        ("if short_side is not None and short > short_side:", "if short_side is not None and short < short_side:"),
+    ],
+    "conditioned_inversion each_control_takes_part": [
+        (
+            "return resolve(self.controls, self.timesteps.index(timestep), branches",
+            "return resolve(self.controls, 0, branches",
+        ),
+        ("step, rows = self.timesteps.index(timestep), x.expand", "step, rows = 0, x.expand"),
+    ],
+    "conditioned_inversion an_edit_inverts_with": [
+        ('return () if method == "noise" else steering_controls', "return () if method else steering_controls"),
+    ],
+    "controlnet differences_are_to_the_model": [
+        ("base_weights=sd.without_lora().unet.state_dict()", "base_weights=sd.unet.state_dict()"),
+        ("if name in base:  # what the UNet", "if name not in base:  # what the UNet"),
+    ],
+}
+
 LORA: Mutations = {
     "lora every_layout_equals_diffusers": [
         ("loras[i].weights[layer[0]] * change.scale * delta", "change.scale * delta"),
@@ -967,6 +995,7 @@ def mutants() -> list[Mutant]:
         FILES_AND_COMMANDS,
         SEAMS,
         LORA,
+        CONDITIONS,
     )
     for key, mutations in ((key, mutations) for part in parts for key, mutations in part.items()):
         module, *names = key.split(" ")
