@@ -902,23 +902,23 @@ CONDITIONS: Mutations = {
         ("falling = (dx ^ dy) >= 0", "falling = (dx ^ dy) < 0"),
         ("labels, _ = ndimage.label(candidates, structure=np.ones((3, 3)))", "labels, _ = ndimage.label(candidates)"),
     ],
-    "condition_pictures openpose_has_the_published_colours": [
+    "condition_pictures openpose_has_the_published_colours_and_leaves_out_what_is_not_seen": [
         ("canvas[inside] = (1.0 - OPENPOSE_OPACITY) * canvas[inside] +", "canvas[inside] ="),
     ],
-    "condition_pictures larger_photographs_are_scaled_down": [
+    "condition_pictures larger_photographs_are_scaled_down_first": [
         ("if short_side is not None and short > short_side:", "if short_side is not None and short < short_side:"),
     ],
-    "conditioned_inversion each_control_takes_part": [
+    "conditioned_inversion each_control_takes_part_in_its_own_steps": [
         (
             "return resolve(self.controls, self.timesteps.index(timestep), branches",
             "return resolve(self.controls, 0, branches",
         ),
         ("step, rows = self.timesteps.index(timestep), x.expand", "step, rows = 0, x.expand"),
     ],
-    "conditioned_inversion an_edit_inverts_with": [
+    "conditioned_inversion an_edit_inverts_with_the_sources_condition_alone": [
         ('return () if method == "noise" else steering_controls', "return () if method else steering_controls"),
     ],
-    "controlnet differences_are_to_the_model": [
+    "controlnet differences_are_to_the_model_before_any_lora": [
         ("base_weights=sd.without_lora().unet.state_dict()", "base_weights=sd.unet.state_dict()"),
         ("if name in base:  # what the UNet", "if name not in base:  # what the UNet"),
     ],
