@@ -909,10 +909,6 @@ CONDITIONS: Mutations = {
         ("if short_side is not None and short > short_side:", "if short_side is not None and short < short_side:"),
     ],
     "conditioned_inversion each_control_takes_part_in_its_own_steps": [
-        (
-            "return resolve(self.controls, self.timesteps.index(timestep), branches",
-            "return resolve(self.controls, 0, branches",
-        ),
         ("step, rows = self.timesteps.index(timestep), x.expand", "step, rows = 0, x.expand"),
     ],
     "conditioned_inversion an_edit_inverts_with_the_sources_condition_alone": [
