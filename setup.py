@@ -44,7 +44,9 @@ setup(
         "masa": ["py.typed"],
         "masa.output": data("masa.output", "fonts/*"),
         "masa.weights": data("masa.weights", "clip/*"),
-        "masa.weights.demo": data("masa.weights.demo", "*.md", "*.png", "*.json", "*.safetensors", "model/**/*.*"),
+        "masa.weights.demo": data(
+            "masa.weights.demo", "*.md", "*.png", "*.json", "*.safetensors", "model/**/*.*", "adapter/*.*"
+        ),
     },
     # .ci/versions runs the suite's core with all lower bounds at once, and with the newest releases. torch is bounded
     # above because the compiler's private names change with it.

@@ -26,11 +26,15 @@ from masa.models.t2i_adapter import T2IAdapterNetwork
 from masa.models.taesd import TinyVAE
 from masa.models.unet import UNet
 from masa.runtime.networks import LAYOUT, first_values
+from masa.weights import hub
 from masa.weights.adapters import DIFFERENCE, open_adapter, open_controlnet, open_ip_adapter
 from masa.weights.checkpoint import Part, load_parts, read_entries
 from masa.weights.model_files import PartFiles, open_vae
 
 Network = TypeVar("Network", bound=nn.Module)
+
+# The adapter that ships with the demo model: a pose by a stick figure.
+DEMO_ADAPTER = Path(hub.__file__).parent / "demo" / "adapter" / "stick_figure.safetensors"
 
 # Reads a file for a UNet of a shape, in a dtype, on a device; last the UNet's own weights, where the file needs them.
 Reader = Callable[..., Network]
@@ -118,6 +122,12 @@ def digest(weights: Weights) -> str:
     """What tells the weights of one model from another's, from a few values of each."""
     values = torch.cat([first_values(weight.detach()).float().cpu() for weight in weights.values()])
     return hashlib.sha256(values.numpy().tobytes()).hexdigest()
+
+
+def locate_adapter(path: str | Path) -> Path:
+    """The file or folder that a T2I-Adapter's path means: what lies there, else the shipped adapter for "demo"."""
+    found = Path(path)
+    return DEMO_ADAPTER if str(path) == "demo" and not found.exists() else found
 
 
 def read_adapter(path: Path, unet: UNetConfig, dtype: torch.dtype, device: torch.device) -> T2IAdapterNetwork:
