@@ -35,6 +35,7 @@ from masa.sampling import edit, sample
 from masa.schedule import Schedule
 from masa.settings import register
 from masa.trajectory import Trajectory
+from masa.workflows.piebench import piebench
 from masa.workflows.recording import record
 from masa.workflows.rerun import rerun
 from masa.workflows.sdedit import sdedit
@@ -76,6 +77,7 @@ __all__ = [
     "grid",
     "invert",
     "load",
+    "piebench",
     "plots",
     "record",
     "register",

@@ -31,6 +31,7 @@ ALLOWED = {
         *("masa.models.controlnet", "masa.models.ip_adapter", "masa.models.t2i_adapter", "masa.runtime.adapters"),
     ),
     "masa/io": ("masa.io", "masa.errors"),
+    "masa/metrics": ("masa.metrics", "masa.errors"),
     "masa/runtime": (
         *(*BASE, "masa.attention", "masa.config", "masa.io.files", "masa.models", "masa.runtime", "masa.weights"),
     ),

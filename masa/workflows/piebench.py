@@ -1,0 +1,391 @@
+"""piebench(): the edits of PIE-Bench, made, measured, and set beside the published numbers (2310.01506)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from masa.attention import Backend
+from masa.checks import as_controls, check_model
+from masa.controls.base import Control
+from masa.errors import MasaError
+from masa.io.files import check_folder, file_digest, replacing
+from masa.io.pictures import open_picture
+from masa.metrics.networks import CLIP, DINO, MetricNetworks, load_networks
+from masa.metrics.similarity import (
+    Libraries,
+    mean_squared_error,
+    peak_signal_to_noise,
+    perceptual_distance,
+    prompt_similarity,
+    structural_similarity,
+    structure_distance,
+)
+from masa.models.tokenizer import Tokenizer
+from masa.output.result import Result
+from masa.pipeline import StableDiffusion
+from masa.sampling import edit
+from masa.settings import describe, restore
+from masa.workflows.piebench_layout import Entry, find_picture, fit_result, read_layout
+from masa.workflows.piebench_methods import INVERTERS, METHODS, SDEDIT_STRENGTH, Plan, check_method
+from masa.workflows.piebench_tables import BY_NAME, METRICS, PieBench, Row
+
+SETTINGS, SCORES, EDITS = "settings.json", "scores.jsonl", "edits"
+SEED = 1234  # the published programs'
+
+
+def piebench(
+    folder: str | Path,
+    sd: StableDiffusion | None = None,
+    *,
+    method: str = "masactrl",
+    inverter: str | None = None,
+    controls: Control | Sequence[Control] | None = None,
+    pictures: str | Path | None = None,
+    out: str | Path = "masa-out/piebench",
+    types: Collection[str] | None = None,
+    limit: int | None = None,
+    metrics: Sequence[str] | None = None,
+    networks: MetricNetworks | None = None,
+    dino: str | Path = DINO,
+    clip: str | Path = CLIP,
+    libraries: Libraries = "current",
+    steps: int = 50,
+    guidance_scale: float = 7.5,
+    seed: int = SEED,
+    backend: Backend = "auto",
+    progress: bool = True,
+) -> PieBench:
+    """Make the edits of PIE-Bench with a model, or take them from a folder, measure them, and write tables.
+
+    folder: in the published layout, with mapping_file.json and annotation_images/. types: editing type ids "0".."9",
+    default all. limit: the first so many edits.
+
+    sd: the model that edits. method: "masactrl", "p2p", "pnp" or "sdedit", with the published settings. inverter:
+    "pinned" (default; the same as "direct"), "ddim" (the source drifts), "negative-prompt", "null-text" or
+    "edit-friendly"; none for SDEdit. controls: in place of the method's own; [] for none. steps, guidance_scale,
+    seed, backend: as in `edit`; each edit has the size of its picture. pictures: instead of sd, a folder of results
+    made elsewhere, named as their sources are.
+
+    out: gets edits/ID/ with what `Result.save` writes, scores.jsonl, and table.md, table.csv and scores.csv. An edit
+    that is there whole is not made again, nor is a picture measured twice, so that a run that was cut off goes on
+    where it was. An edit that fails does not stop the others.
+
+    metrics: names of the published evaluator's, default all eight; "structure_distance_divided" is the structure
+    distance of values in [0, 1]. Without their networks the others are still taken; the result's `missing` names what
+    is not, unless it was asked for by name. networks: loaded already. dino, clip: hub ids or folders of transformers.
+    libraries: "2023" resizes for the structure distance without smoothing, and leaves SSIM's border out, as those did
+    that the published numbers were made with.
+
+    Raises MasaError for bad input, before any long work: a missing mapping file or picture, a mask that does not fit,
+    an unknown method, a folder `out` that holds edits with other settings; and where every edit fails.
+    """
+    chosen = choose_metrics(metrics)
+    if libraries not in get_args(Libraries):
+        raise MasaError(f"libraries is {libraries!r}; expected 'current' or '2023'")
+    if limit is not None and (not isinstance(limit, int) or limit < 1):
+        raise MasaError(f"limit is {limit!r}; expected a number of edits from 1, or None for all")
+    out = Path(out)
+    check_folder(out, "-o")
+    entries = read_layout(folder, types)[:limit]
+    if pictures is None:
+        check_model(sd)
+        assert sd is not None
+        run = EditRun(
+            method=method,
+            inverter=check_method(method, inverter, None if controls is None else as_controls(controls)),
+            controls=None if controls is None else as_controls(controls),
+            steps=steps,
+            guidance_scale=guidance_scale,
+            seed=seed,
+            backend=backend,
+        )
+        check_same_run(out, run.describe(sd))
+        name, device = run.name, sd.device
+    else:
+        name, device = _check_pictures(Path(pictures), sd), _best_device()
+        made = find_pictures(Path(pictures), entries)
+    loaded = networks is None
+    if networks is None:
+        wanted = [n for n in ("dino", "lpips", "clip") if any(metric.network == n for metric in chosen)]
+        networks = load_networks(wanted, dino=dino, clip=clip)
+    missing = {m.name: _why(networks, m.network) for m in chosen if not _is_there(networks, m.network)}
+    if missing and metrics is not None:
+        raise MasaError("; ".join(f"{name} cannot be taken: {why}" for name, why in missing.items()))
+    failed: dict[str, str] = {}
+    if pictures is None:
+        assert sd is not None
+        made, failed = make_edits(sd, run, entries, out, progress)
+    measure = Measure(
+        tuple(metric.name for metric in chosen if metric.name not in missing),
+        networks.to(device),
+        libraries,
+        ScoreFile(out / SCORES, (str(dino), str(clip), libraries)) if loaded else None,
+    )
+    rows = []
+    for entry in tqdm([entry for entry in entries if entry.id in made], desc="measure", disable=not progress):
+        try:
+            rows.append(Row(entry.id, entry.type_id, measure(entry, made[entry.id])))
+        except MasaError as error:
+            failed[entry.id] = str(error)
+    if not rows:
+        id, why = next(iter(failed.items()))
+        raise MasaError(f"all {len(failed)} edits failed; {id}: {why}")
+    found = PieBench(name, tuple(rows), len(entries), missing, failed)
+    found.save(out)
+    return found
+
+
+def choose_metrics(metrics: Sequence[str] | None) -> tuple[Any, ...]:
+    """The metrics by name, in the tables' order. MasaError for an unknown name, or none."""
+    if metrics is None:
+        return METRICS
+    unknown = [name for name in metrics if name not in BY_NAME]
+    if unknown or not metrics or isinstance(metrics, str):
+        raise MasaError(f"metrics are {metrics!r}; expected some of {', '.join(map(repr, BY_NAME))}")
+    return tuple(metric for metric in METRICS if metric.name in metrics)
+
+
+def _is_there(networks: MetricNetworks, name: str | None) -> bool:
+    return name is None or getattr(networks, name) is not None
+
+
+def _why(networks: MetricNetworks, name: str | None) -> str:
+    return networks.missing.get(name or "", f"networks hold no {name}; load it with load_networks")
+
+
+def _check_pictures(folder: Path, sd: StableDiffusion | None) -> str:
+    """What to call results made elsewhere. MasaError where the folder is none, or a model is given too."""
+    if sd is not None:
+        raise MasaError("sd and pictures both say where the edits come from; leave one out")
+    if not folder.is_dir():
+        raise MasaError(f"no folder of pictures at {folder}; expected results named as PIE-Bench's pictures are")
+    return f"pictures in {folder.name}"
+
+
+def find_pictures(folder: Path, entries: Sequence[Entry]) -> dict[str, Path]:
+    """The results by id. MasaError where some are not there."""
+    found = {entry.id: find_picture(folder, entry) for entry in entries}
+    lacking = [entry.image_path for entry in entries if found[entry.id] is None]
+    if lacking:
+        raise MasaError(
+            f"{folder} lacks {len(lacking)} of {len(entries)} results, such as {lacking[0]}; add them, or choose fewer "
+            "edits with types or limit"
+        )
+    return {id: path for id, path in found.items() if path is not None}
+
+
+def _best_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+# ------------------------------------------------------------------------------------------------------- edits
+
+
+@dataclass(frozen=True)
+class EditRun:
+    """How all edits are made; inverter: by its usual name, "noise" for SDEdit."""
+
+    method: str
+    inverter: str
+    controls: tuple[Control, ...] | None
+    steps: int
+    guidance_scale: float
+    seed: int
+    backend: Backend
+
+    @property
+    def name(self) -> str:
+        """What the tables call it."""
+        own = "" if self.controls is None else " with own controls"
+        inverter = "" if self.inverter == "noise" else f"{self.inverter} + "
+        return f"{inverter}{self.method}{own}"
+
+    def describe(self, sd: StableDiffusion) -> dict[str, Any]:
+        """What two edits must agree in to stand in one table, as JSON."""
+        kept = {
+            "method": self.method,
+            "inverter": self.inverter,
+            "controls": None if self.controls is None else describe(self.controls),
+            "steps": self.steps,
+            "guidance_scale": self.guidance_scale,
+            "seed": self.seed,
+        }
+        return kept | {"fingerprint": sd.fingerprint, "dtype": str(sd.dtype).removeprefix("torch.")}
+
+    def plan(self, entry: Entry, sd: StableDiffusion) -> Plan:
+        """What is done with one edit."""
+        plan = METHODS[self.method](entry, self.inverter, lambda prompt, word: _has_word(sd, prompt, word))
+        return plan if self.controls is None else replace(plan, controls=self.controls)
+
+    def job(self, sd: StableDiffusion, entry: Entry) -> dict[str, Any]:
+        """One edit as a job: `edit`'s arguments as JSON values, and an id. It has its picture's size."""
+        plan, picture = self.plan(entry, sd), open_picture(entry.image)
+        inversion, pinned = INVERTERS.get(self.inverter, ("noise", True))
+        job = {
+            "id": entry.id,
+            "image": str(entry.image.resolve()),
+            "target": entry.target,
+            "source": plan.source,
+            "controls": describe(plan.controls),
+            "pin_source": pinned,
+            "steps": self.steps,
+            "guidance_scale": self.guidance_scale,
+            "method": inversion,
+            "negative_prompt": plan.negative_prompt,
+            "height": picture.height,
+            "width": picture.width,
+            "seed": self.seed,
+            "backend": self.backend,
+        }
+        if self.method == "sdedit":
+            job["skip_steps"] = self.steps - round(SDEDIT_STRENGTH * self.steps)
+        return job
+
+
+def _has_word(sd: StableDiffusion, prompt: str, word: str) -> bool:
+    try:
+        return bool(sd.tokenizer.token_positions(prompt, word))
+    except MasaError:
+        return False
+
+
+def check_same_run(out: Path, settings: Mapping[str, Any]) -> None:
+    """Note how edits in a folder are made. MasaError where it holds some that were made otherwise."""
+    path = out / SETTINGS
+    if path.is_file():
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise MasaError(f"{path} is damaged ({error}); give another -o") from error
+        apart = [name for name, value in settings.items() if before.get(name) != value]
+        if apart:
+            shown = ", ".join(f"{name} {before.get(name)!r:.60}, not {settings[name]!r:.60}" for name in apart)
+            raise MasaError(f"{out} holds edits made with {shown}; give another -o, or the same settings")
+        return
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(dict(settings), indent=1) + "\n", encoding="utf-8")
+
+
+def make_edits(
+    sd: StableDiffusion, run: EditRun, entries: Sequence[Entry], out: Path, progress: bool
+) -> tuple[dict[str, Path], dict[str, str]]:
+    """The edited pictures by id, and why others failed. What is there whole is not made again."""
+    made, failed = {}, {}
+    for entry in tqdm(entries, desc=run.name, disable=not progress):
+        folder = out / EDITS / entry.id
+        try:
+            if not is_whole(folder):
+                run_job(sd, run.job(sd, entry)).save(folder)
+            made[entry.id] = folder / "target_0.png"
+        except MasaError as error:
+            failed[entry.id] = str(error)
+    return made, failed
+
+
+def run_job(sd: StableDiffusion, job: Mapping[str, Any]) -> Result:
+    """The edit that a job describes."""
+    given = {name: value for name, value in job.items() if name not in ("id", "controls")}
+    return edit(sd, controls=restore(job["controls"]), progress=False, **given)
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a folder holds a whole result."""
+    try:
+        Result.load(folder)
+    except (MasaError, OSError, SyntaxError, ValueError):  # the last two are Pillow's, of damaged files
+        return False
+    return True
+
+
+# ------------------------------------------------------------------------------------------------- measurement
+
+
+class ScoreFile:
+    """scores.jsonl: a line is added as each picture is measured; of several for one picture, the last holds."""
+
+    def __init__(self, path: Path, about: Sequence[str]) -> None:
+        self.path = path
+        self.about = tuple(about)
+        self.known: dict[str, dict[str, float]] = {}
+        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+            try:
+                row = json.loads(line)
+                self.known[row["key"]] = {str(name): float(value) for name, value in row["scores"].items()}
+            except (ValueError, KeyError, TypeError, AttributeError):  # a line that a kill has cut off
+                continue
+
+    def key(self, entry: Entry, picture: Path) -> str:
+        """What scores depend on: both pictures, the prompt, the mask, the networks."""
+        parts = [file_digest(entry.image), file_digest(picture), entry.target, list(entry.runs), *self.about]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def add(self, key: str, id: str, scores: Mapping[str, float]) -> None:
+        """Append the scores of one picture."""
+        self.known[key] = dict(scores)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"id": id, "key": key, "scores": dict(scores)}) + "\n")
+
+
+@dataclass(frozen=True, eq=False)
+class Measure:
+    """Takes metrics by name of a picture and its source."""
+
+    names: tuple[str, ...]
+    networks: MetricNetworks
+    libraries: Libraries
+    file: ScoreFile | None = None
+
+    def __call__(self, entry: Entry, picture: Path) -> dict[str, float]:
+        """Scores by name, in plain units; NaN where the mask leaves nothing to look at."""
+        key = None if self.file is None else self.file.key(entry, picture)
+        scores = {} if self.file is None or key is None else dict(self.file.known.get(key, {}))
+        lacking = [name for name in self.names if name not in scores]
+        if lacking:
+            source = entry.read_picture()
+            result = fit_result(np.array(open_picture(picture)), source.shape[:2], picture)
+            mask = entry.read_mask(*source.shape[:2])
+            scores |= {name: self.take(name, source, result, mask, entry.target) for name in lacking}
+            if self.file is not None and key is not None:
+                self.file.add(key, entry.id, scores)
+        return {name: scores[name] for name in self.names}
+
+    def take(self, name: str, source: np.ndarray, result: np.ndarray, mask: np.ndarray, prompt: str) -> float:
+        """One metric of a result (h, w, 3), its source and the mask (h, w) of what may change."""
+        kept = 1 - mask
+        of_kept: Mapping[str, Callable[[], float]] = {
+            "psnr_unedit_part": lambda: peak_signal_to_noise(result, source, kept),
+            "mse_unedit_part": lambda: mean_squared_error(result, source, kept),
+            "ssim_unedit_part": lambda: structural_similarity(result, source, kept, libraries=self.libraries),
+            "lpips_unedit_part": lambda: perceptual_distance(result, source, kept, _there(self.networks.lpips)),
+        }
+        if name in of_kept:
+            return of_kept[name]() if kept.any() else math.nan
+        if name in ("structure_distance", "structure_distance_divided"):
+            divided = name == "structure_distance_divided"
+            dino = _there(self.networks.dino)
+            return structure_distance(result, source, dino, divided=divided, libraries=self.libraries)
+        edited = mask if name == "clip_similarity_target_image_edit_part" else None
+        return prompt_similarity(result, clip_tokens(prompt), _there(self.networks.clip), edited)
+
+
+def _there(network: Any) -> Any:
+    assert network is not None  # metrics whose network is missing are not taken
+    return network
+
+
+def clip_tokens(prompt: str) -> torch.Tensor:
+    """CLIP's token ids of a prompt, (1, tokens): not padded, and a longer one cut behind 77, its end token too."""
+    tokenizer = Tokenizer.clip()
+    ids = [tokenizer.start_id, *tokenizer.encode(prompt)[0], tokenizer.end_id]
+    return torch.tensor([ids[: tokenizer.length]])
