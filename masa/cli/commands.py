@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
+import tempfile
+import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 from masa.cli.adapter_arguments import given
 from masa.cli.arguments import build_parser
@@ -18,25 +22,37 @@ from masa.cli.idle_options import refuse_idle
 from masa.cli.registered_arguments import build_guidance, build_sampler, check_used, load_plugins, with_fields
 from masa.errors import MasaError
 from masa.io.files import check_folder, check_free, replacing
-from masa.output.result import file_names
+from masa.io.folders import reserved
+from masa.output.result import Result, file_names
 from masa.settings import RunSettings
 from masa.workflows.sheets import comparison
 
 OUT = Path("masa-out")
+Saved = TypeVar("Saved")
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a run as Ctrl-C does: what is unfinished is cleaned up."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 2 for bad input (one line on stderr), 130 after Ctrl-C."""
+    """Run a command; returns the exit code: 0, 2 for bad input (one line on stderr), 130 after Ctrl-C, 143 on SIGTERM.
+
+    `masa batch` also returns 1, where some of its jobs failed.
+    """
     warnings.formatwarning = lambda message, *_: f"masa: {message}\n"
     try:
-        load_plugins(sys.argv[1:] if argv is None else argv)
-        args = build_parser().parse_args(argv)
-        refuse_idle(args)
-        run(args)
+        with ending_on_sigterm():
+            load_plugins(sys.argv[1:] if argv is None else argv)
+            args = build_parser().parse_args(argv)
+            refuse_idle(args)
+            return run(args) or 0
     except (Exception, KeyboardInterrupt) as error:
-        if interrupted(error):
-            print("\nmasa: interrupted; nothing unfinished was written", file=sys.stderr)
-            return 130
+        if (interruption := find_interruption(error)) is not None:
+            terminated = isinstance(interruption, Terminated)
+            how = "terminated" if terminated else "interrupted"
+            print(f"\nmasa: {how}; nothing unfinished was written", file=sys.stderr)
+            return 143 if terminated else 130
         if "out of memory" in str(error).lower():
             print(
                 "masa: out of memory; use a smaller --height and --width or a half-precision --dtype", file=sys.stderr
@@ -46,10 +62,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             raise
         return 2
-    return 0
 
 
-def run(args: argparse.Namespace) -> None:
+@contextmanager
+def ending_on_sigterm() -> Iterator[None]:
+    """Terminated is raised inside where the process gets SIGTERM."""
+    if threading.current_thread() is not threading.main_thread():  # only that one hears of signals
+        yield
+        return
+
+    def terminate(*_: Any) -> NoReturn:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def run(args: argparse.Namespace) -> int | None:
     """The command, profiled where it has --profile and that is given."""
     command = COMMANDS[args.command]
     if getattr(args, "profile", None) is None:
@@ -60,11 +92,11 @@ def run(args: argparse.Namespace) -> None:
         return command(args)
 
 
-def interrupted(error: BaseException | None) -> bool:
-    """Whether Ctrl-C is at the root of an error; libraries that import lazily turn it into others."""
+def find_interruption(error: BaseException | None) -> KeyboardInterrupt | None:
+    """Ctrl-C or SIGTERM at the root of an error; libraries that import lazily turn it into others."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
-    return error is not None
+    return error
 
 
 # ----------------------------------------------------------------------------------------------- commands
@@ -73,9 +105,10 @@ def interrupted(error: BaseException | None) -> bool:
 def run_demo(args: argparse.Namespace) -> None:
     from masa.workflows import demo
 
-    folder = choose_folder(args.out, ["synthesis.png", "editing.png", "picture.png"], args.overwrite)
-    for path in demo.run(folder, seed=args.seed, progress=not args.quiet):
-        print(path)
+    names = ["synthesis.png", "editing.png", "picture.png"]
+    with output_folder(args.out, names, args.overwrite) as folder:
+        for path in demo.run(folder, seed=args.seed, progress=not args.quiet):
+            print(path)
     print(
         f"""
 Next, with the demo model:
@@ -93,24 +126,24 @@ In Python:
 def run_sample(args: argparse.Namespace) -> None:
     import masa
 
-    folder = choose_folder(args.out, file_names(len(args.target)), args.overwrite)
-    settings = sampling_settings(args)
-    trajectory = masa.Trajectory.load(args.trajectory) if args.trajectory else None
-    result = masa.sample(load_model(args), args.source, args.target, trajectory=trajectory, **settings)
-    report(result.save(folder))
+    with output_folder(args.out, file_names(len(args.target)), args.overwrite) as folder:
+        settings = sampling_settings(args)
+        trajectory = masa.Trajectory.load(args.trajectory) if args.trajectory else None
+        result = masa.sample(load_model(args), args.source, args.target, trajectory=trajectory, **settings)
+        report(save(result, folder, args.overwrite))
 
 
 def run_edit(args: argparse.Namespace) -> None:
     import masa
 
-    folder = choose_folder(args.out, file_names(len(args.target)), args.overwrite)
-    settings = sampling_settings(args)
-    check_picture(args.image)
-    inversion = given(invert_guidance_scale=args.invert_guidance, inner_steps=args.inner_steps)
-    result = masa.edit(
-        load_model(args), args.image, args.target, args.source, method=args.method, **inversion, **settings
-    )
-    report(result.save(folder))
+    with output_folder(args.out, file_names(len(args.target)), args.overwrite) as folder:
+        settings = sampling_settings(args)
+        check_picture(args.image)
+        inversion = given(invert_guidance_scale=args.invert_guidance, inner_steps=args.inner_steps)
+        result = masa.edit(
+            load_model(args), args.image, args.target, args.source, method=args.method, **inversion, **settings
+        )
+        report(save(result, folder, args.overwrite))
 
 
 def run_invert(args: argparse.Namespace) -> None:
@@ -135,60 +168,60 @@ def run_invert(args: argparse.Namespace) -> None:
         ),
         **size_and_seed(args),
     )
-    trajectory.save(out)
+    or_elsewhere(trajectory.save, out)
     report([out])
 
 
 def run_sdedit(args: argparse.Namespace) -> None:
     import masa
 
-    folder = choose_folder(args.out, file_names(len(args.target)), args.overwrite)
-    check_picture(args.image)
-    settings = sampling_settings(args)
-    result = masa.sdedit(load_model(args), args.image, args.target, args.strength, **settings)
-    report(result.save(folder))
+    with output_folder(args.out, file_names(len(args.target)), args.overwrite) as folder:
+        check_picture(args.image)
+        settings = sampling_settings(args)
+        result = masa.sdedit(load_model(args), args.image, args.target, args.strength, **settings)
+        report(save(result, folder, args.overwrite))
 
 
 def run_grid(args: argparse.Namespace) -> None:
     import masa
 
-    folder = choose_folder(args.out, ["grid.png"], args.overwrite)
-    check_picture(args.image)
-    sheet = masa.grid(
-        load_model(args),
-        args.image,
-        args.target,
-        args.source,
-        methods=args.methods,
-        controls=comparison(args.source, build_start(args)),
-        steps=args.steps,
-        guidance_scale=args.guidance,
-        **size_and_seed(args),
-    )
-    sheet.save(folder / "grid.png")
-    report([folder / "grid.png"])
+    with output_folder(args.out, ["grid.png"], args.overwrite) as folder:
+        check_picture(args.image)
+        sheet = masa.grid(
+            load_model(args),
+            args.image,
+            args.target,
+            args.source,
+            methods=args.methods,
+            controls=comparison(args.source, build_start(args)),
+            steps=args.steps,
+            guidance_scale=args.guidance,
+            **size_and_seed(args),
+        )
+        or_elsewhere(sheet.save, folder / "grid.png")
+        report([folder / "grid.png"])
 
 
 def run_sweep(args: argparse.Namespace) -> None:
     import masa
 
-    folder = choose_folder(args.out, ["sweep.png"], args.overwrite)
-    if args.image is not None:
-        check_picture(args.image)
-    control = build_swept(args)
-    sheet = masa.sweep(
-        load_model(args),
-        args.source,
-        args.target,
-        args.rows,
-        args.columns,
-        image=args.image,
-        control=control,
-        **given(method=args.method, steps=args.steps, guidance_scale=args.guidance),
-        **size_and_seed(args),
-    )
-    sheet.save(folder / "sweep.png")
-    report([folder / "sweep.png"])
+    with output_folder(args.out, ["sweep.png"], args.overwrite) as folder:
+        if args.image is not None:
+            check_picture(args.image)
+        control = build_swept(args)
+        sheet = masa.sweep(
+            load_model(args),
+            args.source,
+            args.target,
+            args.rows,
+            args.columns,
+            image=args.image,
+            control=control,
+            **given(method=args.method, steps=args.steps, guidance_scale=args.guidance),
+            **size_and_seed(args),
+        )
+        or_elsewhere(sheet.save, folder / "sweep.png")
+        report([folder / "sweep.png"])
 
 
 def run_inspect(args: argparse.Namespace) -> None:
@@ -207,17 +240,17 @@ def run_rerun(args: argparse.Namespace) -> None:
     from masa.output.result import read_settings
 
     settings = read_settings(args.picture)
-    folder = choose_folder(args.out, file_names(len(settings.get("target", []))), args.overwrite)
-    result = masa.rerun(
-        args.picture,
-        checkpoint=args.checkpoint,
-        device=args.device,
-        dtype=args.dtype,
-        vae=args.vae,
-        tokenizer=args.tokenizer,
-        progress=not args.quiet,
-    )
-    report(result.save(folder))
+    with output_folder(args.out, file_names(len(settings.get("target", []))), args.overwrite) as folder:
+        result = masa.rerun(
+            args.picture,
+            checkpoint=args.checkpoint,
+            device=args.device,
+            dtype=args.dtype,
+            vae=args.vae,
+            tokenizer=args.tokenizer,
+            progress=not args.quiet,
+        )
+        report(save(result, folder, args.overwrite))
 
 
 def run_plot(args: argparse.Namespace) -> None:
@@ -244,7 +277,7 @@ def run_plot(args: argparse.Namespace) -> None:
     report([out])
 
 
-COMMANDS: Mapping[str, Callable[[argparse.Namespace], None]] = {
+COMMANDS: Mapping[str, Callable[[argparse.Namespace], int | None]] = {
     "demo": run_demo,
     "sample": run_sample,
     "edit": run_edit,
@@ -330,6 +363,46 @@ def choose_folder(out: str | None, names: Sequence[str], overwrite: bool) -> Pat
     for name in taken:
         check_free(folder / name, overwrite, "-o")
     return folder
+
+
+@contextmanager
+def output_folder(out: str | None, names: Sequence[str], overwrite: bool) -> Iterator[Path]:
+    """The folder of `choose_folder`, this run's alone; where nothing was written into a new one it vanishes again."""
+    with ExitStack() as stack:
+        while True:
+            folder = choose_folder(out, names, overwrite)
+            try:
+                stack.enter_context(reserved(folder, new=out is None))
+                break
+            except FileExistsError:
+                if out is not None:
+                    raise
+                # Another run was faster to take this number.
+        yield folder
+
+
+def save(result: Result, folder: Path, overwrite: bool) -> list[Path]:
+    """Save a finished result, elsewhere where the folder does not take it."""
+    return or_elsewhere(lambda place: result.save(place, overwrite), folder)
+
+
+def or_elsewhere(write: Callable[[Path], Saved], path: Path) -> Saved:
+    """Write what took minutes to make; where that fails, somewhere else. MasaError, which says where, then too."""
+    try:
+        return write(path)
+    except (MasaError, OSError) as error:
+        for place in (Path(tempfile.gettempdir()), Path.home()):
+            kept = None
+            try:
+                kept = Path(tempfile.mkdtemp(prefix="masa-", dir=place))
+                write(kept / path.name)
+            except (MasaError, OSError):
+                with suppress(OSError):
+                    if kept is not None:
+                        kept.rmdir()
+                continue
+            raise MasaError(f"{error}; what was made is in {kept / path.name} instead") from error
+        raise
 
 
 def report(paths: Sequence[Path]) -> None:
