@@ -43,10 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.formatwarning = lambda message, *_: f"masa: {message}\n"
     try:
         with ending_on_sigterm():
-            load_plugins(sys.argv[1:] if argv is None else argv)
-            args = build_parser().parse_args(argv)
-            refuse_idle(args)
-            return run(args) or 0
+            return parse_and_run(sys.argv[1:] if argv is None else argv)
     except (Exception, KeyboardInterrupt) as error:
         if (interruption := find_interruption(error)) is not None:
             terminated = isinstance(interruption, Terminated)
@@ -62,6 +59,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             raise
         return 2
+
+
+def parse_and_run(argv: Sequence[str]) -> int:
+    """What the command line says, without a catch."""
+    load_plugins(argv)
+    parser = build_parser()
+    if not argv:
+        parser.print_help()
+        return 0
+    args = parser.parse_args(argv)
+    refuse_idle(args)
+    with ExitStack() as args.closing:
+        return run(args) or 0
+
+
+def run(args: argparse.Namespace) -> int | None:
+    """The command, profiled where it has --profile and that is given."""
+    command = COMMANDS[args.command]
+    if getattr(args, "profile", None) is None:
+        return command(args)
+    from masa.cli.profiling import profiled
+
+    with profiled(args.profile, args.overwrite):
+        return command(args)
 
 
 @contextmanager
@@ -81,17 +102,6 @@ def ending_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def run(args: argparse.Namespace) -> int | None:
-    """The command, profiled where it has --profile and that is given."""
-    command = COMMANDS[args.command]
-    if getattr(args, "profile", None) is None:
-        return command(args)
-    from masa.cli.profiling import profiled
-
-    with profiled(args.profile, args.overwrite):
-        return command(args)
-
-
 def find_interruption(error: BaseException | None) -> KeyboardInterrupt | None:
     """Ctrl-C or SIGTERM at the root of an error; libraries that import lazily turn it into others."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
@@ -105,10 +115,9 @@ def find_interruption(error: BaseException | None) -> KeyboardInterrupt | None:
 def run_demo(args: argparse.Namespace) -> None:
     from masa.workflows import demo
 
-    names = ["synthesis.png", "editing.png", "picture.png"]
-    with output_folder(args.out, names, args.overwrite) as folder:
-        for path in demo.run(folder, seed=args.seed, progress=not args.quiet):
-            print(path)
+    folder = take_folder(args, ["synthesis.png", "editing.png", "picture.png"])
+    for path in demo.run(folder, seed=args.seed, progress=not args.quiet):
+        print(path)
     print(
         f"""
 Next, with the demo model:
@@ -126,24 +135,26 @@ In Python:
 def run_sample(args: argparse.Namespace) -> None:
     import masa
 
-    with output_folder(args.out, file_names(len(args.target)), args.overwrite) as folder:
-        settings = sampling_settings(args)
-        trajectory = masa.Trajectory.load(args.trajectory) if args.trajectory else None
-        result = masa.sample(load_model(args), args.source, args.target, trajectory=trajectory, **settings)
-        report(save(result, folder, args.overwrite))
+    check_prompts(args)
+    folder = take_folder(args, file_names(len(args.target)))
+    settings = sampling_settings(args)
+    trajectory = masa.Trajectory.load(args.trajectory) if args.trajectory else None
+    result = masa.sample(load_model(args), args.source, args.target, trajectory=trajectory, **settings)
+    report(save(result, folder, args), args)
 
 
 def run_edit(args: argparse.Namespace) -> None:
     import masa
 
-    with output_folder(args.out, file_names(len(args.target)), args.overwrite) as folder:
-        settings = sampling_settings(args)
-        check_picture(args.image)
-        inversion = given(invert_guidance_scale=args.invert_guidance, inner_steps=args.inner_steps)
-        result = masa.edit(
-            load_model(args), args.image, args.target, args.source, method=args.method, **inversion, **settings
-        )
-        report(save(result, folder, args.overwrite))
+    check_prompts(args)
+    folder = take_folder(args, file_names(len(args.target)))
+    settings = sampling_settings(args)
+    check_picture(args.image)
+    inversion = given(invert_guidance_scale=args.invert_guidance, inner_steps=args.inner_steps)
+    result = masa.edit(
+        load_model(args), args.image, args.target, args.source, method=args.method, **inversion, **settings
+    )
+    report(save(result, folder, args), args)
 
 
 def run_invert(args: argparse.Namespace) -> None:
@@ -169,59 +180,62 @@ def run_invert(args: argparse.Namespace) -> None:
         **size_and_seed(args),
     )
     or_elsewhere(trajectory.save, out)
-    report([out])
+    report([out], args)
 
 
 def run_sdedit(args: argparse.Namespace) -> None:
     import masa
 
-    with output_folder(args.out, file_names(len(args.target)), args.overwrite) as folder:
-        check_picture(args.image)
-        settings = sampling_settings(args)
-        result = masa.sdedit(load_model(args), args.image, args.target, args.strength, **settings)
-        report(save(result, folder, args.overwrite))
+    check_prompts(args)
+    folder = take_folder(args, file_names(len(args.target)))
+    check_picture(args.image)
+    settings = sampling_settings(args)
+    result = masa.sdedit(load_model(args), args.image, args.target, args.strength, **settings)
+    report(save(result, folder, args), args)
 
 
 def run_grid(args: argparse.Namespace) -> None:
     import masa
 
-    with output_folder(args.out, ["grid.png"], args.overwrite) as folder:
-        check_picture(args.image)
-        sheet = masa.grid(
-            load_model(args),
-            args.image,
-            args.target,
-            args.source,
-            methods=args.methods,
-            controls=comparison(args.source, build_start(args)),
-            steps=args.steps,
-            guidance_scale=args.guidance,
-            **size_and_seed(args),
-        )
-        or_elsewhere(sheet.save, folder / "grid.png")
-        report([folder / "grid.png"])
+    check_prompts(args)
+    folder = take_folder(args, ["grid.png"])
+    check_picture(args.image)
+    sheet = masa.grid(
+        load_model(args),
+        args.image,
+        args.target,
+        args.source,
+        methods=args.methods,
+        controls=comparison(args.source, build_start(args)),
+        steps=args.steps,
+        guidance_scale=args.guidance,
+        **size_and_seed(args),
+    )
+    or_elsewhere(sheet.save, folder / "grid.png")
+    report([folder / "grid.png"], args)
 
 
 def run_sweep(args: argparse.Namespace) -> None:
     import masa
 
-    with output_folder(args.out, ["sweep.png"], args.overwrite) as folder:
-        if args.image is not None:
-            check_picture(args.image)
-        control = build_swept(args)
-        sheet = masa.sweep(
-            load_model(args),
-            args.source,
-            args.target,
-            args.rows,
-            args.columns,
-            image=args.image,
-            control=control,
-            **given(method=args.method, steps=args.steps, guidance_scale=args.guidance),
-            **size_and_seed(args),
-        )
-        or_elsewhere(sheet.save, folder / "sweep.png")
-        report([folder / "sweep.png"])
+    check_prompts(args)
+    folder = take_folder(args, ["sweep.png"])
+    if args.image is not None:
+        check_picture(args.image)
+    control = build_swept(args)
+    sheet = masa.sweep(
+        load_model(args),
+        args.source,
+        args.target,
+        args.rows,
+        args.columns,
+        image=args.image,
+        control=control,
+        **given(method=args.method, steps=args.steps, guidance_scale=args.guidance),
+        **size_and_seed(args),
+    )
+    or_elsewhere(sheet.save, folder / "sweep.png")
+    report([folder / "sweep.png"], args)
 
 
 def run_inspect(args: argparse.Namespace) -> None:
@@ -240,17 +254,17 @@ def run_rerun(args: argparse.Namespace) -> None:
     from masa.output.result import read_settings
 
     settings = read_settings(args.picture)
-    with output_folder(args.out, file_names(len(settings.get("target", []))), args.overwrite) as folder:
-        result = masa.rerun(
-            args.picture,
-            checkpoint=args.checkpoint,
-            device=args.device,
-            dtype=args.dtype,
-            vae=args.vae,
-            tokenizer=args.tokenizer,
-            progress=not args.quiet,
-        )
-        report(save(result, folder, args.overwrite))
+    folder = take_folder(args, file_names(len(settings.get("target", []))))
+    result = masa.rerun(
+        args.picture,
+        checkpoint=args.checkpoint,
+        device=args.device,
+        dtype=args.dtype,
+        vae=args.vae,
+        tokenizer=args.tokenizer,
+        progress=not args.quiet,
+    )
+    report(save(result, folder, args))
 
 
 def run_plot(args: argparse.Namespace) -> None:
@@ -292,6 +306,14 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace], int | None]] = {
 
 
 # ------------------------------------------------------------------------------------------------ helpers
+
+
+def check_prompts(args: argparse.Namespace) -> None:
+    """Refuse a picture's name where a prompt belongs: `masa edit a.png b.png "a cat"` edits one picture only."""
+    prompts = [args.target] if isinstance(args.target, str) else args.target
+    for prompt in [*prompts, args.source] if "source" in args else prompts:
+        if os.path.isfile(prompt):
+            raise MasaError(f"{prompt} is a file and stands where a prompt belongs; a command edits one picture")
 
 
 def load_model(args: argparse.Namespace):  # type: ignore[no-untyped-def]
@@ -365,25 +387,22 @@ def choose_folder(out: str | None, names: Sequence[str], overwrite: bool) -> Pat
     return folder
 
 
-@contextmanager
-def output_folder(out: str | None, names: Sequence[str], overwrite: bool) -> Iterator[Path]:
-    """The folder of `choose_folder`, this run's alone; where nothing was written into a new one it vanishes again."""
-    with ExitStack() as stack:
-        while True:
-            folder = choose_folder(out, names, overwrite)
-            try:
-                stack.enter_context(reserved(folder, new=out is None))
-                break
-            except FileExistsError:
-                if out is not None:
-                    raise
-                # Another run was faster to take this number.
-        yield folder
+def take_folder(args: argparse.Namespace, names: Sequence[str]) -> Path:
+    """The folder of `choose_folder`, the command's alone until it ends; where it stays empty it vanishes again."""
+    while True:
+        folder = choose_folder(args.out, names, args.overwrite)
+        try:
+            args.closing.enter_context(reserved(folder, new=args.out is None))
+            return folder
+        except FileExistsError:
+            if args.out is not None:
+                raise
+            # Another run was faster to take this number.
 
 
-def save(result: Result, folder: Path, overwrite: bool) -> list[Path]:
+def save(result: Result, folder: Path, args: argparse.Namespace) -> list[Path]:
     """Save a finished result, elsewhere where the folder does not take it."""
-    return or_elsewhere(lambda place: result.save(place, overwrite), folder)
+    return or_elsewhere(lambda place: result.save(place, args.overwrite), folder)
 
 
 def or_elsewhere(write: Callable[[Path], Saved], path: Path) -> Saved:
@@ -405,6 +424,12 @@ def or_elsewhere(write: Callable[[Path], Saved], path: Path) -> Saved:
         raise
 
 
-def report(paths: Sequence[Path]) -> None:
+def report(paths: Sequence[Path], args: argparse.Namespace | None = None) -> None:
+    """Say what was written and, of a run without -c, with which model."""
     for path in paths:
         print(path)
+    if args is not None and args.checkpoint is None and not args.quiet:
+        print(
+            "masa: made with the embedded demo model, which knows a small drawn world; -c FILE: another",
+            file=sys.stderr,
+        )
