@@ -304,10 +304,10 @@ def test_an_older_results_further_targets_are_removed(out, tmp_path):
     one = replace(out, images=out.images[:2], settings={**out.settings, "target": ["a cat"]})
     one = replace(one, images=[Picture.of(p, one.settings | {"branch": i}) for i, p in enumerate(one.images)])
     out.save(tmp_path)
-    one.save(tmp_path)
+    one.save(tmp_path, overwrite=True)
     assert folder_names(tmp_path) == ["grid.png", "result.safetensors", "source.png", "target_0.png"]
     assert masa.Result.load(tmp_path).settings == one.settings
-    out.save(tmp_path)
+    out.save(tmp_path, overwrite=True)
     assert len(masa.Result.load(tmp_path).targets) == 2
 
 
@@ -325,7 +325,7 @@ def test_what_no_older_result_wrote_stays(out, tmp_path, record):
         for name in ("target_0.png", "target_1.png"):
             Image.new("RGB", (8, 8)).save(tmp_path / name)
     (tmp_path / "target_2.png").write_bytes(b"mine")
-    alone.save(tmp_path)
+    alone.save(tmp_path, overwrite=True)
     assert {"target_0.png", "target_1.png", "target_2.png"} <= set(folder_names(tmp_path))
 
 
@@ -337,7 +337,7 @@ def test_a_failed_save_loses_nothing_of_an_older_result(out, tmp_path, monkeypat
     alone = replace(out, images=out.images[:1], settings={**out.settings, "target": []})
     monkeypatch.setattr("masa.output.result.save_tensors", fail)
     with pytest.raises(OSError, match="disk full"):
-        alone.save(tmp_path)
+        alone.save(tmp_path, overwrite=True)
     assert masa.Result.load(tmp_path).settings == out.settings
     assert len(folder_names(tmp_path)) == 5
 
@@ -430,8 +430,8 @@ def test_saving_keeps_the_picture_that_was_edited_and_survives_damaged_neighbour
     masa.sample(tiny, "a cat", ["a dog", "a bird", "a horse"], controls=[], **settings).save(tmp_path)
     (tmp_path / "target_2.png").write_bytes(b"\x89PNG damaged")
     edit = {name: settings[name] for name in ("steps", "guidance_scale", "progress", "height", "width")}
-    masa.edit(tiny, tmp_path / "target_1.png", "a dog", controls=[], **edit).save(tmp_path)
+    masa.edit(tiny, tmp_path / "target_1.png", "a dog", controls=[], **edit).save(tmp_path, overwrite=True)
     assert {path.name for path in tmp_path.glob("target_*.png")} == {"target_0.png", "target_1.png", "target_2.png"}
-    masa.sample(tiny, "a cat", ["a dog", "a bird"], controls=[], **settings).save(tmp_path)
-    masa.sample(tiny, "a cat", "a dog", controls=[], **settings).save(tmp_path)
+    masa.sample(tiny, "a cat", ["a dog", "a bird"], controls=[], **settings).save(tmp_path, overwrite=True)
+    masa.sample(tiny, "a cat", "a dog", controls=[], **settings).save(tmp_path, overwrite=True)
     assert not (tmp_path / "target_1.png").exists()

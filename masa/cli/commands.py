@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
+import tempfile
+import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 from masa.cli.adapter_arguments import given
 from masa.cli.arguments import build_parser
@@ -18,29 +22,34 @@ from masa.cli.idle_options import refuse_idle
 from masa.cli.registered_arguments import build_guidance, build_sampler, check_used, load_plugins, with_fields
 from masa.errors import MasaError
 from masa.io.files import check_folder, check_free, replacing
-from masa.output.result import file_names
+from masa.io.folders import reserved
+from masa.output.result import Result, file_names
 from masa.settings import RunSettings
 from masa.workflows.sheets import comparison
 
 OUT = Path("masa-out")
+Saved = TypeVar("Saved")
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a run as Ctrl-C does: what is unfinished is cleaned up."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 2 for bad input (one line on stderr), 130 after Ctrl-C."""
+    """Run a command; returns the exit code: 0, 2 for bad input (one line on stderr), 130 after Ctrl-C, 143 on SIGTERM.
+
+    `masa batch` also returns 1, where some of its jobs failed.
+    """
     warnings.formatwarning = lambda message, *_: f"masa: {message}\n"
     try:
-        load_plugins(sys.argv[1:] if argv is None else argv)
-        parser = build_parser()
-        if not (sys.argv[1:] if argv is None else argv):
-            parser.print_help()
-            return 0
-        args = parser.parse_args(argv)
-        refuse_idle(args)
-        run(args)
+        with ending_on_sigterm():
+            return parse_and_run(sys.argv[1:] if argv is None else argv)
     except (Exception, KeyboardInterrupt) as error:
-        if interrupted(error):
-            print("\nmasa: interrupted; nothing unfinished was written", file=sys.stderr)
-            return 130
+        if (interruption := find_interruption(error)) is not None:
+            terminated = isinstance(interruption, Terminated)
+            how = "terminated" if terminated else "interrupted"
+            print(f"\nmasa: {how}; nothing unfinished was written", file=sys.stderr)
+            return 143 if terminated else 130
         if "out of memory" in str(error).lower():
             print(
                 "masa: out of memory; use a smaller --height and --width or a half-precision --dtype", file=sys.stderr
@@ -50,10 +59,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             raise
         return 2
-    return 0
 
 
-def run(args: argparse.Namespace) -> None:
+def parse_and_run(argv: Sequence[str]) -> int:
+    """What the command line says, without a catch."""
+    load_plugins(argv)
+    parser = build_parser()
+    if not argv:
+        parser.print_help()
+        return 0
+    args = parser.parse_args(argv)
+    refuse_idle(args)
+    with ExitStack() as args.closing:
+        return run(args) or 0
+
+
+def run(args: argparse.Namespace) -> int | None:
     """The command, profiled where it has --profile and that is given."""
     command = COMMANDS[args.command]
     if getattr(args, "profile", None) is None:
@@ -64,11 +85,28 @@ def run(args: argparse.Namespace) -> None:
         return command(args)
 
 
-def interrupted(error: BaseException | None) -> bool:
-    """Whether Ctrl-C is at the root of an error; libraries that import lazily turn it into others."""
+@contextmanager
+def ending_on_sigterm() -> Iterator[None]:
+    """Terminated is raised inside where the process gets SIGTERM."""
+    if threading.current_thread() is not threading.main_thread():  # only that one hears of signals
+        yield
+        return
+
+    def terminate(*_: Any) -> NoReturn:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def find_interruption(error: BaseException | None) -> KeyboardInterrupt | None:
+    """Ctrl-C or SIGTERM at the root of an error; libraries that import lazily turn it into others."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
-    return error is not None
+    return error
 
 
 # ----------------------------------------------------------------------------------------------- commands
@@ -77,7 +115,7 @@ def interrupted(error: BaseException | None) -> bool:
 def run_demo(args: argparse.Namespace) -> None:
     from masa.workflows import demo
 
-    folder = choose_folder(args.out, ["synthesis.png", "editing.png", "picture.png"], args.overwrite)
+    folder = take_folder(args, ["synthesis.png", "editing.png", "picture.png"])
     for path in demo.run(folder, seed=args.seed, progress=not args.quiet):
         print(path)
     print(
@@ -98,25 +136,25 @@ def run_sample(args: argparse.Namespace) -> None:
     import masa
 
     check_prompts(args)
-    folder = choose_folder(args.out, file_names(len(args.target)), args.overwrite)
+    folder = take_folder(args, file_names(len(args.target)))
     settings = sampling_settings(args)
     trajectory = masa.Trajectory.load(args.trajectory) if args.trajectory else None
     result = masa.sample(load_model(args), args.source, args.target, trajectory=trajectory, **settings)
-    report(result.save(folder), args)
+    report(save(result, folder, args), args)
 
 
 def run_edit(args: argparse.Namespace) -> None:
     import masa
 
     check_prompts(args)
-    folder = choose_folder(args.out, file_names(len(args.target)), args.overwrite)
+    folder = take_folder(args, file_names(len(args.target)))
     settings = sampling_settings(args)
     check_picture(args.image)
     inversion = given(invert_guidance_scale=args.invert_guidance, inner_steps=args.inner_steps)
     result = masa.edit(
         load_model(args), args.image, args.target, args.source, method=args.method, **inversion, **settings
     )
-    report(result.save(folder), args)
+    report(save(result, folder, args), args)
 
 
 def run_invert(args: argparse.Namespace) -> None:
@@ -141,7 +179,7 @@ def run_invert(args: argparse.Namespace) -> None:
         ),
         **size_and_seed(args),
     )
-    trajectory.save(out)
+    or_elsewhere(trajectory.save, out)
     report([out], args)
 
 
@@ -149,18 +187,18 @@ def run_sdedit(args: argparse.Namespace) -> None:
     import masa
 
     check_prompts(args)
-    folder = choose_folder(args.out, file_names(len(args.target)), args.overwrite)
+    folder = take_folder(args, file_names(len(args.target)))
     check_picture(args.image)
     settings = sampling_settings(args)
     result = masa.sdedit(load_model(args), args.image, args.target, args.strength, **settings)
-    report(result.save(folder), args)
+    report(save(result, folder, args), args)
 
 
 def run_grid(args: argparse.Namespace) -> None:
     import masa
 
     check_prompts(args)
-    folder = choose_folder(args.out, ["grid.png"], args.overwrite)
+    folder = take_folder(args, ["grid.png"])
     check_picture(args.image)
     sheet = masa.grid(
         load_model(args),
@@ -173,7 +211,7 @@ def run_grid(args: argparse.Namespace) -> None:
         guidance_scale=args.guidance,
         **size_and_seed(args),
     )
-    sheet.save(folder / "grid.png")
+    or_elsewhere(sheet.save, folder / "grid.png")
     report([folder / "grid.png"], args)
 
 
@@ -181,7 +219,7 @@ def run_sweep(args: argparse.Namespace) -> None:
     import masa
 
     check_prompts(args)
-    folder = choose_folder(args.out, ["sweep.png"], args.overwrite)
+    folder = take_folder(args, ["sweep.png"])
     if args.image is not None:
         check_picture(args.image)
     control = build_swept(args)
@@ -196,7 +234,7 @@ def run_sweep(args: argparse.Namespace) -> None:
         **given(method=args.method, steps=args.steps, guidance_scale=args.guidance),
         **size_and_seed(args),
     )
-    sheet.save(folder / "sweep.png")
+    or_elsewhere(sheet.save, folder / "sweep.png")
     report([folder / "sweep.png"], args)
 
 
@@ -216,7 +254,7 @@ def run_rerun(args: argparse.Namespace) -> None:
     from masa.output.result import read_settings
 
     settings = read_settings(args.picture)
-    folder = choose_folder(args.out, file_names(len(settings.get("target", []))), args.overwrite)
+    folder = take_folder(args, file_names(len(settings.get("target", []))))
     result = masa.rerun(
         args.picture,
         checkpoint=args.checkpoint,
@@ -226,7 +264,7 @@ def run_rerun(args: argparse.Namespace) -> None:
         tokenizer=args.tokenizer,
         progress=not args.quiet,
     )
-    report(result.save(folder))
+    report(save(result, folder, args))
 
 
 def run_plot(args: argparse.Namespace) -> None:
@@ -253,7 +291,7 @@ def run_plot(args: argparse.Namespace) -> None:
     report([out])
 
 
-COMMANDS: Mapping[str, Callable[[argparse.Namespace], None]] = {
+COMMANDS: Mapping[str, Callable[[argparse.Namespace], int | None]] = {
     "demo": run_demo,
     "sample": run_sample,
     "edit": run_edit,
@@ -347,6 +385,43 @@ def choose_folder(out: str | None, names: Sequence[str], overwrite: bool) -> Pat
     for name in taken:
         check_free(folder / name, overwrite, "-o")
     return folder
+
+
+def take_folder(args: argparse.Namespace, names: Sequence[str]) -> Path:
+    """The folder of `choose_folder`, the command's alone until it ends; where it stays empty it vanishes again."""
+    while True:
+        folder = choose_folder(args.out, names, args.overwrite)
+        try:
+            args.closing.enter_context(reserved(folder, new=args.out is None))
+            return folder
+        except FileExistsError:
+            if args.out is not None:
+                raise
+            # Another run was faster to take this number.
+
+
+def save(result: Result, folder: Path, args: argparse.Namespace) -> list[Path]:
+    """Save a finished result, elsewhere where the folder does not take it."""
+    return or_elsewhere(lambda place: result.save(place, args.overwrite), folder)
+
+
+def or_elsewhere(write: Callable[[Path], Saved], path: Path) -> Saved:
+    """Write what took minutes to make; where that fails, somewhere else. MasaError, which says where, then too."""
+    try:
+        return write(path)
+    except (MasaError, OSError) as error:
+        for place in (Path(tempfile.gettempdir()), Path.home()):
+            kept = None
+            try:
+                kept = Path(tempfile.mkdtemp(prefix="masa-", dir=place))
+                write(kept / path.name)
+            except (MasaError, OSError):
+                with suppress(OSError):
+                    if kept is not None:
+                        kept.rmdir()
+                continue
+            raise MasaError(f"{error}; what was made is in {kept / path.name} instead") from error
+        raise
 
 
 def report(paths: Sequence[Path], args: argparse.Namespace | None = None) -> None:
