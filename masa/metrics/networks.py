@@ -80,7 +80,7 @@ def _broken_torchvision() -> str | None:
     except Exception as error:  # RuntimeError beside another build of torch
         return (
             f"torchvision does not work beside torch {torch.__version__} ({_shorten(error)}), and neither LPIPS nor "
-            "transformers do then; install the torchvision that belongs to this torch, from where that came, or remove it"
+            "transformers do then; install the torchvision that belongs to this torch, from where that came, or none"
         )
     return None
 
@@ -107,8 +107,9 @@ def _from_hub(kind: Any, name: str | Path, **settings: Any) -> PreTrainedModel:
     """A model of transformers in float32: from the local cache where it is there, else from the network."""
     from transformers.utils import logging
 
-    shown = logging.get_verbosity()
+    shown, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         try:
             model = kind.from_pretrained(str(name), local_files_only=True, **settings)
@@ -116,6 +117,8 @@ def _from_hub(kind: Any, name: str | Path, **settings: Any) -> PreTrainedModel:
             model = kind.from_pretrained(str(name), **settings)
     finally:
         logging.set_verbosity(shown)
+        if bars:
+            logging.enable_progress_bar()
     loaded: PreTrainedModel = model.float()
     return loaded
 

@@ -32,7 +32,7 @@ from masa.metrics.similarity import (
 )
 from masa.models.tokenizer import Tokenizer
 from masa.output.result import Result
-from masa.pipeline import StableDiffusion
+from masa.pipeline import StableDiffusion, choose_device
 from masa.sampling import edit
 from masa.settings import describe, restore
 from masa.workflows.piebench_layout import Entry, find_picture, fit_result, read_layout
@@ -47,11 +47,11 @@ def piebench(
     folder: str | Path,
     sd: StableDiffusion | None = None,
     *,
-    method: str = "masactrl",
+    method: str | None = None,
     inverter: str | None = None,
     controls: Control | Sequence[Control] | None = None,
     pictures: str | Path | None = None,
-    out: str | Path = "masa-out/piebench",
+    out: str | Path | None = None,
     types: Collection[str] | None = None,
     limit: int | None = None,
     metrics: Sequence[str] | None = None,
@@ -70,13 +70,13 @@ def piebench(
     folder: in the published layout, with mapping_file.json and annotation_images/. types: editing type ids "0".."9",
     default all. limit: the first so many edits.
 
-    sd: the model that edits. method: "masactrl", "p2p", "pnp" or "sdedit", with the published settings. inverter:
-    "pinned" (default; the same as "direct"), "ddim" (the source drifts), "negative-prompt", "null-text" or
+    sd: the model that edits. method: "masactrl" (default), "p2p", "pnp" or "sdedit", with the published settings.
+    inverter: "pinned" (default; the same as "direct"), "ddim" (the source drifts), "negative-prompt", "null-text" or
     "edit-friendly"; none for SDEdit. controls: in place of the method's own; [] for none. steps, guidance_scale,
     seed, backend: as in `edit`; each edit has the size of its picture. pictures: instead of sd, a folder of results
     made elsewhere, named as their sources are.
 
-    out: gets edits/ID/ with what `Result.save` writes, scores.jsonl, and table.md, table.csv and scores.csv. An edit
+    out: default a folder in masa-out/ named after the method; gets edits/ID/ with what `Result.save` writes, scores.jsonl, and table.md, table.csv and scores.csv. An edit
     that is there whole is not made again, nor is a picture measured twice, so that a run that was cut off goes on
     where it was. An edit that fails does not stop the others.
 
@@ -94,26 +94,19 @@ def piebench(
         raise MasaError(f"libraries is {libraries!r}; expected 'current' or '2023'")
     if limit is not None and (not isinstance(limit, int) or limit < 1):
         raise MasaError(f"limit is {limit!r}; expected a number of edits from 1, or None for all")
-    out = Path(out)
-    check_folder(out, "-o")
     entries = read_layout(folder, types)[:limit]
     if pictures is None:
         check_model(sd)
-        assert sd is not None
-        run = EditRun(
-            method=method,
-            inverter=check_method(method, inverter, None if controls is None else as_controls(controls)),
-            controls=None if controls is None else as_controls(controls),
-            steps=steps,
-            guidance_scale=guidance_scale,
-            seed=seed,
-            backend=backend,
-        )
-        check_same_run(out, run.describe(sd))
-        name, device = run.name, sd.device
+        own = None if controls is None else as_controls(controls)
+        usual = check_method(method or "masactrl", inverter, own)
+        run = EditRun(method or "masactrl", usual, own, steps, guidance_scale, seed, backend)
+        name, out = run.name, Path(out or Path("masa-out") / f"piebench-{run.inverter}-{run.method}")
     else:
-        name, device = _check_pictures(Path(pictures), sd), _best_device()
-        made = find_pictures(Path(pictures), entries)
+        pictures = Path(pictures)
+        check_pictures(pictures, sd, {"method": method, "inverter": inverter, "controls": controls})
+        made = find_pictures(pictures, entries)
+        name, out = f"pictures in {pictures.name}", Path(out or Path("masa-out") / f"piebench-{pictures.name}")
+    check_folder(out, "out")
     loaded = networks is None
     if networks is None:
         wanted = [n for n in ("dino", "lpips", "clip") if any(metric.network == n for metric in chosen)]
@@ -122,12 +115,12 @@ def piebench(
     if missing and metrics is not None:
         raise MasaError("; ".join(f"{name} cannot be taken: {why}" for name, why in missing.items()))
     failed: dict[str, str] = {}
-    if pictures is None:
-        assert sd is not None
+    if sd is not None:
+        check_same_run(out, run.describe(sd))
         made, failed = make_edits(sd, run, entries, out, progress)
     measure = Measure(
         tuple(metric.name for metric in chosen if metric.name not in missing),
-        networks.to(device),
+        networks.to(choose_device(None) if sd is None else sd.device),
         libraries,
         ScoreFile(out / SCORES, (str(dino), str(clip), libraries)) if loaded else None,
     )
@@ -140,7 +133,7 @@ def piebench(
     if not rows:
         id, why = next(iter(failed.items()))
         raise MasaError(f"all {len(failed)} edits failed; {id}: {why}")
-    found = PieBench(name, tuple(rows), len(entries), missing, failed)
+    found = PieBench(name, tuple(rows), len(entries), missing, failed, out)
     found.save(out)
     return found
 
@@ -163,13 +156,13 @@ def _why(networks: MetricNetworks, name: str | None) -> str:
     return networks.missing.get(name or "", f"networks hold no {name}; load it with load_networks")
 
 
-def _check_pictures(folder: Path, sd: StableDiffusion | None) -> str:
-    """What to call results made elsewhere. MasaError where the folder is none, or a model is given too."""
-    if sd is not None:
-        raise MasaError("sd and pictures both say where the edits come from; leave one out")
+def check_pictures(folder: Path, sd: StableDiffusion | None, idle: Mapping[str, Any]) -> None:
+    """MasaError where the folder of results made elsewhere is none, or something says how edits are made."""
+    given = [name for name, value in {"sd": sd, **idle}.items() if value is not None]
+    if given:
+        raise MasaError(f"{' and '.join(given)} would do nothing: pictures were made already; leave one of both out")
     if not folder.is_dir():
         raise MasaError(f"no folder of pictures at {folder}; expected results named as PIE-Bench's pictures are")
-    return f"pictures in {folder.name}"
 
 
 def find_pictures(folder: Path, entries: Sequence[Entry]) -> dict[str, Path]:
@@ -182,10 +175,6 @@ def find_pictures(folder: Path, entries: Sequence[Entry]) -> dict[str, Path]:
             "edits with types or limit"
         )
     return {id: path for id, path in found.items() if path is not None}
-
-
-def _best_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 # ------------------------------------------------------------------------------------------------------- edits
@@ -285,7 +274,7 @@ def make_edits(
         folder = out / EDITS / entry.id
         try:
             if not is_whole(folder):
-                run_job(sd, run.job(sd, entry)).save(folder)
+                run_job(sd, run.job(sd, entry)).save(folder, overwrite=True)
             made[entry.id] = folder / "target_0.png"
         except MasaError as error:
             failed[entry.id] = str(error)

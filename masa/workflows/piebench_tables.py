@@ -48,11 +48,12 @@ PUBLISHED: Mapping[str, tuple[float, ...]] = {
 }
 PUBLISHED_PICTURES = 700
 NONE = "–"
+TABLES = ("table.md", "table.csv", "scores.csv")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One picture's scores by metric, in plain units; NaN where a metric has no value, absent where it was not taken."""
+    """One picture's scores by metric, in plain units; NaN where a metric has no value, absent where not taken."""
 
     id: str
     type_id: str
@@ -63,8 +64,9 @@ class Row:
 class PieBench:
     """What a run of the benchmark found.
 
-    name: what was run. rows: of each picture. missing: metrics that could not be taken, and what to do about it.
-    failed: edits that could not be made or measured, with the reason. order: how many edits were asked for.
+    name: what was run. rows: of each picture. asked: how many edits there were to be. missing: metrics that could not
+    be taken, and what to do about it. failed: edits that could not be made or measured, with the reason. folder: where
+    the tables lie.
     """
 
     name: str
@@ -72,6 +74,7 @@ class PieBench:
     asked: int
     missing: Mapping[str, str] = field(default_factory=dict)
     failed: Mapping[str, str] = field(default_factory=dict)
+    folder: Path | None = None
 
     def __repr__(self) -> str:
         return f"PieBench({self.name!r}, {len(self.rows)} of {self.asked} pictures)"
@@ -141,7 +144,7 @@ class PieBench:
 
     def save(self, folder: str | Path) -> list[Path]:
         """Write table.md, table.csv and scores.csv, each whole or not at all. Returns their paths."""
-        texts = {"table.md": self.markdown(), "table.csv": self.table_csv(), "scores.csv": self.scores_csv()}
+        texts = dict(zip(TABLES, (self.markdown(), self.table_csv(), self.scores_csv()), strict=True))
         for name, text in texts.items():
             with replacing(Path(folder) / name) as temporary:
                 temporary.write_text(text, encoding="utf-8")
