@@ -76,6 +76,7 @@ setup(
             "mypy>=2.4,<2.5",
         ],
         "plots": ["matplotlib>=3.8"],
+        "ray": ["ray>=2.40"],
     },
     entry_points={"console_scripts": ["masa = masa.cli:main"]},
 )
