@@ -5,11 +5,14 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 import weakref
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -492,3 +495,93 @@ def test_a_killed_batch_loses_the_job_in_hand_at_most(home, tiny_folder):
     assert sorted(after) == sorted(job["id"] for job in jobs)
     assert before == {name: after[name] for name in before}
     assert [row["id"] for row in lines(Path("out"))] == [job["id"] for job in jobs]
+
+
+def dying_once(folder, out, marker):
+    """What loads the model in a worker; the first worker to begin a step once two jobs are done dies in it."""
+
+    def load():
+        sd = masa.load(folder, device="cpu", dtype="fp32", progress=False)
+
+        def die(*_):
+            if len(list(out.glob("*/result.safetensors"))) >= 2:
+                with suppress(FileExistsError):
+                    os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sd.unet.register_forward_pre_hook(die)
+        return sd
+
+    return load
+
+
+@pytest.mark.slow
+def test_ray_s_workers_share_the_jobs_and_one_may_die(home, tiny, tiny_folder):
+    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'masa[ray]'")
+    jobs = [
+        {"id": f"{n}", "image": f"pictures/{('one.png', 'two.jpg')[n % 2]}", "target": f"a cat {n}", **SMALL}
+        for n in range(8)
+    ]
+    jobs = [{**job, "controls": [CONTROL]} for job in jobs] + [{"id": "bad", "image": "none.png", "target": "a cat"}]
+    write_jobs(home / "data" / "jobs.jsonl", jobs)
+    out, marker = home / "out", home / "died"
+    ray.init(num_cpus=2, include_dashboard=False, logging_level="warning")
+    try:
+        with pytest.raises(masa.MasaError, match="workers is 3; expected a number from 1 to 2, the CPUs"):
+            run("data/jobs.jsonl", out, None, ray=True, workers=3)
+        report = run("data/jobs.jsonl", out, dying_once(tiny_folder, out, marker), ray=True, workers=2)
+        assert marker.exists()
+        assert report.done == [str(n) for n in range(8)]
+        assert list(report.failed) == ["bad"]
+        assert [row["id"] for row in lines(out)] == [job["id"] for job in jobs]
+        assert sorted(p.name for p in out.iterdir() if not p.name.endswith(".unfinished")) == sorted(
+            [*report.done, "report.jsonl"]
+        )
+        expected = masa.edit(
+            tiny,
+            home / "data" / "pictures" / "two.jpg",
+            "a cat 3",
+            controls=masa.MasaCtrl(0, 4),
+            progress=False,
+            **SMALL,
+        )
+        # Up to rounding: at 64 pixels a cached source's rows may be multiplied otherwise.
+        assert torch.allclose(Result.load(out / "3").latents, expected.latents, atol=1e-4)
+        with pytest.raises(FileNotFoundError, match=r"^no checkpoint at"):
+            run([{"id": "new", **SAMPLE}], out, partial(masa.load, "none.safetensors"), ray=True)
+    finally:
+        ray.shutdown()
+
+
+def test_what_ray_s_cluster_has_room_for():
+    from masa.workflows.ray_workers import choose_workers
+
+    assert choose_workers({"CPU": 16.0, "GPU": 4.0}, None) == (4, {"num_gpus": 1, "num_cpus": 1})
+    assert choose_workers({"CPU": 2.0, "GPU": 4.0}, 3) == (3, {"num_gpus": 1, "num_cpus": 0})
+    assert choose_workers({"CPU": 16.0}, None) == (1, {"num_gpus": 0, "num_cpus": 1})
+    assert choose_workers({"CPU": 16.0}, 8) == (8, {"num_gpus": 0, "num_cpus": 1})
+    for resources, workers in (({"CPU": 16.0, "GPU": 4.0}, 5), ({"CPU": 2.0}, 0), ({"CPU": 2.0}, 3)):
+        with pytest.raises(masa.MasaError, match=f"workers is {workers}; expected a number from 1 to"):
+            choose_workers(resources, workers)
+
+
+def test_ray_loads_a_model_of_its_own_in_each_worker(tiny, home, monkeypatch):
+    with pytest.raises(masa.MasaError, match="with ray=True sd is a function"):
+        run([{"id": "a", **SAMPLE}], "out", tiny, ray=True)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(masa.MasaError, match=r"needs Ray: pip install 'masa\[ray\]'"):
+        run([{"id": "a", **SAMPLE}], "out", masa.load, ray=True)
+
+
+@pytest.mark.slow
+def test_the_page_s_commands_run(home, monkeypatch):
+    """The Python blocks run in test_docs; the commands here, on the first block's files."""
+    text = (ROOT / "docs" / "batch.md").read_text(encoding="utf-8")
+    first = re.search(r"^```python\n(.*?)^```", text, re.M | re.S)
+    exec(first[1], {})
+    commands = re.findall(r"^masa (batch .*)$", text, re.M)
+    assert len(commands) == 3
+    for command in commands:
+        assert main([*command.split(), "-q"]) == 0
+    for folder in ("out", "parts"):
+        assert {p.name for p in Path(folder).iterdir()} == {"jumping", "standing", "plain", "report.jsonl"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def run_by_ray(
     """
     try:
         import ray
-        from ray.exceptions import RayError, RayTaskError
+        from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
         from ray.util import ActorPool
     except ImportError as error:
         raise MasaError("ray=True needs Ray: pip install 'masa[ray]'") from error
@@ -55,27 +56,27 @@ def run_by_ray(
         count, needs = choose_workers(ray.cluster_resources(), workers)
         actor: Any = ray.remote(max_restarts=-1, max_task_retries=RETRIES, **needs)(RayWorker)
         actors = [actor.remote(model, str(out.absolute()), overwrite) for _ in range(count)]
-        try:
-            ray.get([one.ready.remote() for one in actors])
-        except RayTaskError as error:
-            cause = error.cause
-            raise (MasaError(str(cause)) if isinstance(cause, MasaError) else error) from error
+        ray.get([one.ready.remote() for one in actors])
         pool = ActorPool(actors)
-        for unit in units_of(jobs, math.ceil(len(jobs) / (PIECES * count))):
+        # A worker's working folder may be another one.
+        placed = [replace(job, near=str(Path(job.near).absolute())) for job in jobs]
+        for unit in units_of(placed, math.ceil(len(jobs) / (PIECES * count))):
             pool.submit(lambda one, piece: one.run.remote(piece), unit)
         told = set()
         while pool.has_next():
             try:
                 rows = pool.get_next_unordered()
-            except RayTaskError:  # an error of ours, such as a full disk
-                raise
-            except RayError:  # died as often as it was tried; which jobs these were is found below
+            except (ActorDiedError, ActorUnavailableError):  # as often as it was tried; whose jobs is found below
                 continue
             told |= {row["id"] for row in rows}
             yield from rows
         for job in jobs:
             if job.id not in told and not is_done(job, out):
                 yield Report(out, []).add(row_of(job, FAILED, error="its worker died; see Ray's logs"))
+    except RayTaskError as error:  # of a worker's code: no model there, a full disk
+        if isinstance(error.cause, MasaError | OSError):
+            raise error.cause from error
+        raise
     finally:
         if started:
             ray.shutdown()
