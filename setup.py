@@ -78,6 +78,7 @@ setup(
             "mypy>=2.4,<2.5",
         ],
         "plots": ["matplotlib>=3.8"],
+        "ray": ["ray>=2.40"],
         # LPIPS wants torchvision too. That one must come from where torch came: a build of another kind, which a plain
         # requirement may bring, fails to import, and transformers with it.
         "bench": ["torchmetrics>=1.5"],

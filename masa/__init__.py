@@ -35,6 +35,7 @@ from masa.sampling import edit, sample
 from masa.schedule import Schedule
 from masa.settings import register
 from masa.trajectory import Trajectory
+from masa.workflows.batch import BatchReport, batch
 from masa.workflows.piebench import piebench
 from masa.workflows.recording import record
 from masa.workflows.rerun import rerun
@@ -43,6 +44,7 @@ from masa.workflows.sheets import grid, sweep
 
 __all__ = [
     "DDIM",
+    "BatchReport",
     "BlendedLatents",
     "CheckpointError",
     "ClassifierFree",
@@ -73,6 +75,7 @@ __all__ = [
     "T2IAdapter",
     "Trajectory",
     "WordMasks",
+    "batch",
     "edit",
     "grid",
     "invert",

@@ -321,7 +321,7 @@ def edit(
     )
     check_model(sd)
     check_schedule(schedule)
-    _check_edit(sd, image, asked, method, steps, schedule or sd.schedule, (height, width))
+    check_edit(sd, image, asked, method, steps, schedule or sd.schedule, (height, width))
     trajectory = invert(
         sd,
         image,
@@ -343,7 +343,7 @@ def edit(
     return run(sd, asked, Given(trajectory, None, generator, callback, progress))
 
 
-def _check_edit(
+def check_edit(
     sd: StableDiffusion,
     image: ImageLike,
     asked: RunSettings,

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -290,14 +291,14 @@ def test_a_run_that_was_cut_off_goes_on(tiny, folder, tmp_path, monkeypatch):
     whole = masa.piebench(folder, tiny, **settings)
     before = {path: path.stat().st_mtime_ns for path in out.glob("edits/*/target_0.png")}
     assert len(before) == 3
-    broken = out / "edits" / "000000000001" / "target_0.png"
-    broken.write_bytes(broken.read_bytes()[:1000])
+    lost = out / "edits" / "000000000001"
+    shutil.rmtree(lost)
     with (out / "scores.jsonl").open("a") as file:
         file.write('{"id": "0000')  # as a kill may leave it
     again = masa.piebench(folder, tiny, **settings)
     assert again.rows == whole.rows
     changed_now = {path for path in before if path.stat().st_mtime_ns != before[path]}
-    assert changed_now == {broken}
+    assert changed_now == {lost / "target_0.png"}
 
     def refuse(*_):
         raise AssertionError("measured again")
@@ -320,17 +321,22 @@ def test_edits_made_otherwise_are_not_mixed_in(tiny, folder, tmp_path):
         masa.piebench(folder, tiny, **settings)
 
 
-def test_an_edit_that_fails_does_not_stop_the_others(tiny, tmp_path):
-    folder = tmp_path / "bench"
-    write_benchmark(folder, side=64)
-    Image.fromarray(picture(1, 100)).save(folder / "annotation_images" / "2_made/1_artificial/000000000001.png")
-    settings = {"controls": [], "metrics": PLAIN} | FAST
-    found = masa.piebench(folder, tiny, out=tmp_path / "out", **settings)
-    assert [row.id for row in found.rows] == ["000000000000", "000000000002"]
-    assert "height is 100; expected a multiple of 64" in found.failed["000000000001"]
-    assert "1 of 3 edits failed" in (tmp_path / "out" / "table.md").read_text()
-    with pytest.raises(masa.MasaError, match="all 1 edits failed; 000000000001: height is 100"):
+def test_an_edit_that_fails_does_not_stop_the_others(tiny, folder, tmp_path):
+    # The second edit adds a word, which a swap cannot.
+    settings = {"controls": masa.PromptToPrompt("replace"), "metrics": PLAIN, "method": "p2p"} | FAST
+    found = masa.piebench(folder, tiny, out=tmp_path / "out", types=["1", "2"], **settings)
+    assert [row.id for row in found.rows] == ["000000000000"]
+    assert "swaps word for word" in found.failed["000000000001"]
+    assert "1 of 2 edits failed" in (tmp_path / "out" / "table.md").read_text()
+    with pytest.raises(masa.MasaError, match=r"all 1 edits failed; 000000000001: .*swaps word for word"):
         masa.piebench(folder, tiny, types=["2"], out=tmp_path / "other", **settings)
+
+
+def test_a_picture_that_cannot_be_edited_at_its_size_is_named(tiny, folder, tmp_path):
+    path = folder / "annotation_images" / "2_made/1_artificial/000000000001.png"
+    Image.fromarray(picture(1, 100)).save(path)
+    with pytest.raises(masa.MasaError, match=r"000000000001.png cannot be edited at its own size: height is 100; exp"):
+        masa.piebench(folder, tiny, out=tmp_path / "out", **FAST)
 
 
 def test_an_edit_can_be_run_again(tiny, folder, tmp_path):
@@ -347,7 +353,7 @@ def test_scores_are_those_of_the_metrics(results, networks, tmp_path):
     found = masa.piebench(bench, pictures=made, networks=networks, out=tmp_path / "out", progress=False)
     assert found.missing == found.failed == {}
     for row, entry in zip(found.rows, read_layout(bench), strict=True):
-        source, mask = entry.read_picture(), entry.read_mask(512, 512)
+        source, mask = entry.read_picture(), entry.read_mask()
         result = np.array(Image.open(made / "annotation_images" / entry.image_path))
         kept, ids = 1 - mask, clip_tokens(entry.target)
         mse = mean_squared_error(result, source, kept)
@@ -552,10 +558,9 @@ def test_mistakes_on_the_command_line(home, folder, tiny_folder, capsys, argv, m
 
 
 def test_the_command_says_when_edits_failed(home, folder, tiny_folder, capsys):
-    Image.fromarray(picture(1, 100)).save(folder / "annotation_images" / "2_made/1_artificial/000000000001.png")
-    argv = ["piebench", str(folder), "--no-control", "--steps", "1", "--metrics", "mse_unedit_part", "-q"]
-    assert main([*argv, "-c", str(tiny_folder)]) == 1
-    assert "1 of 3 edits failed" in capsys.readouterr().out
+    argv = ["piebench", str(folder), "--method", "p2p", "--control", "prompt-to-prompt", "--types", "1,2", "-q"]
+    assert main([*argv, "--steps", "2", "--metrics", "mse_unedit_part", "-c", str(tiny_folder)]) == 1
+    assert "1 of 2 edits failed" in capsys.readouterr().out
 
 
 def test_missing_folder_is_refused_before_the_model_is_loaded(home, monkeypatch, capsys):

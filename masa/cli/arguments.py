@@ -166,6 +166,27 @@ def build_parser() -> Parser:
     add_model(sweep)
     add_output(sweep)
 
+    batch = add(
+        commands,
+        "batch",
+        "run thousands of edits from a file, resumable",
+        [
+            "masa batch jobs.jsonl -o out -c v1-5-pruned-emaonly.safetensors",
+            "masa batch jobs.jsonl -o out -c sd15/ --shard 2/4",
+            "torchrun --nproc-per-node 4 -m masa batch jobs.jsonl -o out -c sd15/",
+            "masa batch jobs.jsonl -o out -c sd15/ --ray",
+        ],
+    )
+    batch.add_argument("jobs", help="a file with one JSON object a line: id, and arguments of masa.edit or masa.sample")
+    group = batch.add_argument_group("processes")
+    text = "run the I-th of N parts, I from 1 (default: what torchrun's RANK and WORLD_SIZE say, else all)"
+    group.add_argument("--shard", type=parse_shard, metavar="I/N", help=text)
+    group.add_argument("--ray", action="store_true", help="by Ray, one worker a GPU; needs masa[ray]")
+    group.add_argument("--workers", type=int, metavar="N", help="of --ray (default: one a GPU, without GPUs one)")
+    add_plugins(batch)
+    add_model(batch)
+    add_output(batch, "the folder with a folder for each job, and report.jsonl; a second call goes on there")
+
     piebench = add(
         commands,
         "piebench",
@@ -369,6 +390,14 @@ def parse_lora(text: str) -> tuple[str, float | tuple[float, float]]:
     if not path or len(numbers) not in (1, 2):
         return text, 1.0
     return path, numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """ "2/4" -> (2, 4)."""
+    part, _, parts = text.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 1 to N, such as 2/4")
+    return int(part), int(parts)
 
 
 def parse_control(text: str) -> str:

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -29,6 +30,7 @@ from masa.workflows.piebench_tables import TABLES
 from masa.workflows.sheets import comparison
 
 OUT = Path("masa-out")
+SHOWN = 5  # failed jobs whose errors are printed; the report has all
 Saved = TypeVar("Saved")
 
 
@@ -292,6 +294,28 @@ def run_plot(args: argparse.Namespace) -> None:
     report([out])
 
 
+def run_batch(args: argparse.Namespace) -> int:
+    import masa
+
+    if args.out is None:
+        raise MasaError("masa batch needs -o, the folder that a second call goes on in")
+    report = masa.batch(
+        args.jobs,
+        args.out,
+        partial(load_in_worker, place_rank(args)),
+        shard=args.shard or shard_of_rank(os.environ),
+        overwrite=args.overwrite,
+        ray=args.ray,
+        workers=args.workers,
+        progress=not args.quiet,
+    )
+    for name, error in list(report.failed.items())[:SHOWN]:
+        print(f"masa: {name}: {error}", file=sys.stderr)
+    others = f", {len(report.elsewhere)} in the hands of other runs" if report.elsewhere else ""
+    print(f"{len(report.done)} done, {len(report.failed)} failed{others}: {report.path}")
+    return int(bool(report.failed or report.elsewhere))
+
+
 def run_piebench(args: argparse.Namespace) -> int:
     import masa
     from masa.workflows.piebench_layout import read_layout
@@ -327,6 +351,7 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace], int | None]] = {
     "plot": run_plot,
     "inspect": run_inspect,
     "rerun": run_rerun,
+    "batch": run_batch,
     "piebench": run_piebench,
 }
 
@@ -366,6 +391,31 @@ def load_model(args: argparse.Namespace):  # type: ignore[no-untyped-def]
         progress=not args.quiet,
     )
     return sd.compile() if args.compile else sd
+
+
+def load_in_worker(args: argparse.Namespace):  # type: ignore[no-untyped-def]
+    """The model in a process that has not parsed the command line itself."""
+    load_plugins([part for file in args.plugin for part in ("--plugin", file)])
+    return load_model(args)
+
+
+def shard_of_rank(environment: Mapping[str, str]) -> tuple[int, int]:
+    """Which part is this process's: torchrun tells its processes by RANK and WORLD_SIZE."""
+    try:
+        return int(environment.get("RANK", "0")) + 1, int(environment.get("WORLD_SIZE", "1"))
+    except ValueError as error:
+        raise MasaError(f"RANK or WORLD_SIZE is no number ({error}); give --shard I/N") from error
+
+
+def place_rank(args: argparse.Namespace) -> argparse.Namespace:
+    """The options, with the GPU that torchrun's LOCAL_RANK means where none is named."""
+    import torch
+
+    plain = {name: value for name, value in vars(args).items() if name != "closing"}  # picklable, for workers
+    rank = os.environ.get("LOCAL_RANK")
+    if args.device is None and rank is not None and torch.cuda.is_available():
+        plain["device"] = f"cuda:{rank}"
+    return argparse.Namespace(**plain)
 
 
 # The options that are a run's settings under another name, or in another sense.

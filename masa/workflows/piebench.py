@@ -19,7 +19,7 @@ from masa.checks import as_controls, check_model
 from masa.controls.base import Control
 from masa.errors import MasaError
 from masa.io.files import check_folder, file_digest, replacing
-from masa.io.pictures import open_picture
+from masa.io.pictures import check_size, open_picture
 from masa.metrics.networks import CLIP, DINO, MetricNetworks, load_networks
 from masa.metrics.similarity import (
     Libraries,
@@ -31,13 +31,12 @@ from masa.metrics.similarity import (
     structure_distance,
 )
 from masa.models.tokenizer import Tokenizer
-from masa.output.result import Result
 from masa.pipeline import StableDiffusion, choose_device
-from masa.sampling import edit
-from masa.settings import describe, restore
+from masa.settings import describe
+from masa.workflows.batch import batch
 from masa.workflows.piebench_layout import Entry, find_picture, fit_result, read_layout
 from masa.workflows.piebench_methods import INVERTERS, METHODS, SDEDIT_STRENGTH, Plan, check_method
-from masa.workflows.piebench_tables import BY_NAME, METRICS, PieBench, Row
+from masa.workflows.piebench_tables import BY_NAME, METRICS, Metric, PieBench, Row
 
 SETTINGS, SCORES, EDITS = "settings.json", "scores.jsonl", "edits"
 SEED = 1234  # the published programs'
@@ -76,9 +75,10 @@ def piebench(
     seed, backend: as in `edit`; each edit has the size of its picture. pictures: instead of sd, a folder of results
     made elsewhere, named as their sources are.
 
-    out: default a folder in masa-out/ named after the method; gets edits/ID/ with what `Result.save` writes, scores.jsonl, and table.md, table.csv and scores.csv. An edit
-    that is there whole is not made again, nor is a picture measured twice, so that a run that was cut off goes on
-    where it was. An edit that fails does not stop the others.
+    out: default a folder in masa-out/ named after the method. It gets edits/, the output folder of a batch with one
+    job for each edit, scores.jsonl, and table.md, table.csv and scores.csv. An edit that is there whole is not made
+    again, nor is a picture measured twice: a run that was cut off goes on where it was, and several processes may
+    share the work (see `batch`). An edit that fails does not stop the others.
 
     metrics: names of the published evaluator's, default all eight; "structure_distance_divided" is the structure
     distance of values in [0, 1]. Without their networks the others are still taken; the result's `missing` names what
@@ -95,34 +95,34 @@ def piebench(
     if limit is not None and (not isinstance(limit, int) or limit < 1):
         raise MasaError(f"limit is {limit!r}; expected a number of edits from 1, or None for all")
     entries = read_layout(folder, types)[:limit]
+    run = None
+    made: Mapping[str, Path] = {}
     if pictures is None:
         check_model(sd)
         own = None if controls is None else as_controls(controls)
         usual = check_method(method or "masactrl", inverter, own)
         run = EditRun(method or "masactrl", usual, own, steps, guidance_scale, seed, backend)
-        name, out = run.name, Path(out or Path("masa-out") / f"piebench-{run.inverter}-{run.method}")
+        check_sizes(entries)
     else:
-        pictures = Path(pictures)
-        check_pictures(pictures, sd, {"method": method, "inverter": inverter, "controls": controls})
-        made = find_pictures(pictures, entries)
-        name, out = f"pictures in {pictures.name}", Path(out or Path("masa-out") / f"piebench-{pictures.name}")
+        check_pictures(Path(pictures), sd, {"method": method, "inverter": inverter, "controls": controls})
+        made = find_pictures(Path(pictures), entries)
+    name = f"pictures in {Path(pictures).name}" if pictures is not None else run.name if run is not None else ""
+    out = Path("masa-out") / f"piebench {name}".replace(" + ", "-").replace(" ", "-") if out is None else Path(out)
     check_folder(out, "out")
-    loaded = networks is None
-    if networks is None:
-        wanted = [n for n in ("dino", "lpips", "clip") if any(metric.network == n for metric in chosen)]
-        networks = load_networks(wanted, dino=dino, clip=clip)
-    missing = {m.name: _why(networks, m.network) for m in chosen if not _is_there(networks, m.network)}
+    kept = None if networks is not None else ScoreFile(out / SCORES, (str(dino), str(clip), libraries))
+    networks = networks or load_networks(networks_of(chosen), dino=dino, clip=clip)
+    missing = missing_metrics(chosen, networks)
     if missing and metrics is not None:
         raise MasaError("; ".join(f"{name} cannot be taken: {why}" for name, why in missing.items()))
     failed: dict[str, str] = {}
-    if sd is not None:
+    if run is not None and sd is not None:
         check_same_run(out, run.describe(sd))
         made, failed = make_edits(sd, run, entries, out, progress)
     measure = Measure(
         tuple(metric.name for metric in chosen if metric.name not in missing),
         networks.to(choose_device(None) if sd is None else sd.device),
         libraries,
-        ScoreFile(out / SCORES, (str(dino), str(clip), libraries)) if loaded else None,
+        kept,
     )
     rows = []
     for entry in tqdm([entry for entry in entries if entry.id in made], desc="measure", disable=not progress):
@@ -138,7 +138,7 @@ def piebench(
     return found
 
 
-def choose_metrics(metrics: Sequence[str] | None) -> tuple[Any, ...]:
+def choose_metrics(metrics: Sequence[str] | None) -> tuple[Metric, ...]:
     """The metrics by name, in the tables' order. MasaError for an unknown name, or none."""
     if metrics is None:
         return METRICS
@@ -148,12 +148,25 @@ def choose_metrics(metrics: Sequence[str] | None) -> tuple[Any, ...]:
     return tuple(metric for metric in METRICS if metric.name in metrics)
 
 
-def _is_there(networks: MetricNetworks, name: str | None) -> bool:
-    return name is None or getattr(networks, name) is not None
+def networks_of(metrics: Sequence[Metric]) -> list[str]:
+    """The networks that metrics look through."""
+    return sorted({metric.network for metric in metrics if metric.network is not None})
 
 
-def _why(networks: MetricNetworks, name: str | None) -> str:
-    return networks.missing.get(name or "", f"networks hold no {name}; load it with load_networks")
+def missing_metrics(metrics: Sequence[Metric], networks: MetricNetworks) -> dict[str, str]:
+    """The metrics whose network is missing, and what to do about it."""
+    lacking = [metric for metric in metrics if metric.network and getattr(networks, metric.network) is None]
+    unsaid = "networks hold none for it; see load_networks"
+    return {metric.name: networks.missing.get(metric.network or "", unsaid) for metric in lacking}
+
+
+def check_sizes(entries: Sequence[Entry]) -> None:
+    """MasaError for a picture that no model can edit at its own size."""
+    for entry in entries:
+        try:
+            check_size(*entry.size)
+        except MasaError as error:
+            raise MasaError(f"{entry.image} cannot be edited at its own size: {error}") from error
 
 
 def check_pictures(folder: Path, sd: StableDiffusion | None, idle: Mapping[str, Any]) -> None:
@@ -218,7 +231,7 @@ class EditRun:
 
     def job(self, sd: StableDiffusion, entry: Entry) -> dict[str, Any]:
         """One edit as a job: `edit`'s arguments as JSON values, and an id. It has its picture's size."""
-        plan, picture = self.plan(entry, sd), open_picture(entry.image)
+        plan = self.plan(entry, sd)
         inversion, pinned = INVERTERS.get(self.inverter, ("noise", True))
         job = {
             "id": entry.id,
@@ -231,8 +244,8 @@ class EditRun:
             "guidance_scale": self.guidance_scale,
             "method": inversion,
             "negative_prompt": plan.negative_prompt,
-            "height": picture.height,
-            "width": picture.width,
+            "height": entry.size[0],
+            "width": entry.size[1],
             "seed": self.seed,
             "backend": self.backend,
         }
@@ -268,32 +281,10 @@ def check_same_run(out: Path, settings: Mapping[str, Any]) -> None:
 def make_edits(
     sd: StableDiffusion, run: EditRun, entries: Sequence[Entry], out: Path, progress: bool
 ) -> tuple[dict[str, Path], dict[str, str]]:
-    """The edited pictures by id, and why others failed. What is there whole is not made again."""
-    made, failed = {}, {}
-    for entry in tqdm(entries, desc=run.name, disable=not progress):
-        folder = out / EDITS / entry.id
-        try:
-            if not is_whole(folder):
-                run_job(sd, run.job(sd, entry)).save(folder, overwrite=True)
-            made[entry.id] = folder / "target_0.png"
-        except MasaError as error:
-            failed[entry.id] = str(error)
-    return made, failed
-
-
-def run_job(sd: StableDiffusion, job: Mapping[str, Any]) -> Result:
-    """The edit that a job describes."""
-    given = {name: value for name, value in job.items() if name not in ("id", "controls")}
-    return edit(sd, controls=restore(job["controls"]), progress=False, **given)
-
-
-def is_whole(folder: Path) -> bool:
-    """Whether a folder holds a whole result."""
-    try:
-        Result.load(folder)
-    except (MasaError, OSError, SyntaxError, ValueError):  # the last two are Pillow's, of damaged files
-        return False
-    return True
+    """The edited pictures by id, and why others are not there. What is there whole is not made again."""
+    report = batch([run.job(sd, entry) for entry in entries], out / EDITS, sd, progress=progress)
+    failed = dict.fromkeys(report.elsewhere, "another run is at it; call again when that is done") | report.failed
+    return {id: out / EDITS / id / "target_0.png" for id in report.done}, failed
 
 
 # ------------------------------------------------------------------------------------------------- measurement
@@ -342,8 +333,8 @@ class Measure:
         lacking = [name for name in self.names if name not in scores]
         if lacking:
             source = entry.read_picture()
-            result = fit_result(np.array(open_picture(picture)), source.shape[:2], picture)
-            mask = entry.read_mask(*source.shape[:2])
+            result = fit_result(np.array(open_picture(picture)), entry.size, picture)
+            mask = entry.read_mask()
             scores |= {name: self.take(name, source, result, mask, entry.target) for name in lacking}
             if self.file is not None and key is not None:
                 self.file.add(key, entry.id, scores)

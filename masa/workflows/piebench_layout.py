@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from masa.errors import MasaError
-from masa.io.pictures import open_picture
+from masa.io.pictures import ORIENTATION, open_picture
 
 MAPPING_FILE, PICTURES = "mapping_file.json", "annotation_images"
 FIELDS = ("image_path", "original_prompt", "editing_prompt", "editing_type_id", "blended_word", "mask")
@@ -37,7 +37,8 @@ class Entry:
     """One edit of the benchmark.
 
     image_path: relative to the folder of pictures. source, target: the prompts without their square brackets.
-    blended_words: the edited words of the source's and of the target's prompt, or None. runs: of the mask.
+    blended_words: the edited words of the source's and of the target's prompt, or None. runs: of the mask. size: the
+    picture's (height, width).
     """
 
     id: str
@@ -48,14 +49,15 @@ class Entry:
     type_id: str
     blended_words: tuple[str, str] | None
     runs: tuple[int, ...]
+    size: tuple[int, int] = (512, 512)
 
     def read_picture(self) -> np.ndarray:
         """The source, uint8 (h, w, 3)."""
         return np.array(open_picture(self.image))
 
-    def read_mask(self, height: int, width: int) -> np.ndarray:
+    def read_mask(self) -> np.ndarray:
         """Where the picture may change: uint8 (h, w), 1 there. Errors as in `decode_mask`."""
-        return decode_mask(self.runs, height, width)
+        return decode_mask(self.runs, *self.size)
 
 
 def read_layout(folder: str | Path, types: Collection[str] | None = None) -> list[Entry]:
@@ -72,8 +74,7 @@ def read_layout(folder: str | Path, types: Collection[str] | None = None) -> lis
         try:
             entry = _read_entry(folder, id, item)
             if types is None or entry.type_id in types:
-                _check_files(entry)
-                entries.append(entry)
+                entries.append(replace(entry, size=_check_files(entry)))
         except MasaError as error:
             errors.append(error)
     if errors:
@@ -150,11 +151,15 @@ def check_runs(runs: Any, where: str) -> tuple[int, ...]:
     return tuple(runs)
 
 
-def _check_files(entry: Entry) -> None:
-    """MasaError where a picture is not there, or its mask does not fit it. Reads the picture's head only."""
+def _check_files(entry: Entry) -> tuple[int, int]:
+    """(height, width) of an edit's picture, of which only the head is read.
+
+    MasaError where it is not there, or the mask does not fit it.
+    """
     try:
         with Image.open(entry.image) as picture:
-            width, height = picture.size
+            turned = picture.getexif().get(ORIENTATION, 1) >= 5
+            height, width = picture.size if turned else picture.size[::-1]
     except (FileNotFoundError, IsADirectoryError) as error:
         raise MasaError(f"no picture at {entry.image}, which {MAPPING_FILE} names for {entry.id!r}") from error
     except (UnidentifiedImageError, OSError) as error:
@@ -163,6 +168,7 @@ def _check_files(entry: Entry) -> None:
         check_fit(entry.runs, height, width)
     except MasaError as error:
         raise MasaError(f"{MAPPING_FILE}, {entry.id!r}: {error}") from error
+    return height, width
 
 
 def check_fit(runs: Sequence[int], height: int, width: int) -> None:
