@@ -27,7 +27,10 @@ from pie_cases import (
 from PIL import Image
 
 import masa
+from masa.cli.arguments import build_parser
 from masa.cli.commands import main
+from masa.cli.control_arguments import build_controls
+from masa.cli.idle_options import refuse_idle
 from masa.metrics.networks import MetricNetworks
 from masa.metrics.similarity import mean_squared_error, prompt_similarity, structural_similarity, structure_distance
 from masa.workflows import piebench as workflow
@@ -574,3 +577,25 @@ def test_weights_stay_where_they_are_wanted():
     assert networks.to("cpu").dino is networks.dino
     moved = networks.to(torch.device("meta"))
     assert next(moved.dino.parameters()).device.type == "meta"
+
+
+def test_edits_in_the_hands_of_another_run_are_named(tiny, folder, tmp_path, monkeypatch):
+    batch = workflow.batch
+
+    def leave_one(jobs, *rest, **given):
+        return replace(batch(jobs[1:], *rest, **given), elsewhere=(jobs[0]["id"],))
+
+    monkeypatch.setattr(workflow, "batch", leave_one)
+    settings = {"controls": [], "metrics": PLAIN, "limit": 2} | FAST
+    found = masa.piebench(folder, tiny, out=tmp_path / "out", **settings)
+    assert found.failed == {"000000000000": "another run is at it; call again when that is done"}
+
+
+def test_the_page_s_commands_are_understood():
+    page = (Path(__file__).parent.parent / "docs" / "piebench.md").read_text(encoding="utf-8")
+    commands = [line for line in page.splitlines() if line.startswith("masa piebench ")]
+    assert len(commands) == 5
+    for command in commands:
+        args = build_parser().parse_args(command.split()[1:])
+        refuse_idle(args)
+        assert build_controls(args) or args.control == []
