@@ -57,6 +57,7 @@ def as_published(array: np.ndarray, kept: np.ndarray) -> torch.Tensor:
     return torch.tensor(masked).permute(2, 0, 1).unsqueeze(0)
 
 
+@pytest.mark.slow
 def test_noise_error_and_similarity_equal_torchmetrics(pair, kept):
     image = pytest.importorskip("torchmetrics.image")
     regression = pytest.importorskip("torchmetrics.regression")
@@ -69,6 +70,7 @@ def test_noise_error_and_similarity_equal_torchmetrics(pair, kept):
     assert 1e2 * structural_similarity(pair[1], pair[0], kept) == pytest.approx(1e2 * ssim, abs=UNIT)
 
 
+@pytest.mark.slow
 def test_similarity_of_2023_leaves_the_border_out(pair, kept):
     """By the formula, window by window, in float64: torchmetrics' full picture, without 5 pixels on each side."""
     functional = pytest.importorskip("torchmetrics.functional.image")

@@ -251,6 +251,7 @@ def test_edits_equal_masa_edit(tiny, folder, tmp_path):
     np.testing.assert_array_equal(edited(tmp_path / "out"), np.array(expected.targets[0]))
 
 
+@pytest.mark.slow
 def test_every_method_and_inverter_makes_edits_of_its_own(tiny, folder, tmp_path):
     pictures = {}
     for method in METHODS:
@@ -273,6 +274,7 @@ def test_sdedit_is_masa_sdedit(tiny, folder, tmp_path):
     np.testing.assert_array_equal(edited(tmp_path / "out"), np.array(expected.targets[0]))
 
 
+@pytest.mark.slow
 def test_controls_seed_and_steps_are_the_caller_s(tiny, folder, tmp_path):
     def run(name, **changes):
         out = tmp_path / name
@@ -351,6 +353,7 @@ def test_an_edit_can_be_run_again(tiny, folder, tmp_path):
 # -------------------------------------------------------------------------------------------------- measurement
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_the_metrics(results, networks, tmp_path):
     bench, made = results
     found = masa.piebench(bench, pictures=made, networks=networks, out=tmp_path / "out", progress=False)
@@ -400,9 +403,22 @@ def test_metrics_without_their_networks_are_named_and_the_others_given(results, 
     assert "clip_similarity_target_image_edit_part" in found.missing
     table = (tmp_path / "out" / "table.md").read_text()
     assert "Not measured:" in table
-    assert "- structure_distance: DINO ViT-B/8 could not be loaded from" in table
-    with pytest.raises(masa.MasaError, match="structure_distance cannot be taken: DINO"):
+    assert "- structure_distance, structure_distance_divided: DINO ViT-B/8 could not be loaded from" in table
+    with pytest.raises(masa.MasaError, match="cannot be taken: structure_distance: DINO"):
         masa.piebench(bench, metrics=["structure_distance"], out=tmp_path / "out", **settings)
+
+
+def test_what_will_be_missing_is_said_before_the_edits(tiny, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(workflow, "make_edits", lambda *_: pytest.fail("edits are made"))
+    settings = {"networks": MetricNetworks(missing={"dino": "DINO is not here"}), "out": tmp_path / "out"} | FAST
+    monkeypatch.setattr(workflow.warnings, "warn", lambda message, **_: said.append(message))
+    said: list[str] = []
+    with pytest.raises(pytest.fail.Exception, match="edits are made"):
+        masa.piebench(folder, tiny, **settings)
+    assert said == ["will not be measured: structure_distance, structure_distance_divided: DINO is not here"] + [
+        f"will not be measured: {names}: networks hold none for it; see load_networks"
+        for names in ["lpips_unedit_part, clip_similarity_target_image, clip_similarity_target_image_edit_part"]
+    ]
 
 
 def test_networks_from_folders_and_the_library_s_year(results, tmp_path):
@@ -507,6 +523,7 @@ def home(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_command_edits_measures_and_prints(home, folder, tiny_folder, tiny, capsys):
     argv = ["piebench", str(folder), "--steps", "2", "--guidance", "3", "--seed", "1234", "-q", "-c", str(tiny_folder)]
     argv += ["--metrics", ",".join(PLAIN), "--limit", "1"]
@@ -560,6 +577,7 @@ def test_mistakes_on_the_command_line(home, folder, tiny_folder, capsys, argv, m
     assert not Path("masa-out").exists()
 
 
+@pytest.mark.slow
 def test_the_command_says_when_edits_failed(home, folder, tiny_folder, capsys):
     argv = ["piebench", str(folder), "--method", "p2p", "--control", "prompt-to-prompt", "--types", "1,2", "-q"]
     assert main([*argv, "--steps", "2", "--metrics", "mse_unedit_part", "-c", str(tiny_folder)]) == 1

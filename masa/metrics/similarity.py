@@ -194,9 +194,9 @@ def clip_pixels(picture: np.ndarray, size: int) -> Tensor:
         (short, long) if width <= height else (long, short), Image.Resampling.BICUBIC
     )
     left, top = (resized.width - size) // 2, (resized.height - size) // 2
-    x = np.asarray(resized.crop((left, top, left + size, top + size)), dtype=np.float32) / 255.0
-    x = (x - np.array(CLIP_MEAN, np.float32)) / np.array(CLIP_STD, np.float32)
-    return torch.from_numpy(x).permute(2, 0, 1)[None].contiguous()
+    cut = np.asarray(resized.crop((left, top, left + size, top + size)), dtype=np.float32)
+    x = torch.from_numpy(cut / 255.0).permute(2, 0, 1)[None]
+    return ((x - x.new_tensor(CLIP_MEAN)[:, None, None]) / x.new_tensor(CLIP_STD)[:, None, None]).contiguous()
 
 
 def _device_of(network: object) -> torch.device:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,7 +37,7 @@ from masa.settings import describe
 from masa.workflows.batch import batch
 from masa.workflows.piebench_layout import Entry, find_picture, fit_result, read_layout
 from masa.workflows.piebench_methods import INVERTERS, METHODS, SDEDIT_STRENGTH, Plan, check_method
-from masa.workflows.piebench_tables import BY_NAME, METRICS, Metric, PieBench, Row
+from masa.workflows.piebench_tables import BY_NAME, METRICS, Metric, PieBench, Row, explain
 
 SETTINGS, SCORES, EDITS = "settings.json", "scores.jsonl", "edits"
 SEED = 1234  # the published programs'
@@ -113,10 +114,12 @@ def piebench(
     networks = networks or load_networks(networks_of(chosen), dino=dino, clip=clip)
     missing = missing_metrics(chosen, networks)
     if missing and metrics is not None:
-        raise MasaError("; ".join(f"{name} cannot be taken: {why}" for name, why in missing.items()))
+        raise MasaError(f"cannot be taken: {'; '.join(explain(missing))}")
     failed: dict[str, str] = {}
     if run is not None and sd is not None:
         check_same_run(out, run.describe(sd))
+        for line in explain(missing):
+            warnings.warn(f"will not be measured: {line}", stacklevel=2)  # before the hours of edits, not after
         made, failed = make_edits(sd, run, entries, out, progress)
     measure = Measure(
         tuple(metric.name for metric in chosen if metric.name not in missing),

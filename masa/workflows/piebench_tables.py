@@ -114,7 +114,7 @@ class PieBench:
             ]
             lines += ["", *_table(["editing type", *headings[1:]], by_type)]
         if self.missing:
-            lines += ["", "Not measured:", "", *(f"- {name}: {why}" for name, why in self.missing.items())]
+            lines += ["", "Not measured:", "", *(f"- {line}" for line in explain(self.missing))]
         if self.failed:
             lines += ["", f"{len(self.failed)} of {self.asked} edits failed and are in no mean:", ""]
             lines += [f"- {id}: {why}" for id, why in self.failed.items()]
@@ -149,6 +149,12 @@ class PieBench:
             with replacing(Path(folder) / name) as temporary:
                 temporary.write_text(text, encoding="utf-8")
         return [Path(folder) / name for name in texts]
+
+
+def explain(missing: Mapping[str, str]) -> list[str]:
+    """Metrics that could not be taken, those with one reason together."""
+    reasons = dict.fromkeys(missing.values())
+    return [f"{', '.join(name for name, why in missing.items() if why == reason)}: {reason}" for reason in reasons]
 
 
 def _with_interval(found: Summary) -> str:
