@@ -70,6 +70,7 @@ setup(
             "peft>=0.13",
             "scikit-image>=0.22",
             "matplotlib>=3.8",
+            "ray>=2.40",
             "nbclient>=0.9",
             "ipykernel>=6",
             "ruff>=0.17,<0.18",

@@ -249,6 +249,10 @@ def test_a_full_disk_ends_the_batch(tiny, home, monkeypatch):
         ({"id": "a", "image": "a.png", "target": "b", "method": "null-text"}, "with an empty prompt"),
         ({"id": "a", "image": "a.png", "target": "b", "inner_steps": 0}, "inner_steps is 0"),
         ({"id": "a", "function": "sweep"}, "these are the settings of masa.sweep"),
+        ({"id": "a", "function": "sample", "trajectory": "t"}, "these settings are not whole"),
+        ({"id": "a", "function": "sample", "trajectory": {"image": "a.png"}}, "these settings are not whole"),
+        ('{"id": "a", "seed": 1' + "0" * 5000 + "}", "it is no JSON"),
+        ('{"id": "a", "guidance_scale": 1e999}', "guidance_scale is inf"),
     ],
     ids=lambda value: json.dumps(value)[:50] if isinstance(value, dict) else value[:30],
 )
@@ -412,6 +416,15 @@ def test_two_processes_do_no_job_twice(tiny, home):
     assert sorted(p.name for p in (home / "out").iterdir()) == ["a", "b", "report.jsonl"]
 
 
+def test_what_a_killed_process_left_is_removed_with_its_job(tiny, home):
+    for name in (".a.0123abcd.unfinished", ".a.b.0123abcd.unfinished", ".ab.0123abcd.unfinished"):
+        (home / "out" / name).mkdir(parents=True)
+        (home / "out" / name / "source.png").touch()
+    assert run([{"id": "a", **SAMPLE}], "out", tiny).done == ["a"]
+    left = [".a.b.0123abcd.unfinished", ".ab.0123abcd.unfinished", "a", "report.jsonl"]
+    assert sorted(p.name for p in (home / "out").iterdir()) == left
+
+
 def test_the_report_survives_what_a_kill_leaves(tmp_path):
     report = Report(tmp_path, ["b", "a"])
     for name, state in (("a", "failed"), ("b", "done"), ("a", "done")):
@@ -494,6 +507,7 @@ def test_a_killed_batch_loses_the_job_in_hand_at_most(home, tiny_folder):
     after = {p.parent.name: p.stat().st_mtime_ns for p in Path("out").glob("*/result.safetensors")}
     assert sorted(after) == sorted(job["id"] for job in jobs)
     assert before == {name: after[name] for name in before}
+    assert {p.name for p in Path("out").iterdir()} == {*after, "report.jsonl"}  # nothing hidden is left
     assert [row["id"] for row in lines(Path("out"))] == [job["id"] for job in jobs]
 
 

@@ -369,7 +369,8 @@ def load_model(args: argparse.Namespace):  # type: ignore[no-untyped-def]
 
 def load_in_worker(args: argparse.Namespace):  # type: ignore[no-untyped-def]
     """The model in a process that has not parsed the command line itself."""
-    load_plugins([part for file in args.plugin for part in ("--plugin", file)])
+    new = [file for file in args.plugin if f"masa_plugin_{Path(file).stem}" not in sys.modules]
+    load_plugins([part for file in new for part in ("--plugin", file)])
     return load_model(args)
 
 

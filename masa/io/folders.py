@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import glob
 import os
 import secrets
 import shutil
@@ -20,7 +21,7 @@ except ImportError:  # not on Windows, where nothing is locked
     fcntl = None  # type: ignore[assignment]
 
 HERE, EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux's renameat2
-PREFIX, SUFFIX = ".", ".unfinished"  # of what lies beside a folder until it is whole
+SUFFIX = ".unfinished"  # of what lies beside a folder until it is whole
 
 
 @contextmanager
@@ -49,8 +50,8 @@ def writing_together(
         movable = _is_movable(folder)
         if not movable:
             folder.mkdir(exist_ok=True)
-        above, stem = (folder.parent, folder.name) if movable else (folder, "files")
-        stage = above / f"{PREFIX}{stem[:80]}.{secrets.token_hex(4)}{SUFFIX}"
+        above, stem = (folder.parent, _stem(folder)) if movable else (folder, "files")
+        stage = above / f".{stem}.{secrets.token_hex(4)}{SUFFIX}"
         stage.mkdir()
         try:
             yield stage
@@ -58,6 +59,17 @@ def writing_together(
                 _move_files(stage, folder, names, overwrite, dropped)
         finally:
             shutil.rmtree(stage, ignore_errors=True)
+
+
+def _stem(folder: Path) -> str:
+    """The folder's name, cut where a hidden name made of it would be too long for a file system."""
+    return os.fsencode(folder.name)[:150].decode(errors="ignore")
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what killed processes have left beside a folder; only for who knows that none is writing it now."""
+    for path in folder.parent.glob(f".{glob.escape(_stem(folder))}.{'[0-9a-f]' * 8}{SUFFIX}"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def check_names(folder: Path, names: Sequence[str], overwrite: bool) -> None:
@@ -236,9 +248,13 @@ class Claim:
 
     @classmethod
     def take(cls, path: Path) -> Claim | None:
-        """The claim, or None while another process, or another claim of this one, has it."""
+        """The claim, or None while another process, or another claim of this one, has it. Its folder is made."""
         while True:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            except FileNotFoundError:  # another process, at its end, has removed the empty folder
+                continue
             if _lock(handle, path):
                 return cls(path, handle)
             gone = not _is_named(handle, path)
