@@ -384,7 +384,7 @@ ROUND_TRIPS: Mutations = {
         ("if str(sd.dtype) != f\"torch.{settings['dtype']}\":", "if False:"),
     ],
     "result pictures_are_saved_together_or_not_at_all": [
-        ("temporaries = [stack.enter_context(replacing(path)) for path in paths]", "temporaries = paths"),
+        ("picture.save(stage / name)", "picture.save(folder / name)"),
     ],
     "result what_is_no_saved_result_is_named": [
         ('!= settings | {"branch": branch}:', "is None:"),
@@ -903,6 +903,69 @@ LORA: Mutations = {
 }
 
 
+BATCH: Mutations = {
+    "folders": [
+        ("if rename is not None and rename(HERE", "if rename is None and rename(HERE"),
+        ("gone = {*names, *dropped}", "gone = {*names}"),
+        ("if entry.name not in gone:\n                    _link", "if entry.name in gone:\n                    _link"),
+        ("os.replace(stage / names[-1], folder / names[-1])", "pass"),
+        ("return own and not worked_in and not folder.is_mount()", "return own and not folder.is_mount()"),
+        ("fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass"),
+        ("    return _is_named(handle, path)\n", "    return True\n"),
+        ("for path in missing if made else ():", "for path in ():"),
+        ("shutil.rmtree(stage, ignore_errors=True)", "pass"),
+    ],
+    "result a_full_disk_leaves_no_truncated_picture": [
+        ("temporary.write_bytes(encoded.getbuffer())", "temporary.write_bytes(encoded.getbuffer()[:1000])"),
+        ("if isinstance(error, WriteError) or error.errno not in NO_ROOM:", "if True:"),
+    ],
+    "result an_older_result_is_replaced_only_when_asked": [
+        ("if present and not overwrite:", "if False:"),
+        ("return settings if whole else None", "return settings"),
+    ],
+    "batch results_are_those_of_single_runs": [
+        ("if key is None or self.sources[key] < 2:", "if True:"),
+        ('parts["guidance_scale"] = self.given.get("guidance_scale")', "pass"),
+        ("if name not in OF_TARGETS})", "if name not in (*OF_TARGETS, 'guidance_scale')})"),
+        ("len(self.unit) > 1:", "len(self.unit) > 9:"),
+    ],
+    "batch a_second_call_does_what_is_left": [
+        ("if not is_done(job, out):\n", "if True:\n"),
+        ('if file.read(1) != b"\\n":', "if False:"),
+    ],
+    "batch bad_jobs_do_not_stop_the_rest": [
+        ('told = f"{type(error).__name__}: {told}"', "pass"),
+        ("            check_with_model(sd, job)\n", ""),
+    ],
+    "batch ids_name_folders_inside_the_output_folder": [
+        ('unicodedata.normalize("NFC", job.id).casefold()', "job.id"),
+        ("> LONGEST_ID:", "> 2 * LONGEST_ID:"),
+    ],
+    "batch settings_that_changed_are_noticed": [
+        ('rows.get(job.id, {}).get("job", job.digest) != job.digest', "False"),
+    ],
+    "batch a_full_disk_ends_the_batch": [
+        ("isinstance(error, OSError) and error.errno in FULL", "False"),
+    ],
+    "batch two_processes_do_no_job_twice": [
+        ("        if claim is None:\n            return None\n", ""),
+    ],
+    "batch one_inversion_and_one_source_are_held_at_a_time": [
+        ("return [jobs[i] for *_, i in sorted(places)]", "return list(jobs)"),
+    ],
+    "batch shards_are_parts_that_make_the_whole": [
+        ("(part - 1) * len(jobs) // parts :", "(part - 1) * (len(jobs) // parts) :"),
+    ],
+    "cli sigterm_cleans_up_like_ctrl_c": [
+        ("return 143 if terminated else 130", "return 130"),
+        ("        signal.signal(signal.SIGTERM, before)\n", "        pass\n"),
+    ],
+    "cli two_runs_do_not_share_a_folder": [
+        ("reserved(folder, new=args.out is None)", "reserved(folder)"),
+    ],
+}
+
+
 def mutants() -> list[Mutant]:
     """All of them."""
     found = []
@@ -917,6 +980,7 @@ def mutants() -> list[Mutant]:
         FILES_AND_COMMANDS,
         SEAMS,
         LORA,
+        BATCH,
     )
     for key, mutations in ((key, mutations) for part in parts for key, mutations in part.items()):
         module, *names = key.split(" ")

@@ -74,10 +74,10 @@ def remove_unfinished(folder: Path) -> None:
 
 def check_names(folder: Path, names: Sequence[str], overwrite: bool) -> None:
     """MasaError where one of the names is taken: by a file unless it may be replaced, by a folder always."""
-    taken = [name for name in names if os.path.lexists(folder / name)]
-    if taken and not overwrite:
-        raise MasaError(f"{folder} already holds {', '.join(taken)}; give another folder, or overwrite=True")
-    for name in taken:
+    present = [name for name in names if os.path.lexists(folder / name)]
+    if present and not overwrite:
+        raise MasaError(f"{folder} already holds {', '.join(present)}; give another folder, or overwrite=True")
+    for name in present:
         if (folder / name).is_dir():
             raise MasaError(f"{folder / name} is a folder; expected a file's name")
 
