@@ -925,8 +925,8 @@ BATCH: Mutations = {
     ],
     "batch results_are_those_of_single_runs": [
         ("if key is None or self.sources[key] < 2:", "if True:"),
-        ('parts["guidance_scale"] = self.given.get("guidance_scale")', "pass"),
-        ("if name not in OF_TARGETS})", "if name not in (*OF_TARGETS, 'guidance_scale')})"),
+        ("left_out = OF_TARGETS if", "left_out = (*OF_TARGETS, 'guidance_scale') if"),
+        ('else (*OF_TARGETS, "seed")', "else OF_TARGETS"),
         ("len(self.unit) > 1:", "len(self.unit) > 9:"),
     ],
     "batch a_second_call_does_what_is_left": [

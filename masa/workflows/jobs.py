@@ -42,19 +42,10 @@ TYPES: Mapping[str, tuple[type | tuple[type, ...], str]] = {
 }
 # What says which source there is, beside the trajectory's own.
 OF_TARGETS = ("target", "controls", "targets_at_once")
-# What an inversion is made of.
-OF_INVERSION: tuple[str, ...] = (
-    "image",
-    "source",
-    "steps",
-    "invert_guidance_scale",
-    "method",
-    "inner_steps",
-    "height",
-    "width",
-    "seed",
-)
-OF_INVERSION += ("schedule", "tiled", "backend")
+# What an inversion is made of; those that draw noise also of the seed.
+OF_INVERSION: tuple[str, ...] = ("image", "source", "steps", "invert_guidance_scale", "method", "inner_steps")
+OF_INVERSION += ("height", "width", "schedule", "tiled", "backend")
+DRAWN = ("edit-friendly", "noise")
 
 
 @cache
@@ -115,22 +106,23 @@ class Job:
     @property
     def inversion(self) -> str | None:
         """What an inversion that serves another job too is made of; None where none may be shared."""
-        drawn = self.given.get("method") in ("edit-friendly", "noise") and "seed" not in self.given
-        if not self.inverts or drawn:
+        drawn = self.given.get("method") in DRAWN
+        if not self.inverts or (drawn and "seed" not in self.given):
             return None
-        parts = {name: self.given[name] for name in OF_INVERSION if name in self.given}
-        if self.given.get("method") == "null-text":
-            parts["guidance_scale"] = self.given.get("guidance_scale")
-        return _canonical(parts)
+        names = OF_INVERSION + (("seed",) if drawn else ())
+        names += ("guidance_scale",) if self.given.get("method") == "null-text" else ()
+        return _canonical({name: self.given[name] for name in names if name in self.given})
 
     @property
     def source(self) -> str | None:
         """What a source that serves another job's targets too is made of; None where none may be shared."""
-        drawn = "seed" not in self.given and (self.given.get("eta") or not _sampler(self.given).retraces)
-        given = self.inversion is not None or "trajectory" in self.given or "seed" in self.given
-        if drawn or not given or "latents" in self.given or not self.given.get("target"):
+        start = self.inversion is not None or "trajectory" in self.given
+        noisy = bool(self.given.get("eta")) or not _sampler(self.given).retraces or self.given.get("method") in DRAWN
+        seeded = noisy or not start
+        if (seeded and "seed" not in self.given) or "latents" in self.given or not self.given.get("target"):
             return None
-        return _canonical({name: value for name, value in self.given.items() if name not in OF_TARGETS})
+        left_out = OF_TARGETS if seeded else (*OF_TARGETS, "seed")
+        return _canonical({name: value for name, value in self.given.items() if name not in left_out})
 
     def arguments(self) -> dict[str, Any]:
         """Its arguments as `edit` or `sample` take them, but for the trajectory, which is still a path."""
@@ -265,7 +257,8 @@ def _from_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
         return plain | {"trajectory": made_from["trajectory"]}
     if made_from.get("image") is None:
         raise MasaError("the picture of these settings was no file; give its path as image, without 'function'")
-    pairs = {"prompt": "source", "steps": "steps", "tiled": "tiled", "backend": "backend", "seed": "seed"}
+    pairs = {"prompt": "source", "steps": "steps", "tiled": "tiled", "backend": "backend"}
+    pairs |= {"seed": "seed"} if made_from.get("method") in DRAWN else {}
     pairs |= {"edit_guidance_scale": "guidance_scale"} if made_from.get("edit_guidance_scale") is not None else {}
     apart = [ours for theirs, ours in pairs.items() if made_from.get(theirs) != settings.get(ours)]
     apart = [name for name in apart if name != "seed" or None not in (made_from.get("seed"), settings.get("seed"))]
