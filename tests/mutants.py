@@ -925,13 +925,20 @@ BATCH: Mutations = {
     ],
     "batch results_are_those_of_single_runs": [
         ("if key is None or self.sources[key] < 2:", "if True:"),
-        ("left_out = OF_TARGETS if", "left_out = (*OF_TARGETS, 'guidance_scale') if"),
-        ('else (*OF_TARGETS, "seed")', "else OF_TARGETS"),
         ("len(self.unit) > 1:", "len(self.unit) > 9:"),
     ],
     "batch a_second_call_does_what_is_left": [
         ("if not is_done(job, out):\n", "if True:\n"),
+    ],
+    "batch jobs_that_share_a_source_stay_beside_each_other": [
+        ('else (*OF_TARGETS, "seed")', "else OF_TARGETS"),
+        ('names += ("guidance_scale",) if', "names += () if"),
+        ('names = OF_INVERSION + (("seed",) if drawn else ())', "names = OF_INVERSION"),
+        ('if (seeded and "seed" not in self.given) or', "if"),
+    ],
+    "batch the_report_survives_what_a_kill_leaves": [
         ('if file.read(1) != b"\\n":', "if False:"),
+        ("known = {name: rows[name] for name in self.order if name in rows}", "known = {}"),
     ],
     "batch bad_jobs_do_not_stop_the_rest": [
         ('told = f"{type(error).__name__}: {told}"', "pass"),
