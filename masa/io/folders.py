@@ -147,7 +147,11 @@ def _exchange(one: Path, other: Path) -> None:
         return
     aside = one.with_name(f"{one.name}.older")
     os.rename(other, aside)
-    os.rename(one, other)
+    try:
+        os.rename(one, other)
+    except OSError:
+        os.rename(aside, other)
+        raise
     os.rename(aside, one)
 
 
