@@ -337,8 +337,8 @@ def check_with_model(sd: StableDiffusion, job: Job) -> None:
     height, width = fitted_size(
         given["image"], short_side=sd.config.image_size, height=given.get("height"), width=given.get("width")
     )
-    plain = {"pin_source": True, "sampler": choose_sampler("ddim")} | plain
-    asked = RunSettings(**plain)
+    usual: dict[str, Any] = {"pin_source": True, "sampler": choose_sampler("ddim")}  # of `edit`
+    asked = RunSettings(**(usual | plain))
     blank = Image.new("RGB", (width, height))
     method, steps = given.get("method", "ddim"), given.get("steps", 50)
     check_edit(sd, blank, asked, method, steps, given.get("schedule") or sd.schedule, (height, width))
