@@ -71,6 +71,7 @@ setup(
             "peft>=0.13",
             "scikit-image>=0.22",
             "matplotlib>=3.8",
+            "ray>=2.40",
             "nbclient>=0.9",
             "ipykernel>=6",
             "torchmetrics>=1.5",  # the first whose SSIM counts the border in

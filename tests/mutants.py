@@ -52,7 +52,7 @@ Mutations = dict[str, list[tuple[str, str]]]
 SOURCE_CACHE: Mutations = {
     "source_cache a_cache_recorded_from_a_later_step_serves": [
         ("self.latents[step + 1 - self.first_step]", "self.latents[step + 1]"),
-        ('return self.latents[:1] if self.settings["latents"] is not None else latents', "return latents"),
+        ("return latents if given is None else given", "return latents"),
         (" and not (cache.pinned and run.first_step > cache.first_step)", ""),
     ],
     "source_cache the_seed_of_an_edit_s_noise_is_the_recorded_one": [
@@ -63,7 +63,7 @@ SOURCE_CACHE: Mutations = {
         ('TRAJECTORY = ("latents", "context", "noise")', 'TRAJECTORY = ("latents", "context")'),
     ],
     "source_cache targets_may_start_from_latents_of_their_own": [
-        (" or not torch.equal(latents[:1].cpu(), self.latents[:1])", ""),
+        (" or not torch.equal(latents[:1].cpu().float(), recorded.float())", ""),
     ],
     "source_cache what_agrees_with_the_cache_is_taken": [
         ("not torch.equal(trajectory.latents, self.trajectory.latents)", "False"),
@@ -270,11 +270,22 @@ GUIDANCE_AND_SAMPLERS: Mutations = {
         ("h / (2.0 * h_before)", "h_before / (2.0 * h)"),
         ("math.exp(-h) * x", "x"),
         ("last and self.levels.steps < FEW_STEPS", "last"),
+        ("min(self.order, self.levels.steps - step, len(known))", "min(self.order, len(known))"),
+        ("weights[-1] * (m - history[0])", "weights[-1] * (history[0] - m)"),
+        ("math.factorial(j) * g / phi", "g / phi"),
+        ("[0.5] if q == 2 else _weights(h, r)", "_weights(h, r)"),
+        ("[new - old for new, old in", "[new for new, old in"),
+        ('1.0 if self.spacing == "leading" else math.sqrt(1.0 - levels.alphas[0])', "1.0"),
+        ("ddim_sigma(a, a_next, eta=1.0)", "ddim_sigma(a, a_next, eta=0.9)"),
+        ("TIME_SCALE = 10.0", "TIME_SCALE = 1.0"),
+        ("c_skip * x + c_out * x0", "x0"),
     ],
     "samplers grids_equal_diffusers": [
         ("training // (steps + 1)", "training // steps"),
         ("KARRAS_RHO = 7.0", "KARRAS_RHO = 6.0"),
-        ("round(low + min(max(share, 0.0), 1.0))", "round(low)"),
+        ("low + min(max(share, 0.0), 1.0)", "low"),
+        ("trained[TRAINED_STEPS * k // steps]", "trained[TRAINED_STEPS // steps * k]"),
+        ("np.linspace(0, last, steps)", "np.linspace(0, last, steps + 1)[1:]"),
     ],
     "samplers leading_timesteps_have_the_schedules_offset": [
         ("stride * k + schedule.offset", "stride * k + 1"),
@@ -300,6 +311,45 @@ GUIDANCE_AND_SAMPLERS: Mutations = {
     ],
     "samplers noise_that_is_no_inversion_needs_not_be_retraced": [
         ('method not in (None, "noise") and free', "method is not None and free"),
+    ],
+    "samplers a_cached_source_serves_starts_of_ones_own": [
+        ("self.latents[:1] if given is None else given", "self.latents[:1]"),
+    ],
+    "lcm guidance_changes_the_picture_and_costs_no_rows": [
+        ("max(settings.guidance_scale, source_scale) > 1.0 and not sd.embeds_guidance", "True"),
+        ("guidance=run.embedded_guidance,", ""),
+    ],
+    "lcm the_embedding_is_diffusers": [
+        ("1000.0 * (guidance_scale - 1.0)", "1000.0 * guidance_scale"),
+        ("device=like.device) / (half - 1)", "device=like.device) / half"),
+    ],
+    "lcm an_inversion_is_told_its_guidance": [
+        ("copies=rows.copies, guidance=embedded", "copies=rows.copies"),
+    ],
+    "lcm what_needs_two_halves_is_refused": [
+        ("if guidance not in (None, ClassifierFree()):", "if False:"),
+    ],
+    "lcm a_controlnet_has_no_place_for_guidance": [
+        ("UNet(replace(config, guidance_width=0))", "UNet(config)"),
+    ],
+    "taesd every_layout_equals_diffusers": [
+        ("self.encoder((picture + 1.0) / 2.0)", "self.encoder(picture)"),
+        ("LATENTS_BEYOND = 3.0", "LATENTS_BEYOND = 4.0"),
+        ('number -= coder == "decoder" and not layers', "number -= not layers"),
+        ("(key, entry.stored or key)", "(key, key)"),
+    ],
+    "live_preview the_result_is_the_same_to_the_bit": [
+        (
+            "controls=tuple(control for control in asked.controls if not only_looks(control))",
+            "controls=asked.controls",
+        ),
+    ],
+    "live_preview every_so_many_steps_and_the_last": [
+        ("(step - self.first) % self.control.every == 0", "step % self.control.every == 0"),
+        (" or step == self.last", ""),
+    ],
+    "live_preview a_models_own_factors_are_used_and_shipped_with_the_demo_model": [
+        ("run.preview or SD_V1_FACTORS", "SD_V1_FACTORS"),
     ],
     "registration older_caches_serve": [
         ('{"sampler": DDIM(), "guidance": ClassifierFree()}.get(name)', "None"),
@@ -384,7 +434,7 @@ ROUND_TRIPS: Mutations = {
         ("if str(sd.dtype) != f\"torch.{settings['dtype']}\":", "if False:"),
     ],
     "result pictures_are_saved_together_or_not_at_all": [
-        ("temporaries = [stack.enter_context(replacing(path)) for path in paths]", "temporaries = paths"),
+        ("picture.save(stage / name)", "picture.save(folder / name)"),
     ],
     "result what_is_no_saved_result_is_named": [
         ('!= settings | {"branch": branch}:', "is None:"),
@@ -952,6 +1002,76 @@ PIEBENCH: Mutations = {
 }
 
 
+BATCH: Mutations = {
+    "folders": [
+        ("if rename is not None and rename(HERE", "if rename is None and rename(HERE"),
+        ("gone = {*names, *dropped}", "gone = {*names}"),
+        ("if entry.name not in gone:\n                    _link", "if entry.name in gone:\n                    _link"),
+        ("os.replace(stage / names[-1], folder / names[-1])", "pass"),
+        ("return own and not worked_in and not folder.is_mount()", "return own and not folder.is_mount()"),
+        ("fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass"),
+        ("    return _is_named(handle, path)\n", "    return True\n"),
+        ("for path in missing if made else ():", "for path in ():"),
+        ("shutil.rmtree(stage, ignore_errors=True)", "pass"),
+    ],
+    "result a_full_disk_leaves_no_truncated_picture": [
+        ("temporary.write_bytes(encoded.getbuffer())", "temporary.write_bytes(encoded.getbuffer()[:1000])"),
+        ("if isinstance(error, WriteError) or error.errno not in NO_ROOM:", "if True:"),
+    ],
+    "result an_older_result_is_replaced_only_when_asked": [
+        ("if present and not overwrite:", "if False:"),
+        ("return settings if whole else None", "return settings"),
+    ],
+    "batch results_are_those_of_single_runs": [
+        ("if key is None or self.sources[key] < 2:", "if True:"),
+        ("len(self.unit) > 1:", "len(self.unit) > 9:"),
+    ],
+    "batch a_second_call_does_what_is_left": [
+        ("if not is_done(job, out):\n", "if True:\n"),
+    ],
+    "batch jobs_that_share_a_source_stay_beside_each_other": [
+        ('else (*OF_TARGETS, "seed")', "else OF_TARGETS"),
+        ('names += ("guidance_scale",) if', "names += () if"),
+        ('names = OF_INVERSION + (("seed",) if drawn else ())', "names = OF_INVERSION"),
+        ('if (seeded and "seed" not in self.given) or', "if"),
+    ],
+    "batch the_report_survives_what_a_kill_leaves": [
+        ('if file.read(1) != b"\\n":', "if False:"),
+        ("known = {name: rows[name] for name in self.order if name in rows}", "known = {}"),
+    ],
+    "batch bad_jobs_do_not_stop_the_rest": [
+        ('told = f"{type(error).__name__}: {told}"', "pass"),
+        ("            check_with_model(sd, job)\n", ""),
+    ],
+    "batch ids_name_folders_inside_the_output_folder": [
+        ('unicodedata.normalize("NFC", job.id).casefold()', "job.id"),
+        ("> LONGEST_ID:", "> 2 * LONGEST_ID:"),
+    ],
+    "batch settings_that_changed_are_noticed": [
+        ('rows.get(job.id, {}).get("job", job.digest) != job.digest', "False"),
+    ],
+    "batch a_full_disk_ends_the_batch": [
+        ("isinstance(error, OSError) and error.errno in FULL", "False"),
+    ],
+    "batch two_processes_do_no_job_twice": [
+        ("        if claim is None:\n            return None\n", ""),
+    ],
+    "batch one_inversion_and_one_source_are_held_at_a_time": [
+        ("return [jobs[i] for *_, i in sorted(places)]", "return list(jobs)"),
+    ],
+    "batch shards_are_parts_that_make_the_whole": [
+        ("(part - 1) * len(jobs) // parts :", "(part - 1) * (len(jobs) // parts) :"),
+    ],
+    "cli sigterm_cleans_up_like_ctrl_c": [
+        ("return 143 if terminated else 130", "return 130"),
+        ("        signal.signal(signal.SIGTERM, before)\n", "        pass\n"),
+    ],
+    "cli two_runs_do_not_share_a_folder": [
+        ("reserved(folder, new=args.out is None)", "reserved(folder)"),
+    ],
+}
+
+
 def mutants() -> list[Mutant]:
     """All of them."""
     found = []
@@ -966,6 +1086,7 @@ def mutants() -> list[Mutant]:
         FILES_AND_COMMANDS,
         SEAMS,
         LORA,
+        BATCH,
         PIEBENCH,
     )
     for key, mutations in ((key, mutations) for part in parts for key, mutations in part.items()):

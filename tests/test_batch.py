@@ -83,7 +83,7 @@ def test_results_are_those_of_single_runs(tiny, home, monkeypatch):
         {"id": "edit", "target": "a dog", "controls": [CONTROL], **image},
         {"id": "other", "target": "a dog", "controls": [CONTROL], **image, "image": "pictures/two.jpg"},
         {"id": "fixed seed", "target": ["a dog", "a bird"], "controls": [], **image},
-        {"id": "later", "target": "a bird", "controls": [blend], **image},
+        {"id": "later", "target": "a bird", "controls": [blend], "seed": 7, **image},  # no noise is drawn with it
         {"id": "guided", "target": "a bird", "controls": [blend], **image, "guidance_scale": 5.0},
         {"id": "friendly", "target": "a dog", "controls": [CONTROL], "method": "edit-friendly", "seed": 3, **image},
         {"id": "sample", "target": "a dog", "source": "a cat", "controls": [CONTROL], "seed": 2, **size},
@@ -107,6 +107,9 @@ def test_results_are_those_of_single_runs(tiny, home, monkeypatch):
         found = Result.load(home / "out" / job["id"])
         assert torch.equal(found.latents, expected.latents), job["id"]
         assert [p.tobytes() for p in found.images] == [p.tobytes() for p in expected.images]
+        if job["id"] == "later":
+            again = masa.rerun(home / "out" / "later" / "target_0.png", tiny, progress=False)
+            assert torch.equal(again.latents, expected.latents)
         told = {name for name in found.settings if found.settings[name] != expected.settings[name]}
         assert told <= {"trajectory"}  # its path, absolute in one and relative in the other
 
@@ -249,6 +252,10 @@ def test_a_full_disk_ends_the_batch(tiny, home, monkeypatch):
         ({"id": "a", "image": "a.png", "target": "b", "method": "null-text"}, "with an empty prompt"),
         ({"id": "a", "image": "a.png", "target": "b", "inner_steps": 0}, "inner_steps is 0"),
         ({"id": "a", "function": "sweep"}, "these are the settings of masa.sweep"),
+        ({"id": "a", "function": "sample", "trajectory": "t"}, "these settings are not whole"),
+        ({"id": "a", "function": "sample", "trajectory": {"image": "a.png"}}, "these settings are not whole"),
+        ('{"id": "a", "seed": 1' + "0" * 5000 + "}", "it is no JSON"),
+        ('{"id": "a", "guidance_scale": 1e999}', "guidance_scale is inf"),
     ],
     ids=lambda value: json.dumps(value)[:50] if isinstance(value, dict) else value[:30],
 )
@@ -396,6 +403,20 @@ def test_jobs_that_share_a_source_stay_beside_each_other(home):
     assert [job.id for job in ordered] == ["1", "4", "2", "6", "3", "7", "5"]
     unseeded = read_jobs([{"id": "1", "target": "a cat"}, {"id": "2", **edit, "method": "edit-friendly"}])
     assert [(job.inversion, job.source) for job in unseeded] == [(None, None)] * 2
+    noisy = {"sampler": "dpm++2m-sde", **edit}
+    friendly = {"method": "edit-friendly", **edit}
+    fitted = {"method": "null-text", "source": "a cat", "guidance_scale": 3, **edit}
+    for one, other, inversion, source in (
+        ({"seed": 1, **edit}, {"seed": 2, **edit}, True, True),
+        ({"seed": 1, **noisy}, {"seed": 2, **noisy}, True, False),
+        ({"seed": 1, **friendly}, {"seed": 2, **friendly}, False, False),
+        ({"seed": 1, **friendly}, {"seed": 1, **friendly}, True, True),
+        (edit, {**edit, "negative_prompt": "blurry"}, True, False),
+        (fitted, {**fitted, "guidance_scale": 4}, False, False),
+        (edit, {**edit, "tiled": True}, False, False),
+    ):
+        first, second = read_jobs([{"id": "1", **one}, {"id": "2", **other}])
+        assert (first.inversion == second.inversion, first.source == second.source) == (inversion, source)
 
 
 def test_two_processes_do_no_job_twice(tiny, home):
@@ -410,6 +431,15 @@ def test_two_processes_do_no_job_twice(tiny, home):
     report = run(jobs, "out", tiny)
     assert (report.done, report.elsewhere) == (["a", "b"], ())
     assert sorted(p.name for p in (home / "out").iterdir()) == ["a", "b", "report.jsonl"]
+
+
+def test_what_a_killed_process_left_is_removed_with_its_job(tiny, home):
+    for name in (".a.0123abcd.unfinished", ".a.b.0123abcd.unfinished", ".ab.0123abcd.unfinished"):
+        (home / "out" / name).mkdir(parents=True)
+        (home / "out" / name / "source.png").touch()
+    assert run([{"id": "a", **SAMPLE}], "out", tiny).done == ["a"]
+    left = [".a.b.0123abcd.unfinished", ".ab.0123abcd.unfinished", "a", "report.jsonl"]
+    assert sorted(p.name for p in (home / "out").iterdir()) == left
 
 
 def test_the_report_survives_what_a_kill_leaves(tmp_path):
@@ -474,7 +504,7 @@ def test_a_killed_batch_loses_the_job_in_hand_at_most(home, tiny_folder):
     for enough, sign in ((1, signal.SIGKILL), (4, signal.SIGTERM), (6, signal.SIGKILL)):
         process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
         deadline = time.monotonic() + 240
-        while len(list(Path("out").glob("*/result.safetensors"))) < enough:
+        while len(list(Path("out").glob("[!.]*/result.safetensors"))) < enough:
             assert process.poll() is None, process.stderr.read()
             assert time.monotonic() < deadline
             time.sleep(0.005)
@@ -488,12 +518,12 @@ def test_a_killed_batch_loses_the_job_in_hand_at_most(home, tiny_folder):
         if sign == signal.SIGTERM:
             assert process.returncode == 143
             assert process.stderr.read().endswith("masa: terminated; nothing unfinished was written\n")
-            assert not list(Path("out").glob(".[!c]*/result.safetensors"))
-    before = {p.parent.name: p.stat().st_mtime_ns for p in Path("out").glob("*/result.safetensors")}
+    before = {p.parent.name: p.stat().st_mtime_ns for p in Path("out").glob("[!.]*/result.safetensors")}
     subprocess.run(command, env=environment, check=True)
-    after = {p.parent.name: p.stat().st_mtime_ns for p in Path("out").glob("*/result.safetensors")}
+    after = {p.parent.name: p.stat().st_mtime_ns for p in Path("out").glob("[!.]*/result.safetensors")}
     assert sorted(after) == sorted(job["id"] for job in jobs)
     assert before == {name: after[name] for name in before}
+    assert {p.name for p in Path("out").iterdir()} == {*after, "report.jsonl"}  # nothing hidden is left
     assert [row["id"] for row in lines(Path("out"))] == [job["id"] for job in jobs]
 
 
@@ -504,7 +534,7 @@ def dying_once(folder, out, marker):
         sd = masa.load(folder, device="cpu", dtype="fp32", progress=False)
 
         def die(*_):
-            if len(list(out.glob("*/result.safetensors"))) >= 2:
+            if len(list(out.glob("[!.]*/result.safetensors"))) >= 2:
                 with suppress(FileExistsError):
                     os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
                     os.kill(os.getpid(), signal.SIGKILL)

@@ -404,6 +404,8 @@ def test_a_full_disk_leaves_no_truncated_picture(out, tmp_path, name, less):
     picture = Picture.of(Image.fromarray(noise.numpy()), {"a": 1})
     picture.save(tmp_path / "whole" / name)
     size = (tmp_path / "whole" / name).stat().st_size
+    with Image.open(tmp_path / "whole" / name) as whole:
+        whole.load()
     with disk_of(size - less), pytest.raises(WriteError, match=r"could not be written .*; make room there, or save"):
         picture.save(tmp_path / name)
     assert [path.name for path in tmp_path.iterdir()] == ["whole"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import glob
 import os
 import secrets
 import shutil
@@ -20,7 +21,7 @@ except ImportError:  # not on Windows, where nothing is locked
     fcntl = None  # type: ignore[assignment]
 
 HERE, EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux's renameat2
-PREFIX, SUFFIX = ".", ".unfinished"  # of what lies beside a folder until it is whole
+SUFFIX = ".unfinished"  # of what lies beside a folder until it is whole
 
 
 @contextmanager
@@ -49,8 +50,8 @@ def writing_together(
         movable = _is_movable(folder)
         if not movable:
             folder.mkdir(exist_ok=True)
-        above, stem = (folder.parent, folder.name) if movable else (folder, "files")
-        stage = above / f"{PREFIX}{stem[:80]}.{secrets.token_hex(4)}{SUFFIX}"
+        above, stem = (folder.parent, _stem(folder)) if movable else (folder, "files")
+        stage = above / f".{stem}.{secrets.token_hex(4)}{SUFFIX}"
         stage.mkdir()
         try:
             yield stage
@@ -60,12 +61,23 @@ def writing_together(
             shutil.rmtree(stage, ignore_errors=True)
 
 
+def _stem(folder: Path) -> str:
+    """The folder's name, cut where a hidden name made of it would be too long for a file system."""
+    return os.fsencode(folder.name)[:150].decode(errors="ignore")
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what killed processes have left beside a folder; only for who knows that none is writing it now."""
+    for path in folder.parent.glob(f".{glob.escape(_stem(folder))}.{'[0-9a-f]' * 8}{SUFFIX}"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def check_names(folder: Path, names: Sequence[str], overwrite: bool) -> None:
     """MasaError where one of the names is taken: by a file unless it may be replaced, by a folder always."""
-    taken = [name for name in names if os.path.lexists(folder / name)]
-    if taken and not overwrite:
-        raise MasaError(f"{folder} already holds {', '.join(taken)}; give another folder, or overwrite=True")
-    for name in taken:
+    present = [name for name in names if os.path.lexists(folder / name)]
+    if present and not overwrite:
+        raise MasaError(f"{folder} already holds {', '.join(present)}; give another folder, or overwrite=True")
+    for name in present:
         if (folder / name).is_dir():
             raise MasaError(f"{folder / name} is a folder; expected a file's name")
 
@@ -135,7 +147,11 @@ def _exchange(one: Path, other: Path) -> None:
         return
     aside = one.with_name(f"{one.name}.older")
     os.rename(other, aside)
-    os.rename(one, other)
+    try:
+        os.rename(one, other)
+    except OSError:
+        os.rename(aside, other)
+        raise
     os.rename(aside, one)
 
 
@@ -236,9 +252,13 @@ class Claim:
 
     @classmethod
     def take(cls, path: Path) -> Claim | None:
-        """The claim, or None while another process, or another claim of this one, has it."""
+        """The claim, or None while another process, or another claim of this one, has it. Its folder is made."""
         while True:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            except FileNotFoundError:  # another process, at its end, has removed the empty folder
+                continue
             if _lock(handle, path):
                 return cls(path, handle)
             gone = not _is_named(handle, path)

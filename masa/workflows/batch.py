@@ -24,7 +24,7 @@ from masa.controls.masactrl import MasaCtrl
 from masa.errors import MasaError
 from masa.inversion import invert
 from masa.io.files import WriteError, check_folder, replacing, told_plainly
-from masa.io.folders import Claim, check_names, locked
+from masa.io.folders import Claim, check_names, locked, remove_unfinished
 from masa.io.pictures import fitted_size
 from masa.output.result import Result, file_names, read_saved
 from masa.pipeline import StableDiffusion, load
@@ -32,7 +32,7 @@ from masa.samplers import choose_sampler
 from masa.sampling import check_edit, edit, sample
 from masa.settings import RunSettings, describe
 from masa.trajectory import Trajectory
-from masa.workflows.jobs import OF_TARGETS, SAMPLE_KEYS, Job, in_order, read_jobs, shard_of, units_of
+from masa.workflows.jobs import OF_TARGETS, Job, in_order, keys_of, read_jobs, shard_of, units_of
 from masa.workflows.recording import record
 
 REPORT = "report.jsonl"
@@ -217,7 +217,6 @@ class Worker:
 
         WriteError where the disk is full.
         """
-        (self.out / CLAIMS).mkdir(exist_ok=True)
         claim = Claim.take(self.out / CLAIMS / job.id)
         if claim is None:
             return None
@@ -235,6 +234,7 @@ class Worker:
         try:
             names = file_names(len(as_prompts(job.given.get("target", ()))))
             check_names(self.out / job.id, names, self.overwrite)  # before the work
+            remove_unfinished(self.out / job.id)  # the claim is ours: whoever wrote there is dead
             self.make(job).save(self.out / job.id, overwrite=self.overwrite)
         except WriteError:
             raise
@@ -252,7 +252,7 @@ class Worker:
         if job.inverts and job.inversion is not None and len(self.unit) > 1:
             if self.trajectory is None:
                 self.trajectory = _invert(self.sd, given)
-            given = {name: value for name, value in given.items() if name in SAMPLE_KEYS}
+            given = {name: value for name, value in given.items() if name in keys_of(False)}
             for name in ("steps", "height", "width", "schedule"):  # the trajectory brings them
                 given.pop(name, None)
             given["trajectory"] = self.trajectory
@@ -320,7 +320,7 @@ def check_with_model(sd: StableDiffusion, job: Job) -> None:
     if job.trajectory is not None or any(isinstance(control, FileControl) for control in given.get("controls", ())):
         return
     kept = {f.name for f in fields(RunSettings)}
-    plain = {name: value for name, value in given.items() if name in kept}
+    plain: dict[str, Any] = {name: value for name, value in given.items() if name in kept}
     plain["target"] = as_prompts(plain.get("target", ()))
     plain["controls"] = tuple(plain.get("controls", DEFAULT_CONTROLS if plain["target"] else ()))
     if "sampler" in plain:
@@ -337,7 +337,8 @@ def check_with_model(sd: StableDiffusion, job: Job) -> None:
     height, width = fitted_size(
         given["image"], short_side=sd.config.image_size, height=given.get("height"), width=given.get("width")
     )
-    asked = RunSettings(**({"pin_source": True, "sampler": choose_sampler("ddim")} | plain))
+    usual: dict[str, Any] = {"pin_source": True, "sampler": choose_sampler("ddim")}  # of `edit`
+    asked = RunSettings(**(usual | plain))
     blank = Image.new("RGB", (width, height))
     method, steps = given.get("method", "ddim"), given.get("steps", 50)
     check_edit(sd, blank, asked, method, steps, given.get("schedule") or sd.schedule, (height, width))
@@ -371,7 +372,7 @@ class Report:
             lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
         except FileNotFoundError:
             return {}
-        rows = {}
+        rows: dict[str, Row] = {}
         for line in lines:
             with suppress(ValueError):
                 row = json.loads(line)

@@ -9,6 +9,7 @@ import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
@@ -30,8 +31,6 @@ LONGEST_LINE = 2**26  # bytes; masks and noise are in there, packed
 LONGEST_ID = 180  # bytes; a file system's 255 less what a hidden name beside takes
 
 NOT_OF_JOBS = ("sd", "generator", "progress", "callback", "cache")
-EDIT_KEYS = tuple(name for name in inspect.signature(edit).parameters if name not in NOT_OF_JOBS)
-SAMPLE_KEYS = tuple(name for name in inspect.signature(sample).parameters if name not in NOT_OF_JOBS)
 # Of what kind a value is in JSON, where its kind is fixed; null is what leaving it out is.
 TYPES: Mapping[str, tuple[type | tuple[type, ...], str]] = {
     **dict.fromkeys(("source", "negative_prompt", "method", "backend", "image", "trajectory"), (str, "a text")),
@@ -43,9 +42,17 @@ TYPES: Mapping[str, tuple[type | tuple[type, ...], str]] = {
 }
 # What says which source there is, beside the trajectory's own.
 OF_TARGETS = ("target", "controls", "targets_at_once")
-# What an inversion is made of.
-OF_INVERSION = ("image", "source", "steps", "invert_guidance_scale", "method", "inner_steps", "height", "width", "seed")
-OF_INVERSION += ("schedule", "tiled", "backend")
+# What an inversion is made of; those that draw noise also of the seed.
+OF_INVERSION: tuple[str, ...] = ("image", "source", "steps", "invert_guidance_scale", "method", "inner_steps")
+OF_INVERSION += ("height", "width", "schedule", "tiled", "backend")
+DRAWN = ("edit-friendly", "noise")
+
+
+@cache
+def keys_of(edits: bool) -> tuple[str, ...]:
+    """The keys that a job may have, beside its id: arguments of `edit`, or of `sample`."""
+    names = inspect.signature(edit if edits else sample).parameters
+    return tuple(name for name in names if name not in NOT_OF_JOBS)
 
 
 @dataclass(frozen=True)
@@ -99,22 +106,23 @@ class Job:
     @property
     def inversion(self) -> str | None:
         """What an inversion that serves another job too is made of; None where none may be shared."""
-        drawn = self.given.get("method") in ("edit-friendly", "noise") and "seed" not in self.given
-        if not self.inverts or drawn:
+        drawn = self.given.get("method") in DRAWN
+        if not self.inverts or (drawn and "seed" not in self.given):
             return None
-        parts = {name: self.given[name] for name in OF_INVERSION if name in self.given}
-        if self.given.get("method") == "null-text":
-            parts["guidance_scale"] = self.given.get("guidance_scale")
-        return _canonical(parts)
+        names = OF_INVERSION + (("seed",) if drawn else ())
+        names += ("guidance_scale",) if self.given.get("method") == "null-text" else ()
+        return _canonical({name: self.given[name] for name in names if name in self.given})
 
     @property
     def source(self) -> str | None:
         """What a source that serves another job's targets too is made of; None where none may be shared."""
-        drawn = "seed" not in self.given and (self.given.get("eta") or not _sampler(self.given).retraces)
-        given = self.inversion is not None or "trajectory" in self.given or "seed" in self.given
-        if drawn or not given or "latents" in self.given or not self.given.get("target"):
+        start = self.inversion is not None or "trajectory" in self.given
+        noisy = bool(self.given.get("eta")) or not _sampler(self.given).retraces or self.given.get("method") in DRAWN
+        seeded = noisy or not start
+        if (seeded and "seed" not in self.given) or "latents" in self.given or not self.given.get("target"):
             return None
-        return _canonical({name: value for name, value in self.given.items() if name not in OF_TARGETS})
+        left_out = OF_TARGETS if seeded else (*OF_TARGETS, "seed")
+        return _canonical({name: value for name, value in self.given.items() if name not in left_out})
 
     def arguments(self) -> dict[str, Any]:
         """Its arguments as `edit` or `sample` take them, but for the trajectory, which is still a path."""
@@ -158,6 +166,8 @@ def read_jobs(jobs: str | Path | Sequence[Mapping[str, Any]]) -> list[Job]:
             found.append(job)
         except MasaError as error:
             errors.append(f"{where}: {error}")
+        except RecursionError:
+            errors.append(f"{where}: its values are nested too deeply")
     if errors:
         more = f" (and {len(errors) - 1} more lines are wrong)" if len(errors) > 1 else ""
         raise MasaError(errors[0] + more)
@@ -202,27 +212,29 @@ def _parse(line: bytes) -> Any:
 
     try:
         return json.loads(line.decode("utf-8"), object_pairs_hook=once, parse_constant=refuse)
+    except MasaError:
+        raise
     except UnicodeDecodeError as error:
         raise MasaError(f"it is no UTF-8 text ({error})") from error
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no JSON, or a number of too many digits
         raise MasaError(f"it is no JSON ({error}); expected one object a line, with double quotes") from error
-    except RecursionError as error:
-        raise MasaError("its JSON is nested too deeply") from error
 
 
 def make_job(given: Any, where: str, near: str) -> Job:
     """A job of a line's object. MasaError for what is none, and for keys that mean nothing."""
     if not isinstance(given, Mapping):
         raise MasaError(f"it is {json.dumps(given, default=repr)[:60]}; expected an object with an id")
-    name = given.get("id")
-    check_id(name)
+    name = check_id(given.get("id"))
     plain = {key: value for key, value in given.items() if key != "id"}
     fingerprint = digest = None
     if "function" in plain:
         fingerprint = (str(plain.get("fingerprint")), str(plain.get("dtype")))
-        digest = (plain.get("trajectory") or {}).get("image_sha256")
-        plain = _from_settings(plain)
-    known = EDIT_KEYS if "image" in plain else SAMPLE_KEYS
+        try:
+            digest = (plain.get("trajectory") or {}).get("image_sha256")
+            plain = _from_settings(plain)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise MasaError(f"these settings are not whole ({type(error).__name__}: {error})") from error
+    known = keys_of("image" in plain)
     unknown = [key for key in plain if key not in known]
     if unknown:
         edits = " (with an image, those of masa.edit)" if "image" in plain else " (without an image, of masa.sample)"
@@ -237,7 +249,7 @@ def _from_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
         raise MasaError(f"these are the settings of masa.{settings.get('function')}; expected those of one result")
     if settings.get("generator_state") is not None:
         raise MasaError("these settings took their noise from a generator; a job has a seed instead")
-    plain = {key: value for key, value in settings.items() if key in SAMPLE_KEYS and key != "trajectory"}
+    plain = {key: value for key, value in settings.items() if key in keys_of(False) and key != "trajectory"}
     made_from = settings.get("trajectory")
     if made_from is None:
         return plain
@@ -245,7 +257,8 @@ def _from_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
         return plain | {"trajectory": made_from["trajectory"]}
     if made_from.get("image") is None:
         raise MasaError("the picture of these settings was no file; give its path as image, without 'function'")
-    pairs = {"prompt": "source", "steps": "steps", "tiled": "tiled", "backend": "backend", "seed": "seed"}
+    pairs = {"prompt": "source", "steps": "steps", "tiled": "tiled", "backend": "backend"}
+    pairs |= {"seed": "seed"} if made_from.get("method") in DRAWN else {}
     pairs |= {"edit_guidance_scale": "guidance_scale"} if made_from.get("edit_guidance_scale") is not None else {}
     apart = [ours for theirs, ours in pairs.items() if made_from.get(theirs) != settings.get(ours)]
     apart = [name for name in apart if name != "seed" or None not in (made_from.get("seed"), settings.get("seed"))]
@@ -256,12 +269,12 @@ def _from_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
         )
     inverted = {name: made_from.get(name) for name in ("image", "method", "inner_steps", "height", "width")}
     seed = made_from.get("seed") if settings.get("seed") is None else settings["seed"]
-    kept = {key: value for key, value in plain.items() if key in EDIT_KEYS}
+    kept = {key: value for key, value in plain.items() if key in keys_of(True)}
     return kept | inverted | {"invert_guidance_scale": made_from["guidance_scale"], "seed": seed}
 
 
-def check_id(name: Any) -> None:
-    """MasaError unless it can be the name of a folder inside the output folder, on every system."""
+def check_id(name: Any) -> str:
+    """The id. MasaError unless it can be the name of a folder inside the output folder, on every system."""
     if not isinstance(name, str) or not name:
         raise MasaError(f"its id is {name!r}; expected a text, the name of the job's folder")
     reason = None
@@ -280,6 +293,7 @@ def check_id(name: Any) -> None:
     if reason is not None:
         shown = name if len(name) <= 40 else name[:40] + ".."
         raise MasaError(f"the id {shown!r} {reason}; it names a folder inside the output folder, such as 'cat-1'")
+    return name
 
 
 def check_job(job: Job) -> None:
