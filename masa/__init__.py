@@ -41,6 +41,7 @@ from masa.settings import register
 from masa.trajectory import Trajectory
 from masa.workflows.batch import BatchReport, batch
 from masa.workflows.piebench import piebench
+from masa.workflows.piebench_tables import PieBench
 from masa.workflows.recording import record
 from masa.workflows.rerun import rerun
 from masa.workflows.sdedit import sdedit
@@ -66,6 +67,7 @@ __all__ = [
     "MasaCtrl",
     "MasaError",
     "ModelConfig",
+    "PieBench",
     "PlugAndPlay",
     "PromptToPrompt",
     "RecordAttention",
