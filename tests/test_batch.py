@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -223,9 +224,12 @@ def test_a_full_disk_ends_the_batch(tiny, home, monkeypatch):
         ('{"id": "a", "id": "b"}', "'id' stands there twice"),
         ("\xff", "it is no UTF-8 text"),
         ({}, "its id is None; expected a text"),
-        ({"id": "a", "stpes": 3}, "unknown 'stpes'; known are id, source, target"),
-        ({"id": "a", "method": "ddim"}, "unknown 'method'; .*of masa.sample"),
-        ({"id": "a", "image": "a.png", "target": "b", "trajectory": "t"}, "unknown 'trajectory'; .*of masa.edit"),
+        ({"id": "a", "stpes": 3}, "unknown 'stpes' .is 'steps' meant.*; expected id and arguments of masa.sample"),
+        ({"id": "a", "method": "ddim"}, "unknown 'method'; .*of masa.sample, since there is no image"),
+        (
+            {"id": "a", "image": "a.png", "target": "b", "trajectory": "t"},
+            "unknown 'trajectory'; .*of masa.edit, since there is an image",
+        ),
         ({"id": "a", "image": "a.png"}, "target is empty"),
         ({"id": "a", "image": "a\0.png", "target": "b"}, "holds a NUL character"),
         ({"id": "a", "source": 3}, "source is 3; expected a text"),
@@ -615,3 +619,52 @@ def test_the_page_s_commands_run(home, monkeypatch):
         assert main([*command.split(), "-q"]) == 0
     for folder in ("out", "parts"):
         assert {p.name for p in Path(folder).iterdir()} == {"jumping", "standing", "plain", "report.jsonl"}
+
+
+ODD = (None, True, -1, 0, 3, 10**30, 0.5, -1e300, "", "a", "\0", "\ud800", "../x", "x" * 10_000, [], [[]], ["a", 1], {})
+ODD += (
+    {"kind": "MasaCtrl"},
+    {"kind": "MasaCtrl", "mask": 3},
+    {"kind": "Magic", "own": True},
+    {"kind": []},
+    {"packed": 3},
+)
+ODD += (
+    {"kind": "mapping"},
+    {"kind": "mapping", "items": [1]},
+    {"kind": "DDIM"},
+    {"kind": "ScheduleConfig"},
+    [{"kind": 1}],
+)
+
+
+def error_of(path):
+    try:
+        in_order(read_jobs(path))
+    except masa.MasaError as error:
+        return str(error)
+    return None
+
+
+def test_whatever_a_line_holds_it_is_a_job_or_one_clear_error(home):
+    """800 lines, of jobs and of pasted settings, with odd values, keys and cuts."""
+    chance = random.Random(0)
+    settings = {"function": "sample", "fingerprint": "0" * 16, "dtype": "float32", "seed": 3, "source": "a cat"}
+    made_from = {"image": "a.png", "method": "ddim", "guidance_scale": 1.0, "prompt": "a cat", "steps": 2}
+    pasted = {**settings, "steps": 2, "target": ["a"], "trajectory": made_from, "controls": [CONTROL]}
+    edit = {"image": "a.png", "method": "null-text", "source": "a cat", "target": "b", "sampler": {"kind": "DDIM"}}
+    taken = 0
+    for number in range(800):
+        job = json.loads(json.dumps({"id": "a", **chance.choice((SAMPLE, pasted, edit, settings))}))
+        places = [job, *(job[name] for name in ("trajectory",) if name in job), *job.get("controls", [])]
+        for place in chance.choices(places, k=chance.choice((1, 1, 2))):
+            names = [*place, "schedule", "guidance", "latents", "skip_steps", "eta", "tiled"]
+            place[chance.choice(names)] = chance.choice(ODD)
+        line = json.dumps(job)
+        if number % 10 == 0:
+            line = line[: chance.randrange(len(line))]
+        (home / "jobs.jsonl").write_text(line + "\n")
+        told = error_of("jobs.jsonl")
+        assert told is None or (told.startswith("jobs.jsonl") and len(told) <= 300 and "\n" not in told), told
+        taken += told is None
+    assert 80 < taken < 700

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import inspect
 import json
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from masa.attention import Backend
-from masa.checks import as_controls, as_prompts, check_targets_at_once, check_tiled, choose_first_step
+from masa.checks import as_controls, as_prompts, check_schedule, check_targets_at_once, check_tiled, choose_first_step
 from masa.controls.base import FileControl
 from masa.errors import MasaError
 from masa.guidance import check_guidance, check_guidance_scale
@@ -28,6 +29,7 @@ from masa.schedule import Schedule
 from masa.settings import describe_setting, restore, restore_schedule
 
 LONGEST_LINE = 2**26  # bytes; masks and noise are in there, packed
+LONGEST_ERROR = 300  # characters
 LONGEST_ID = 180  # bytes; a file system's 255 less what a hidden name beside takes
 
 NOT_OF_JOBS = ("sd", "generator", "progress", "callback", "cache")
@@ -165,7 +167,8 @@ def read_jobs(jobs: str | Path | Sequence[Mapping[str, Any]]) -> list[Job]:
             check_job(job)
             found.append(job)
         except MasaError as error:
-            errors.append(f"{where}: {error}")
+            message = f"{where}: {error}"
+            errors.append(message if len(message) <= LONGEST_ERROR else message[: LONGEST_ERROR - 2] + "..")
         except RecursionError:
             errors.append(f"{where}: its values are nested too deeply")
     if errors:
@@ -235,10 +238,12 @@ def make_job(given: Any, where: str, near: str) -> Job:
         except (AttributeError, KeyError, TypeError) as error:
             raise MasaError(f"these settings are not whole ({type(error).__name__}: {error})") from error
     known = keys_of("image" in plain)
-    unknown = [key for key in plain if key not in known]
-    if unknown:
-        edits = " (with an image, those of masa.edit)" if "image" in plain else " (without an image, of masa.sample)"
-        raise MasaError(f"unknown {', '.join(map(repr, unknown))}; known are id, {', '.join(known)}{edits}")
+    for key in plain:
+        if key not in known:
+            near_it = difflib.get_close_matches(str(key), known, 1)
+            meant = f" (is {near_it[0]!r} meant?)" if near_it else ""
+            whose = "masa.edit, since there is an image" if "image" in plain else "masa.sample, since there is no image"
+            raise MasaError(f"unknown {key!r}{meant}; expected id and arguments of {whose}")
     values = {key: _as_json(key, value) for key, value in plain.items() if value is not None}
     return Job(name, where, values, near, fingerprint, digest)
 
@@ -307,8 +312,11 @@ def check_job(job: Job) -> None:
     for name in ("image", "trajectory"):
         if "\0" in given.get(name, ""):
             raise MasaError(f"{name} holds a NUL character; expected a path")
+    if not isinstance(given.get("target", ""), str | list):
+        raise MasaError(f"target is {json.dumps(given['target'])[:60]}; expected a prompt, or a list of prompts")
     if not as_prompts(given.get("target", ())) and "image" in given:
         raise MasaError("target is empty; an edit needs a prompt, or a list of prompts")
+    check_schedule(given.get("schedule"))
     steps, schedule = given.get("steps", 50), given.get("schedule") or Schedule()
     schedule.timesteps(steps)
     choose_first_step(given.get("skip_steps"), steps, 0, from_noise=False)
