@@ -45,7 +45,9 @@ setup(
         "masa": ["py.typed"],
         "masa.output": data("masa.output", "fonts/*"),
         "masa.weights": data("masa.weights", "clip/*"),
-        "masa.weights.demo": data("masa.weights.demo", "*.md", "*.png", "*.json", "*.safetensors", "model/**/*.*"),
+        "masa.weights.demo": data(
+            "masa.weights.demo", "*.md", "*.png", "*.json", "*.safetensors", "model/**/*.*", "adapter/*.*"
+        ),
     },
     # .ci/versions runs the suite's core with all lower bounds at once, and with the newest releases. torch is bounded
     # above because the compiler's private names change with it.
@@ -70,6 +72,8 @@ setup(
             "accelerate>=0.30",
             "peft>=0.13",
             "scikit-image>=0.22",
+            "scipy>=1.10",
+            "opencv-python-headless>=4.8",
             "matplotlib>=3.8",
             "ray>=2.40",
             "nbclient>=0.9",
@@ -83,6 +87,7 @@ setup(
         # LPIPS wants torchvision too. That one must come from where torch came: a build of another kind, which a plain
         # requirement may bring, fails to import, and transformers with it.
         "bench": ["torchmetrics>=1.5"],
+        "conditions": ["scikit-image>=0.22", "scipy>=1.10"],
     },
     entry_points={"console_scripts": ["masa = masa.cli:main"]},
 )
