@@ -8,6 +8,7 @@ import glob
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -104,7 +105,7 @@ def _put_in_place(stage: Path, folder: Path, names: Sequence[str], overwrite: bo
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             return False
-    with locked(folder):
+    with _one_at_a_time(stage):
         check_names(folder, names, overwrite)  # another may have been faster
         gone = {*names, *dropped}
         try:
@@ -121,6 +122,21 @@ def _put_in_place(stage: Path, folder: Path, names: Sequence[str], overwrite: bo
             if entry.name not in gone and not os.path.lexists(folder / entry.name):
                 os.rename(entry.path, folder / entry.name)
     return True
+
+
+@contextmanager
+def _one_at_a_time(stage: Path) -> Iterator[None]:
+    """Wait until no other process is putting files into the folder of this stage.
+
+    By a lock beside the stage: the folder's own is `reserved`'s, which whoever saves may be holding.
+    """
+    path = stage.with_name(f"{stage.name.rsplit('.', 2)[0]}.lock{SUFFIX}")
+    while (claim := Claim.take(path)) is None:
+        time.sleep(0.01)
+    try:
+        yield
+    finally:
+        claim.release()
 
 
 def _link(path: Path, other: Path) -> None:
@@ -158,7 +174,7 @@ def _exchange(one: Path, other: Path) -> None:
 def _move_files(stage: Path, folder: Path, names: Sequence[str], overwrite: bool, dropped: Sequence[str]) -> None:
     """The files one by one into a folder that stays; the last of the names, which tells that all are there, last."""
     folder.mkdir(exist_ok=True)
-    with locked(folder):
+    with _one_at_a_time(stage):
         check_names(folder, names, overwrite)  # another may have been faster
         for name in names[:-1]:
             os.replace(stage / name, folder / name)
