@@ -73,7 +73,7 @@ setup(
             "peft>=0.13",
             "scikit-image>=0.22",
             "scipy>=1.10",
-            "opencv-python-headless>=4.8",
+            "opencv-python-headless>=4.8.0.74",
             "matplotlib>=3.8",
             "ray>=2.40",
             "nbclient>=0.9",
