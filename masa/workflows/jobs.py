@@ -106,10 +106,17 @@ class Job:
         return "image" in self.given and self.given.get("method", "ddim") in METHODS
 
     @property
+    def steered(self) -> bool:
+        """Whether a control has a condition for the source, which takes part in the inversion."""
+        controls = self.given.get("controls") or ()
+        listed = [controls] if isinstance(controls, Mapping) else controls
+        return any(isinstance(control, Mapping) and control.get("source") is not None for control in listed)
+
+    @property
     def inversion(self) -> str | None:
         """What an inversion that serves another job too is made of; None where none may be shared."""
         drawn = self.given.get("method") in DRAWN
-        if not self.inverts or (drawn and "seed" not in self.given):
+        if not self.inverts or self.steered or (drawn and "seed" not in self.given):
             return None
         names = OF_INVERSION + (("seed",) if drawn else ())
         names += ("guidance_scale",) if self.given.get("method") == "null-text" else ()
