@@ -24,9 +24,9 @@ import masa
 from masa.cli.commands import main, shard_of_rank
 from masa.io.folders import Claim
 from masa.output.result import Result, file_names, read_saved
+from masa.settings import describe
 from masa.workflows import batch as batch_module
 from masa.workflows.batch import Report
-from masa.settings import describe
 from masa.workflows.jobs import in_order, read_jobs, shard_of
 
 ROOT = Path(__file__).parent.parent
