@@ -203,7 +203,7 @@ RUN: Mutations = {
         ('"schedule": (schedule, trajectory.schedule)', '"schedule": (schedule, sd.schedule)'),
     ],
     "sampling an_unguided_inversion_costs_one_row_a_step": [
-        ("guided=guidance_scale > 1.0 and not torch.equal(uncond, cond)", "guided=not torch.equal(uncond, cond)"),
+        ("guided=guidance_scale > 1.0 and differ", "guided=differ"),
     ],
     "sampling what_controls_set_may_depend_on_the_pictures_size": [
         ("return fitted.shape[2], fitted.shape[3]", "return fitted.shape[2], fitted.shape[2]"),
@@ -324,7 +324,7 @@ GUIDANCE_AND_SAMPLERS: Mutations = {
         ("device=like.device) / (half - 1)", "device=like.device) / half"),
     ],
     "lcm an_inversion_is_told_its_guidance": [
-        ("copies=rows.copies, guidance=embedded", "copies=rows.copies"),
+        ("            guidance=embedded,\n        )", "        )"),
     ],
     "lcm what_needs_two_halves_is_refused": [
         ("if guidance not in (None, ClassifierFree()):", "if False:"),
