@@ -71,6 +71,8 @@ setup(
             "accelerate>=0.30",
             "peft>=0.13",
             "scikit-image>=0.22",
+            "scipy>=1.10",
+            "opencv-python-headless>=4.8",
             "matplotlib>=3.8",
             "nbclient>=0.9",
             "ipykernel>=6",
@@ -78,6 +80,7 @@ setup(
             "mypy>=2.4,<2.5",
         ],
         "plots": ["matplotlib>=3.8"],
+        "conditions": ["scikit-image>=0.22", "scipy>=1.10"],
     },
     entry_points={"console_scripts": ["masa = masa.cli:main"]},
 )

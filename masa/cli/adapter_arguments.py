@@ -22,6 +22,7 @@ IP_OPTIONS = ("ip_source", "ip_scale", "image_encoder")
 
 
 def add_adapters(parser: argparse.ArgumentParser) -> None:
+    """Options of three kinds of adapters; for a command without targets, which has the source's alone."""
     group = parser.add_argument_group("layout by a picture (for the targets; without targets, for the source)")
     text = "an adapter's file or folder, or 'demo' for the demo model's, and its picture of lines, poses, depth, ..; "
     text += "several add up"
