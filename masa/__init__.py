@@ -41,6 +41,9 @@ from masa.sampling import edit, sample
 from masa.schedule import Schedule
 from masa.settings import register
 from masa.trajectory import Trajectory
+from masa.workflows.batch import BatchReport, batch
+from masa.workflows.piebench import piebench
+from masa.workflows.piebench_tables import PieBench
 from masa.workflows.recording import record
 from masa.workflows.rerun import rerun
 from masa.workflows.sdedit import sdedit
@@ -49,6 +52,7 @@ from masa.workflows.sheets import grid, sweep
 __all__ = [
     "DDIM",
     "LCM",
+    "BatchReport",
     "BlendedLatents",
     "CheckpointError",
     "ClassifierFree",
@@ -65,6 +69,7 @@ __all__ = [
     "MasaCtrl",
     "MasaError",
     "ModelConfig",
+    "PieBench",
     "PlugAndPlay",
     "PromptToPrompt",
     "RecordAttention",
@@ -82,12 +87,14 @@ __all__ = [
     "Trajectory",
     "UniPC",
     "WordMasks",
+    "batch",
     "conditions",
     "edit",
     "grid",
     "invert",
     "keep_networks",
     "load",
+    "piebench",
     "plots",
     "record",
     "register",
