@@ -223,10 +223,7 @@ def collect(prepared: Prepared, x: Tensor) -> Result:
     settings = {
         "function": "sample",
         "version": __version__,
-        "checkpoint": sd.origin.checkpoint,
-        "vae": sd.origin.vae,
-        "tokenizer": sd.origin.tokenizer,
-        "lora": [lora.describe() for lora in sd.origin.lora],
+        **sd.origin.describe(),
         "fingerprint": sd.fingerprint,
         "device": str(sd.device),
         "dtype": str(sd.dtype).removeprefix("torch."),

@@ -54,7 +54,7 @@ OTHERS: dict[str, tuple[Keys, str]] = {
         LDM | {"model.diffusion_model.input_blocks.0.0.weight": ([320, 8, 3, 3], "F32")},
         "is an InstructPix2Pix model: its UNet takes 8 channels",
     ),
-    "velocity": (LDM | {"v_pred": ([0], "F32")}, "predicts the velocity"),
+    "zero terminal SNR": (LDM | {"v_pred": ([0], "F32"), "ztsnr": ([0], "F32")}, "trained with zero terminal SNR"),
     "Flux": ({"double_blocks.0.img_attn.qkv.weight": ([9216, 3072], "BF16")}, "is a diffusion transformer"),
     **{f"LoRA, {style}": (keys, "is a LoRA") for style, keys in key_list("lora_sd15_rank4").items()},
     "ControlNet, LDM": (CONTROLNET["ldm_control_model"], "is a ControlNet"),

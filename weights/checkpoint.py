@@ -42,6 +42,7 @@ class Entry:
     path: Path
     shape: tuple[int, ...]
     dtype: str  # safetensors' name: "F32", "F16", "BF16", "I64", ..
+    key: str | None = None  # its name in the file, where that is not what it is known by
 
     @property
     def count(self) -> int:
@@ -66,6 +67,12 @@ def read_entries(path: Path) -> Entries:
             return {k: Entry(path, tuple(s.get_shape()), str(s.get_dtype())) for k, s in slices.items()}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} {_what_is_broken(path)}; download it again") from error
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file that `read_entries` has read."""
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
 
 
 def refuse_other_formats(path: Path) -> None:
@@ -156,20 +163,20 @@ def read_index(path: Path) -> Entries:
 
 def read_tensors(entries: Iterable[tuple[str, Entry]]) -> Iterator[tuple[str, Tensor]]:
     """The named tensors, memory-mapped. A group's mapping is released once its tensors are dropped."""
-    group: list[str] = []
+    group: list[tuple[str, str]] = []
     size, current = 0, None
 
     def flush() -> Iterator[tuple[str, Tensor]]:
         if group and current is not None:
             with safe_open(current, framework="pt") as file:
-                for key in group:
-                    yield key, file.get_tensor(key)
+                for key, name in group:
+                    yield key, file.get_tensor(name)
 
     for key, entry in entries:
         if current != entry.path or size > GROUP_BYTES:
             yield from flush()
             group, size, current = [], 0, entry.path
-        group.append(key)
+        group.append((key, entry.key or key))
         size += entry.count * DTYPES[entry.dtype].itemsize
     yield from flush()
 

@@ -17,6 +17,7 @@ from masa.weights.layouts import (
     old_diffusers_vae_name,
     text_name,
 )
+from masa.weights.variants import chosen_text
 
 # Our parameter name -> its shape in the file, or None.
 ShapeOf = Callable[[str], "tuple[int, ...] | None"]
@@ -52,7 +53,7 @@ KNOWN_KINDS: tuple[tuple[tuple[str, ...], str, str], ...] = (
         "an IP-Adapter, which steers a model but is none",
         "give the Stable Diffusion v1 checkpoint that it is for",
     ),
-    (("emb_params",), "a textual-inversion embedding", "give the Stable Diffusion v1 checkpoint that it is for"),
+    (("emb_params",), "a textual-inversion embedding", "give the model that it is for, and this file as embeddings="),
     (("conditioner.embedders.", "add_embedding.linear_1"), "an SDXL model", SERVED),
     (
         ("cond_stage_model.model.",),
@@ -91,9 +92,6 @@ def refuse_other_models(entries: Entries, path: object) -> None:
     width = next(crosses, None)
     if width in OTHER_CONTEXTS:
         raise CheckpointError(f"{path} is {OTHER_CONTEXTS[width]} (its UNet expects {width} text features); {SERVED}")
-    # The convention of merged files for models trained on another target.
-    if "v_pred" in entries:
-        raise CheckpointError(f"{path} predicts the velocity (it holds the mark v_pred) and not the noise; {SERVED}")
 
 
 def refuse_lone_parts(entries: Entries, path: object) -> None:
@@ -139,7 +137,7 @@ def split_ldm(entries: Entries) -> dict[str, Entries]:
         else:
             parts["extra"][key] = entry
     if texts:
-        parts["text_encoder"] = texts.pop(max(texts, key=lambda prefix: len(texts[prefix])))
+        parts["text_encoder"] = texts.pop(chosen_text({prefix: len(found) for prefix, found in texts.items()}))
     for spare in texts.values():
         parts["extra"].update(spare)
     return parts
