@@ -6,7 +6,7 @@ import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ from masa.runtime.lora import (
 )
 from masa.runtime.networks import build_models, meta_models, weight_samples
 from masa.runtime.offload import OffloadedNetworks
+from masa.runtime.origin import Origin
 from masa.runtime.overflow import MendedVAE
 from masa.schedule import Schedule
 from masa.weights import hub
@@ -64,30 +65,6 @@ DTYPE_NAMES = {
     "bf16": torch.bfloat16,
     "bfloat16": torch.bfloat16,
 }
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where a model came from: load()'s arguments as given, and "demo" for the embedded model.
-
-    lora: those merged into it. embeddings: those whose words it knows.
-    """
-
-    checkpoint: str
-    vae: str | None = None
-    tokenizer: str | None = None
-    lora: tuple[Lora, ...] = ()
-    embeddings: tuple[Embedding, ...] = ()
-    clip_skip: int = 0
-    prediction_type: str | None = None
-    ema: bool = False
-
-    def describe(self) -> dict[str, Any]:
-        """As settings hold it, in JSON's types."""
-        files = {"lora": self.lora, "embeddings": self.embeddings}
-        return {f.name: getattr(self, f.name) for f in fields(self)} | {
-            name: [file.describe() for file in given] for name, given in files.items()
-        }
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -61,7 +61,8 @@ def open_embedding(path: str | Path, name: str | None, width: int) -> OpenedEmbe
         raise MasaError(
             f"{path} holds several words ({', '.join(own)}), and one name was given, {name!r}; leave it out"
         )
-    named = {key: name or (path.stem if key in NAMELESS else key) for key in own}
+    given = {} if name is None else dict.fromkeys(own, name)
+    named = {key: path.stem if key in NAMELESS else key for key in own} | given
     for word in named.values():
         if not word.strip():
             raise MasaError(f"{path}: a word is called {word!r}; give a name as (name, path)")

@@ -210,6 +210,8 @@ def summarise(
             lines.append(("missing", ", ".join(part for part in wanted if not groups.get(part)) or "no part"))
         if layout == FILE_LAYOUT:
             lines += describe_variants(unwrapped(read_entries(path)))
+        elif layout == FOLDER_LAYOUT and _has_plain_beside(path):
+            lines.append(("EMA", "the UNet's usual file holds averaged weights; plain ones lie beside it, not read"))
         opened = open_checkpoint(path, vae=vae)
         lines += _describe_config(opened)
         if check is not None:
@@ -314,7 +316,7 @@ def _open_folder(path: Path, wanted: Wanted, vae: tuple[PartFiles, VAEConfig] | 
     if missing:
         _refuse_folder(path, missing)
 
-    if wanted.ema and not any("non_ema" in file.name for file in (path / "unet").iterdir()):
+    if wanted.ema and not _has_plain_beside(path):
         raise CheckpointError(
             f"{path} holds no averaged weights (EMA) beside others, for which ema=True asks; leave it out"
         )
@@ -369,6 +371,11 @@ def _open_folder(path: Path, wanted: Wanted, vae: tuple[PartFiles, VAEConfig] | 
         wanted=wanted,
         prediction=_prediction(velocity, why),
     )
+
+
+def _has_plain_beside(path: Path) -> bool:
+    """Whether a folder's UNet is there with its averaged weights (EMA), the usual file, and without."""
+    return any("non_ema" in file.name for file in (path / "unet").iterdir())
 
 
 def _refuse_folder(path: Path, missing: list[str]) -> NoReturn:
