@@ -12,15 +12,16 @@ from masa.config import TextConfig
 class TokenTable(nn.Embedding):
     """The vocabulary's embeddings, and beside them those of ids behind it: textual inversion's.
 
-    weight (vocabulary, width): the checkpoint's. extra (v, width), or None; no checkpoint holds it, so it is no buffer.
+    known: the checkpoint's, whose weight it shares. extra (v, width), or None; no checkpoint holds it, so it is no
+    buffer.
     """
 
-    def __init__(self, weight: nn.Parameter, extra: Tensor | None) -> None:
+    def __init__(self, known: nn.Embedding, extra: Tensor | None) -> None:
         nn.Module.__init__(self)
-        self.num_embeddings, self.embedding_dim = weight.shape
+        self.num_embeddings, self.embedding_dim = known.num_embeddings, known.embedding_dim
         self.padding_idx = self.max_norm = None
         self.norm_type, self.scale_grad_by_freq, self.sparse = 2.0, False, False
-        self.weight = weight
+        self.weight = known.weight
         self.extra = extra
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 
 from masa.errors import MasaError
 from masa.models.clip import TextEncoder, TokenTable
@@ -98,8 +99,8 @@ def with_words(
             ids[word] = tuple(range(first, first + len(vectors)))
             first += len(vectors)
     twin = sharing_copy(text_encoder)
-    own = twin.model.get_input_embeddings()
-    twin.model.set_input_embeddings(TokenTable(own.weight, torch.cat(table).to(dtype) if table else None))
+    own = cast(nn.Embedding, twin.model.get_input_embeddings())
+    twin.model.set_input_embeddings(TokenTable(own, torch.cat(table).to(dtype) if table else None))
     return twin, tokenizer.with_words(ids)
 
 

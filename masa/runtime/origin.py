@@ -27,7 +27,7 @@ class Origin:
 
     def describe(self) -> dict[str, Any]:
         """As settings hold it, in JSON's types."""
-        files = {"lora": self.lora, "embeddings": self.embeddings}
-        return {f.name: getattr(self, f.name) for f in fields(self)} | {
-            name: [file.describe() for file in given] for name, given in files.items()
-        }
+        told = {f.name: getattr(self, f.name) for f in fields(self)}
+        told["lora"] = [lora.describe() for lora in self.lora]
+        told["embeddings"] = [embedding.describe() for embedding in self.embeddings]
+        return told
