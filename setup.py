@@ -41,6 +41,8 @@ setup(
     packages=list(FOLDERS),
     package_dir=FOLDERS,
     package_data={
+        "masa": ["py.typed"],
+        "masa.output": data("masa.output", "fonts/*"),
         "masa.weights": data("masa.weights", "clip/*"),
         "masa.weights.demo": data("masa.weights.demo", "*.md", "*.png", "*.json", "*.safetensors", "model/**/*.*"),
     },
@@ -68,6 +70,8 @@ setup(
             "peft>=0.13",
             "scikit-image>=0.22",
             "matplotlib>=3.8",
+            "nbclient>=0.9",
+            "ipykernel>=6",
             "ruff>=0.17,<0.18",
             "mypy>=2.4,<2.5",
         ],

@@ -7,13 +7,14 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from masa.config import ModelConfig
 from masa.errors import CheckpointError, MasaError
@@ -23,6 +24,7 @@ from masa.models.clip import TextEncoder
 from masa.models.tokenizer import Tokenizer
 from masa.models.unet import UNet
 from masa.models.vae import VAE
+from masa.output.notebook import table_html
 from masa.runtime.embeddings import (
     Embedding,
     EmbeddingGiven,
@@ -91,7 +93,18 @@ class StableDiffusion:
 
     def __repr__(self) -> str:
         parameters = sum(p.numel() for m in (self.unet, self.vae, self.text_encoder) for p in m.parameters())
-        return f"StableDiffusion({self.checkpoint!r}, {parameters:,} parameters, {self.dtype}, {self.device})"
+        own = {"EMA weights": self.origin.ema, "v-prediction": self.config.unet.velocity is not None}
+        own[f"clip skip {self.config.text.clip_skip}"] = self.config.text.clip_skip > 0
+        chosen = "".join(f", {what}" for what, has in own.items() if has)
+        return f"StableDiffusion({self.checkpoint!r}, {parameters:,} parameters, {self.dtype}, {self.device}{chosen})"
+
+    def _repr_html_(self) -> str:
+        networks = {"UNet": self.unet, "autoencoder": self.vae, "text encoder": self.text_encoder}
+        parts = {name: f"{sum(p.numel() for p in net.parameters()):,} parameters" for name, net in networks.items()}
+        loras = {f"LoRA {lora.path}": f"weight {lora.weight}" for lora in self.origin.lora}
+        side = {"picture size": f"{self.config.image_size}x{self.config.image_size}"}
+        words = {f"word {word}": f"{len(ids)} tokens" for word, ids in self.tokenizer.words.items()}
+        return f"<code>{escape(repr(self))}</code>" + table_html("parts", parts | loras | words | side)
 
     @property
     def checkpoint(self) -> str:
@@ -356,6 +369,8 @@ def choose_tokenizer(opened: Checkpoint, folder: str | Path | None) -> Tokenizer
 
 def locate(checkpoint: str | Path | None, prefer_half: bool) -> Path:
     """The path that load()'s first argument means; a hub id is downloaded where it is not cached."""
+    if not isinstance(checkpoint, str | Path | None):
+        raise MasaError(f"checkpoint is {checkpoint!r}; expected a path, a hub id, or None for the demo model")
     if checkpoint is None:
         return DEMO
     path = Path(checkpoint).expanduser()

@@ -282,6 +282,7 @@ def test_what_load_takes():
 
 def test_the_first_model_stays_and_weights_are_shared(knowing, tiny, files):
     assert tiny.tokenizer.words == {}
+    assert "word &lt;three&gt;" in knowing._repr_html_()
     assert knowing.unet is tiny.unet
     assert knowing.vae is tiny.vae
     pairs = zip(tiny.text_encoder.state_dict().items(), knowing.text_encoder.state_dict().items(), strict=True)

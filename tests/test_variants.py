@@ -170,6 +170,12 @@ def test_plain_or_averaged_weights_are_taken_as_asked(state, plain, tmp_path, wr
         second = load(path, ema=True)
     assert same(second, load(save(tmp_path / "averages.safetensors", state | averages)))
     assert first.fingerprint != second.fingerprint
+    assert "EMA weights" in repr(second)
+    assert "EMA" not in repr(first)
+    with warnings.catch_warnings(action="error"):
+        off = load(path, ema=True, offload=True)
+    off.decode_latents(torch.zeros(1, 4, 8, 8))  # the UNet makes room, and is read again
+    assert same(replace(off, text_encoder=second.text_encoder, vae=second.vae, offloaded=None), second)
     label = dict(summarise(path, check=check_keys))["EMA"]
     assert label == f"{len(unet)} averaged weights beside the plain ones, taken with ema=True"
 
@@ -256,6 +262,7 @@ def test_clip_skip_is_part_of_a_model_and_of_its_runs(tiny_folder, tiny, tmp_pat
     assert sd.fingerprint != tiny.fingerprint
     first = masa.sample(sd, "a cat", "a dog", seed=0, **SETTINGS)
     assert first.settings["clip_skip"] == 1
+    assert repr(sd).endswith("cpu, clip skip 1)")
     assert not torch.equal(first.latents, masa.sample(tiny, "a cat", "a dog", seed=0, **SETTINGS).latents)
     first.save(tmp_path / "out")
     again = masa.rerun(tmp_path / "out" / "target_0.png", progress=False)
@@ -472,6 +479,7 @@ def test_a_model_of_the_velocity_is_another_model_for_reruns_and_caches(velocity
     assert velocity.fingerprint != tiny.fingerprint
     first = masa.sample(velocity, "a cat", "a dog", seed=0, **SETTINGS)
     assert first.settings["prediction_type"] == "v_prediction"
+    assert repr(velocity).endswith("cpu, v-prediction)")
     first.save(tmp_path / "out")
     assert torch.equal(masa.rerun(tmp_path / "out" / "target_0.png", progress=False).latents, first.latents)
     with pytest.raises(masa.MasaError, match="cache was recorded with"):
