@@ -64,6 +64,8 @@ OTHERS: dict[str, tuple[Keys, str]] = {
     ),
     "ControlNet, diffusers": (CONTROLNET["diffusers"], "is a ControlNet"),
     **{f"T2I-Adapter, {kind}": (keys, "is a T2I-Adapter") for kind, keys in key_list("t2i_adapter_sd14v1").items()},
+    "textual inversion, named": ({"<cat>": ([768], "F32")}, "is a textual-inversion embedding"),
+    "LoRA, numbered": ({"unet:0:up": ([320, 1], "F32"), "unet:0:down": ([1, 320], "F32")}, "is a LoRA"),
     "textual inversion": ({"emb_params": ([2, 768], "F32")}, "is a textual-inversion embedding"),
     "VAE, LDM": ({k.removeprefix("first_stage_model."): v for k, v in VAE.items()}, r"is an autoencoder \(VAE\) alone"),
     "VAE, LDM with prefix": (VAE, r"is an autoencoder \(VAE\) alone"),

@@ -218,7 +218,7 @@ REFUSED = {
     "SD 2": ({"emb_params": (2, 1024)}, "for a Stable Diffusion 2"),
     "another width": ({"<x>": (768,)}, "for another model: its vectors have 768 numbers, this model's 32"),
     "LoRA": ({"lora_unet_x.lora_up.weight": (4, 4)}, "is a LoRA"),
-    "numbered LoRA": ({"unet:0:up": (32, 1), "unet:0:down": (1, 32)}, "is a LoRA that holds no embeddings"),
+    "numbered LoRA": ({"unet:0:up": (32, 1), "unet:0:down": (1, 32)}, "is a LoRA"),
     "whole model": ({"model.diffusion_model.x": (4,)}, "is a whole model"),
     "a picture": ({"x": (3, 4, 4)}, "holds no embeddings"),
     "scalars": ({"x": ()}, "holds no embeddings"),

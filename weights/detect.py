@@ -34,7 +34,10 @@ SERVED = "masa runs Stable Diffusion v1.x checkpoints, such as v1-5-pruned-emaon
 # What a piece of a tensor's name says about the file that it is in. The first that is found decides.
 KNOWN_KINDS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (
-        ("lora_up.", "lora_down.", "lora_A.", "lora_B.", "lora.up.", "lora.down.", "hada_w1", "lokr_w1", "oft_blocks"),
+        (
+            *("lora_up.", "lora_down.", "lora_A.", "lora_B.", "lora.up.", "lora.down.", ":up", ":down"),
+            *("hada_w1", "lokr_w1", "oft_blocks"),
+        ),
         "a LoRA, which changes a model but is none",
         "give the model that it is for, and this file as lora=",
     ),
@@ -69,6 +72,7 @@ KNOWN_KINDS: tuple[tuple[tuple[str, ...], str, str], ...] = (
 )
 OTHER_INPUTS = {9: "an inpainting model", 8: "an InstructPix2Pix model", 5: "a depth-to-image model"}
 OTHER_CONTEXTS = {1024: "a Stable Diffusion 2.x model", 2048: "an SDXL model"}
+WORD_SHAPES = ((768,), (1024,), (1280,))  # last axes of embeddings of words, of any model
 
 
 def refuse_other_models(entries: Entries, path: object) -> None:
@@ -114,6 +118,8 @@ def refuse_lone_parts(entries: Entries, path: object) -> None:
         what, remedy = "is a text encoder alone", "give the whole checkpoint, or the diffusers folder that it is in"
     elif not entries:
         what, remedy = "holds no tensors", "download it again"
+    elif all(entry.shape[-1:] in WORD_SHAPES and len(entry.shape) <= 2 for entry in entries.values()):
+        what, remedy = "is a textual-inversion embedding", "give the model that it is for, and this file as embeddings="
     else:
         first = ", ".join(list(entries)[:3])
         what, remedy = f"holds no model known here (its first tensors: {first})", SERVED

@@ -23,7 +23,6 @@ from masa.weights.checkpoint import (
     read_tensors,
 )
 from masa.weights.detect import OTHER_CONTEXTS
-from masa.weights.lora_names import NUMBERED
 
 NAMELESS = ("emb_params", "*")  # keys that are no word: the file's name is
 WANTED = "expected a textual-inversion embedding for Stable Diffusion v1 in safetensors"
@@ -55,8 +54,6 @@ def open_embedding(path: str | Path, name: str | None, width: int) -> OpenedEmbe
     if any(key in entries for key in ("clip_l", "clip_g")):
         raise CheckpointError(f"{path} is an embedding for SDXL (it has vectors for two text encoders); {WANTED}")
     if not beside:
-        if any(NUMBERED.fullmatch(key) for key in entries):
-            raise CheckpointError(f"{path} is a LoRA that holds no embeddings of words; {WANTED}")
         refuse_others(entries, path, "textual-inversion", WANTED)
     own = {key: entry for key, entry in entries.items() if not beside or key in beside}
     _check(own, width, path)

@@ -51,6 +51,7 @@ def build_parser() -> Parser:
             'masa sample "" "a running corgi" --trajectory corgi.safetensors -c v1-5-pruned-emaonly.safetensors',
             'masa sample "a cat sitting" "a cat standing" --sampler dpm++2m --steps 15 --guidance-rescale 0.7',
             'masa sample "a cat sitting" "a cat running" -c sd15/ --lora ink.safetensors:0.8 --lora cat.safetensors',
+            'masa sample "a <tom> sitting" "a <tom> running" -c sd15/ --embedding tom.safetensors --clip-skip 1',
             'masa sample "a man" "a man, arms up" -c sd15/ --t2i-adapter openpose.safetensors pose.png --tau 0.8',
         ],
     )
