@@ -908,7 +908,6 @@ CHECKPOINTS: Mutations = {
         ("replace(entry, key=entry.key or key) for key, entry in entries.items()}", "entry for key, entry in []}"),
         ("key=lambda prefix: (layouts[prefix], len(prefix))", "key=lambda prefix: len(prefix)"),
         ("key=lambda prefix: (layouts[prefix], len(prefix))", "key=lambda prefix: layouts[prefix]"),
-        ('elif name and not name.endswith("position_ids"):', "elif name:"),
     ],
     "variants a_merge_without_autoencoder_takes_one_of_its_own": [
         ("entries = unwrapped_vae(read_entries(path))", "entries = read_entries(path)"),

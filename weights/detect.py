@@ -138,7 +138,7 @@ def split_ldm(entries: Entries) -> dict[str, Entries]:
             # Training leftovers of some VAE releases.
             extra = key.startswith((f"{VAE_PREFIX}loss.", f"{VAE_PREFIX}model_ema."))
             parts["extra" if extra else "vae"][key] = entry
-        elif name and not name.endswith("position_ids"):
+        elif name:
             texts.setdefault(key[: -len(name)], {})[key] = entry
         else:
             parts["extra"][key] = entry

@@ -106,7 +106,7 @@ def text_layouts(entries: Entries) -> dict[str, int]:
     found: Counter[str] = Counter()
     for key in entries:
         name = text_name(key)
-        if name and not name.endswith("position_ids"):
+        if name:
             found[key[: -len(name)]] += 1
     return dict(found)
 
