@@ -207,7 +207,7 @@ def test_the_published_file_s_averages_fit(tmp_path):
     path = write_sparse(tmp_path / "model.safetensors", key_list("sd15_ldm_full_with_ema"))
     opened = open_checkpoint(path, ema=True)
     check_keys(opened)
-    assert all(entry.key.startswith("model_ema.") for entry in opened.unet.entries.values())
+    assert all(entry.stored.startswith("model_ema.") for entry in opened.unet.entries.values())
     assert len(opened.unet.entries) == 686
     assert open_checkpoint(path).plain_beside_ema
     assert not opened.plain_beside_ema

@@ -42,7 +42,7 @@ class Entry:
     path: Path
     shape: tuple[int, ...]
     dtype: str  # safetensors' name: "F32", "F16", "BF16", "I64", ..
-    key: str | None = None  # its name in the file, where that is not what it is known by
+    stored: str | None = None  # its name in the file, where that is not the key it is listed under
 
     @property
     def count(self) -> int:
@@ -169,14 +169,14 @@ def read_tensors(entries: Iterable[tuple[str, Entry]]) -> Iterator[tuple[str, Te
     def flush() -> Iterator[tuple[str, Tensor]]:
         if group and current is not None:
             with safe_open(current, framework="pt") as file:
-                for key, name in group:
-                    yield key, file.get_tensor(name)
+                for key, stored in group:
+                    yield key, file.get_tensor(stored)
 
     for key, entry in entries:
         if current != entry.path or size > GROUP_BYTES:
             yield from flush()
             group, size, current = [], 0, entry.path
-        group.append((key, entry.key or key))
+        group.append((key, entry.stored or key))
         size += entry.count * DTYPES[entry.dtype].itemsize
     yield from flush()
 

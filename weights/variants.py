@@ -39,7 +39,7 @@ def _without(entries: Entries, wrapped: re.Pattern[str], usual: tuple[str, ...])
     if not found or any(key.startswith(usual) for key in entries):
         return entries
     prefix = found.most_common(1)[0][0]
-    return {key.removeprefix(prefix): replace(entry, key=entry.key or key) for key, entry in entries.items()}
+    return {key.removeprefix(prefix): replace(entry, stored=entry.stored or key) for key, entry in entries.items()}
 
 
 def averaged_names(entries: Entries) -> dict[str, str]:
@@ -59,7 +59,7 @@ def averaged(entries: Entries, path: Path) -> Entries:
             f"{path} holds {len(names)} of its UNet's {len(wanted)} averaged weights (EMA); missing are those of "
             f"{listed(missing)}; load it without ema=True"
         )
-    taken = {key: replace(entries[name], key=entries[name].key or name) for key, name in names.items()}
+    taken = {key: replace(entries[name], stored=entries[name].stored or name) for key, name in names.items()}
     return {key: entry for key, entry in entries.items() if key not in names.values()} | taken
 
 
@@ -119,7 +119,7 @@ def chosen_text(layouts: Mapping[str, int]) -> str:
 def describe_variants(entries: Entries) -> list[tuple[str, str]]:
     """What an LDM file's names tell, as (label, text) lines."""
     lines = []
-    wrapper = next((e.key[: -len(key)] for key, e in entries.items() if e.key and e.key.endswith(key)), "")
+    wrapper = next((e.stored[: -len(key)] for key, e in entries.items() if e.stored and e.stored.endswith(key)), "")
     if wrapper:
         lines.append(("names", f"all behind {wrapper}"))
     layouts = text_layouts(entries)

@@ -18,7 +18,7 @@ from masa.errors import CheckpointError, MasaError
 from masa.models.clip import TextEncoder
 from masa.models.unet import UNet
 from masa.models.vae import VAE
-from masa.runtime.networks import Network, checkpoint_parts, fill, meta_models, weight_samples
+from masa.runtime.networks import Autoencoder, Network, checkpoint_parts, fill, meta_models, weight_samples
 from masa.weights.checkpoint import check_parts
 from masa.weights.model_files import Checkpoint, Wanted
 
@@ -62,7 +62,7 @@ class OffloadedNetworks:
     checkpoint: Path
     wanted: Wanted
     dtype: torch.dtype
-    networks: tuple[UNet, VAE, TextEncoder]
+    networks: tuple[UNet, Autoencoder, TextEncoder]
     digests: tuple[WeightDigest, WeightDigest, WeightDigest]
 
     @staticmethod

@@ -9,18 +9,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from masa.models.vae import VAE
+from masa.runtime.networks import Autoencoder
 
 
 class MendedVAE:
     """An autoencoder, and its copy in float32 once a result was not finite; for one picture after another."""
 
-    def __init__(self, network: VAE, dtype: torch.dtype) -> None:
+    def __init__(self, network: Autoencoder, dtype: torch.dtype) -> None:
         self.network = network
         self.dtype = dtype
-        self.exact: VAE | None = None
+        self.exact: Autoencoder | None = None
 
-    def finite(self, compute: Callable[[VAE, Tensor], Tensor], given: Tensor, what: str) -> Tensor:
+    def finite(self, compute: Callable[[Autoencoder, Tensor], Tensor], given: Tensor, what: str) -> Tensor:
         """`compute` of the network and its input, which is float32; again in float32 where that is not finite.
 
         what: names it in the warning. A result that float32 cannot mend either is given as it is.
