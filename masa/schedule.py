@@ -94,6 +94,16 @@ def training_alphas(config: ScheduleConfig, device: torch.device | None = None) 
     return torch.cumprod(1.0 - betas, dim=0)
 
 
+def alphas_at(alphas: Tensor, times: Tensor) -> Tensor:
+    """Of `training_alphas`, those at timesteps (n,); between two of them the logarithm of sigma is straight."""
+    low = times.floor().clamp(0, len(alphas) - 1).long()
+    high = (low + 1).clamp(max=len(alphas) - 1)
+    share = times - low
+    logs = ((1.0 - alphas) / alphas).log()  # twice sigma's
+    between = torch.sigmoid(-(logs[low] + share * (logs[high] - logs[low])))
+    return torch.where(share > 0, between, alphas[low])
+
+
 def eps_of_velocity(v: Tensor, x: Tensor, a_t: Tensor) -> Tensor:
     """The noise in x that v = sqrt(a_t) eps - sqrt(1-a_t) x0 implies: sqrt(a_t) v + sqrt(1-a_t) x, float32.
 

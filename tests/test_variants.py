@@ -21,7 +21,7 @@ from masa.controls.base import ActiveControl
 from masa.models.unet import UNet
 from masa.runtime.networks import check_keys
 from masa.runtime.overflow import MendedVAE
-from masa.schedule import eps_of_velocity, training_alphas
+from masa.schedule import alphas_at, eps_of_velocity, training_alphas
 from masa.weights import folder as folders
 from masa.weights.model_files import open_checkpoint, summarise
 
@@ -390,6 +390,16 @@ def test_each_row_of_the_network_s_output_is_turned(velocity, tiny):
         a = alphas[times][:, None, None, None]
         assert torch.allclose(found, a.sqrt() * v + (1 - a).sqrt() * x[rows], atol=1e-6)
         assert not torch.allclose(found, v, atol=1e-2)
+
+
+def test_between_timesteps_the_level_is_the_sampler_s(velocity):
+    """Euler's fractional timesteps: the velocity is turned with the very level that the sampler is at."""
+    levels = masa.Euler(karras=True).levels(velocity.schedule, 7)
+    assert any(t != int(t) for t in levels.timesteps)
+    found = alphas_at(training_alphas(ScheduleConfig()), torch.tensor(levels.timesteps))
+    assert torch.allclose(found, torch.tensor(levels.alphas[:-1]), rtol=1e-3)  # float32 timesteps of up to 999
+    whole = torch.arange(1000.0)
+    assert torch.equal(alphas_at(training_alphas(ScheduleConfig()), whole), training_alphas(ScheduleConfig()))
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpm++2m"])

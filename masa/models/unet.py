@@ -24,7 +24,7 @@ from masa.models.norms import edited_norm
 from masa.models.resnet import Downsample, ResnetBlock, Upsample, emb_of
 from masa.models.rowwise import Conv2d, GroupNorm
 from masa.models.transformer import Transformer
-from masa.schedule import eps_of_velocity, training_alphas
+from masa.schedule import alphas_at, eps_of_velocity, training_alphas
 
 
 class TimestepEmbedding(nn.Module):
@@ -246,13 +246,13 @@ class UNet(nn.Module):
         return self._noise(predicted, noisy, timestep, copies, retire), call.tape
 
     def _noise(
-        self, predicted: Tensor, x: Tensor, timestep: int | Tensor, copies: RowTuple | None, retire: Retirement | None
+        self, predicted: Tensor, x: Tensor, timestep: float | Tensor, copies: RowTuple | None, retire: Retirement | None
     ) -> Tensor:
         """The noise in x (rows of x, 4, h, w) by what was predicted of the rows kept: itself, or v."""
         if self.config.velocity is None:
             return predicted
-        times = torch.as_tensor(timestep, device=x.device).reshape(-1).long()
-        alphas = training_alphas(self.config.velocity, x.device)[times]
+        times = torch.as_tensor(timestep, dtype=torch.float32, device=x.device).reshape(-1)
+        alphas = alphas_at(training_alphas(self.config.velocity, x.device), times)
         for rows in (copies, None if retire is None else retire.staying):
             if rows is not None:
                 x, alphas = take(x, rows), emb_of(alphas, rows)
