@@ -14,6 +14,7 @@ FOLDERS = {
     "masa.controls": "masa/controls",
     "masa.io": "masa/io",
     "masa.kernels": "kernels",
+    "masa.metrics": "masa/metrics",
     "masa.models": "masa/models",
     "masa.output": "masa/output",
     "masa.runtime": "masa/runtime",
@@ -44,7 +45,9 @@ setup(
         "masa": ["py.typed"],
         "masa.output": data("masa.output", "fonts/*"),
         "masa.weights": data("masa.weights", "clip/*"),
-        "masa.weights.demo": data("masa.weights.demo", "*.md", "*.png", "*.json", "*.safetensors", "model/**/*.*"),
+        "masa.weights.demo": data(
+            "masa.weights.demo", "*.md", "*.png", "*.json", "*.safetensors", "model/**/*.*", "adapter/*.*"
+        ),
     },
     # .ci/versions runs the suite's core with all lower bounds at once, and with the newest releases. torch is bounded
     # above because the compiler's private names change with it.
@@ -69,13 +72,22 @@ setup(
             "accelerate>=0.30",
             "peft>=0.13",
             "scikit-image>=0.22",
+            "scipy>=1.10",
+            "opencv-python-headless>=4.8.0.74",
             "matplotlib>=3.8",
+            "ray>=2.40",
             "nbclient>=0.9",
             "ipykernel>=6",
+            "torchmetrics>=1.5",  # the first whose SSIM counts the border in
             "ruff>=0.17,<0.18",
             "mypy>=2.4,<2.5",
         ],
         "plots": ["matplotlib>=3.8"],
+        "ray": ["ray>=2.40"],
+        # LPIPS wants torchvision too. That one must come from where torch came: a build of another kind, which a plain
+        # requirement may bring, fails to import, and transformers with it.
+        "bench": ["torchmetrics>=1.5"],
+        "conditions": ["scikit-image>=0.22", "scipy>=1.10"],
     },
     entry_points={"console_scripts": ["masa = masa.cli:main"]},
 )

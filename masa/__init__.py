@@ -26,9 +26,11 @@ from masa.controls.t2i_adapter import T2IAdapter
 from masa.errors import CheckpointError, MasaError
 from masa.guidance import ClassifierFree, Guidance, GuidanceInterval, RescaledGuidance
 from masa.inversion import invert
+from masa.io import condition_pictures as conditions
 from masa.output import plots
 from masa.output.result import Result
 from masa.pipeline import StableDiffusion, load
+from masa.runtime.adapters import keep_networks
 from masa.samplers.base import Sampler
 from masa.samplers.ddim import DDIM
 from masa.samplers.dpm_solver import DPMSolverPP
@@ -39,6 +41,9 @@ from masa.sampling import edit, sample
 from masa.schedule import Schedule
 from masa.settings import register
 from masa.trajectory import Trajectory
+from masa.workflows.batch import BatchReport, batch
+from masa.workflows.piebench import piebench
+from masa.workflows.piebench_tables import PieBench
 from masa.workflows.recording import record
 from masa.workflows.rerun import rerun
 from masa.workflows.sdedit import sdedit
@@ -47,6 +52,7 @@ from masa.workflows.sheets import grid, sweep
 __all__ = [
     "DDIM",
     "LCM",
+    "BatchReport",
     "BlendedLatents",
     "CheckpointError",
     "ClassifierFree",
@@ -63,6 +69,7 @@ __all__ = [
     "MasaCtrl",
     "MasaError",
     "ModelConfig",
+    "PieBench",
     "PlugAndPlay",
     "PromptToPrompt",
     "RecordAttention",
@@ -80,10 +87,14 @@ __all__ = [
     "Trajectory",
     "UniPC",
     "WordMasks",
+    "batch",
+    "conditions",
     "edit",
     "grid",
     "invert",
+    "keep_networks",
     "load",
+    "piebench",
     "plots",
     "record",
     "register",

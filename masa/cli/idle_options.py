@@ -31,6 +31,9 @@ OWNERS: Mapping[str, tuple[str, ...]] = {
     "attention_steps": ("plug-and-play",),
 }
 
+# Options that bring a control of their own.
+CONTROLS_BESIDE = ("local_blend", "blend", "t2i_adapter", "controlnet", "ip_adapter")
+
 # A sweep's own options, and the parameter that each fixes.
 FIXED = {
     "start_step": "start_step",
@@ -50,9 +53,10 @@ def refuse_idle(args: argparse.Namespace) -> None:
     checks: Mapping[str, tuple[Callable[[argparse.Namespace], None], ...]] = {
         "sample": (check_controls, check_adapters, check_source, check_guided, check_eta),
         "edit": (check_controls, check_adapters, check_inversion, check_guided, check_eta),
-        "invert": (check_inversion, check_fitting),
+        "invert": (check_adapters, check_inversion, check_fitting),
         "sdedit": (check_guided,),
         "sweep": (check_sweep,),
+        "piebench": (check_piebench,),
     }
     for check in checks.get(args.command, ()):
         check(args)
@@ -88,7 +92,8 @@ def check_adapters(args: argparse.Namespace) -> None:
     for option in IP_OPTIONS:
         refuse(args, option, not args.ip_adapter, "it is an IP-Adapter's; give --ip-adapter FILE PICTURE")
     for option in ("adapter_source", "controlnet_source", "ip_source"):
-        refuse(args, option, not args.target, "without targets the first picture is the source's; give a target")
+        alone = not getattr(args, "target", ())
+        refuse(args, option, alone, "without targets the first picture is the source's; give a target")
 
 
 def check_source(args: argparse.Namespace) -> None:
@@ -125,6 +130,23 @@ def check_inversion(args: argparse.Namespace) -> None:
 
 def check_fitting(args: argparse.Namespace) -> None:
     refuse(args, "edit_guidance", args.method != "null-text", "only --method null-text fits to it")
+
+
+def check_piebench(args: argparse.Namespace) -> None:
+    """Options of edits where the pictures were made elsewhere; of controls as for an edit."""
+    made = args.pictures is not None
+    for option in ("method", "inverter", "steps", "guidance", "seed", "checkpoint", "control"):
+        refuse(args, option, made, "the results of --pictures were made already; leave one out")
+    if names_controls(args):
+        refuse(args, "pictures", True, "controls make edits, and these were made already; leave one out")
+        check_controls(args)
+        check_adapters(args)
+
+
+def names_controls(args: argparse.Namespace) -> bool:
+    """Whether an option says which controls to use; an empty list of them says so too."""
+    options = (*OWNERS, *CONTROLS_BESIDE, *ADAPTER_OPTIONS, *CONTROLNET_OPTIONS, *IP_OPTIONS)
+    return args.control is not None or any(is_given(args, option) for option in options)
 
 
 def check_sweep(args: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from masa.errors import MasaError
 # A path, a PIL picture, a uint8 array (h, w, 3) or (h, w), or a float tensor (3, h, w) in [-1, 1].
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
 
+ORIENTATION = 0x0112  # EXIF's tag; 5 to 8 lie on their side
 MULTIPLE = 64  # the VAE divides each side by 8, the UNet by another 8
 
 
@@ -55,13 +57,27 @@ def load_image(image: ImageLike, *, short_side: int, height: int | None = None, 
     check_size(height, width)
     if isinstance(image, Tensor):
         return _fit_tensor(image, short_side, height, width)
-    picture = _to_pil(image)
+    picture = as_picture(image)
     target = _target_size(picture.height, picture.width, short_side, height, width)
     if (picture.height, picture.width) != target:
         # Scale to cover, crop the middle; ImageOps.fit does both in one resampling.
         picture = ImageOps.fit(picture, (target[1], target[0]), Image.Resampling.LANCZOS)
     array = np.asarray(picture, dtype=np.float32) / 127.5 - 1.0
     return torch.from_numpy(array).permute(2, 0, 1)[None].contiguous()
+
+
+def fitted_size(
+    path: str | Path, *, short_side: int, height: int | None = None, width: int | None = None
+) -> tuple[int, int]:
+    """(height, width) of what `load_image` makes of a file; only its head is read. MasaError for what is no picture."""
+    check_size(height, width)
+    try:
+        with Image.open(path) as picture:
+            turned = picture.getexif().get(ORIENTATION, 1) >= 5
+            h, w = picture.size if turned else picture.size[::-1]
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise MasaError(f"{path} cannot be read as a picture ({error}); expected PNG, JPEG, WebP, ..") from error
+    return _target_size(h, w, short_side, height, width)
 
 
 def check_size(height: int | None, width: int | None) -> None:
@@ -87,7 +103,8 @@ def _target_size(h: int, w: int, short_side: int, height: int | None, width: int
     return side(height, h), side(width, w)
 
 
-def _to_pil(image: ImageLike) -> Image.Image:
+def as_picture(image: ImageLike) -> Image.Image:
+    """A path, PIL picture or uint8 array as RGB. MasaError for anything else."""
     if isinstance(image, str | Path):
         return open_picture(image)
     if isinstance(image, Image.Image):
@@ -123,6 +140,17 @@ def to_pil(pictures: Tensor) -> list[Image.Image]:
     """Tensors (n, 3, h, w), about [-1, 1], clipped -> PIL pictures."""
     array = ((pictures.detach().float().cpu().clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
     return [Image.fromarray(a.permute(1, 2, 0).contiguous().numpy()) for a in array]
+
+
+def colour_patches(picture: Tensor, side: int = 64) -> Tensor:
+    """(n, 3, h, w) in [0, 1], in squares of one colour: cubic down by `side`, nearest back, as T2I-Adapter's code does.
+
+    A picture that is made of such squares stays as it is.
+    """
+    size = picture.shape[2:]
+    small = (max(1, size[0] // side), max(1, size[1] // side))
+    patches = F.interpolate(picture, small, mode="bicubic").clamp(0.0, 1.0)
+    return F.interpolate(patches, size, mode="nearest")
 
 
 def load_mask(mask: ImageLike) -> Tensor:
