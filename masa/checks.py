@@ -79,6 +79,8 @@ def check_settings(sd: StableDiffusion, asked: RunSettings) -> None:
     check_targets_at_once(asked.targets_at_once)
     check_schedule(asked.schedule)
     check_tiled(asked.tiled)
+    for prompt in (asked.source, *asked.target, asked.negative_prompt):
+        sd.tokenizer.check_words(prompt)
     scale = 7.5 if asked.guidance_scale is None else asked.guidance_scale
     check_numbers(sd, scale, asked.eta, asked.backend, asked.latents)
     if asked.guidance is not None:

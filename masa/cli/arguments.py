@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from masa import __version__
@@ -15,6 +16,7 @@ from masa.cli.registered_arguments import add_fields, add_plugins, add_sampler, 
 from masa.controls.masactrl import MasaCtrl
 from masa.inversion import METHODS
 from masa.settings import registered
+from masa.weights.variants import PREDICTIONS
 from masa.workflows.piebench_methods import INVERTERS, OTHER_NAMES
 from masa.workflows.piebench_methods import METHODS as PIE_METHODS
 from masa.workflows.sheets import parameters_of
@@ -58,6 +60,7 @@ def build_parser() -> Parser:
             'masa sample "a cat" "a cat, ink" -c sd15/ --lora lcm.safetensors --sampler lcm --steps 4 --guidance 1.5',
             'masa sample "a cat sitting" "a cat running" -c sd15/ --preview now.png',
             'masa sample "a cat sitting" "a cat running" -c sd15/ --lora ink.safetensors:0.8 --lora cat.safetensors',
+            'masa sample "a <tom> sitting" "a <tom> running" -c sd15/ --embedding tom.safetensors --clip-skip 1',
             'masa sample "a man" "a man, arms up" -c sd15/ --t2i-adapter openpose.safetensors pose.png --tau 0.8',
         ],
     )
@@ -308,6 +311,13 @@ def add_model(parser: Parser, speed: bool = True) -> None:
     group.add_argument("--compile", action="store_true", help="compile the UNet: minutes first, then faster")
     text = "a LoRA's file or folder and its weight (default: 1; 0.8,0.5: UNet's, text encoder's); several add up"
     group.add_argument("--lora", type=parse_lora, action="append", metavar="FILE[:WEIGHT]", help=text)
+    text = "a textual-inversion file, and what its word is to be called (default: as the file says); several add up"
+    group.add_argument("--embedding", type=parse_embedding, action="append", metavar="[NAME=]FILE", help=text)
+    text = "how many of the text encoder's last layers are left out (default: 0; others' clip skip 2 is 1)"
+    group.add_argument("--clip-skip", type=int, default=0, metavar="N", help=text)
+    text = "what the UNet predicts, where the checkpoint does not say it (default: as it says, else the noise)"
+    group.add_argument("--prediction-type", choices=PREDICTIONS, help=text)
+    group.add_argument("--ema", action="store_true", help="the checkpoint's averaged weights (default: the plain ones)")
 
 
 def add_steps_and_size(parser: Parser, steps: int | None = 50) -> argparse._ArgumentGroup:
@@ -413,6 +423,12 @@ def parse_lora(text: str) -> tuple[str, float | tuple[float, float]]:
     if not path or len(numbers) not in (1, 2):
         return text, 1.0
     return path, numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
+
+
+def parse_embedding(text: str) -> str | tuple[str, str]:
+    """ "<cat>=cat.safetensors" -> ("<cat>", "cat.safetensors"); the name of a file that is there is no pair."""
+    name, equals, path = text.partition("=")
+    return text if not equals or not name or Path(text).exists() else (name, path)
 
 
 def parse_shard(text: str) -> tuple[int, int]:

@@ -414,6 +414,10 @@ def load_model(args: argparse.Namespace):  # type: ignore[no-untyped-def]
         tokenizer=args.tokenizer,
         vae=args.vae,
         lora=args.lora,
+        embeddings=args.embedding,
+        clip_skip=args.clip_skip,
+        prediction_type=args.prediction_type,
+        ema=args.ema,
         offload=args.offload,
         progress=not args.quiet,
     )

@@ -18,6 +18,7 @@ from masa.io.files import file_digest, find_near
 from masa.null_text import INNER_STEPS
 from masa.output.result import Result, read_settings
 from masa.pipeline import StableDiffusion, choose_device, load
+from masa.runtime.embeddings import Embedding
 from masa.runtime.lora import Lora
 from masa.sampling import Given, run
 from masa.settings import RunSettings, restore, restore_schedule, unpack
@@ -60,6 +61,7 @@ def rerun(
     asked = replace(asked, controls=tuple(find_weights(control, picture) for control in asked.controls))
     if sd is None:
         find_loras(settings, picture)  # before the model's minutes
+        find_embeddings(settings, picture)
     made_from = settings["trajectory"]
     source = None if made_from is None else find_source(made_from, picture)
     if sd is None:
@@ -69,9 +71,7 @@ def rerun(
             check_weights(sd, settings, picture)
     trajectory = None
     if made_from is not None and source is not None:
-        inverter = sd
-        if made_from.get("trajectory") is None and made_from.get("lora", []) != settings.get("lora", []):
-            inverter = sd.without_lora().with_loras(find_loras(made_from, picture))  # as when inverted without
+        inverter = sd if made_from.get("trajectory") is not None else as_inverted(sd, made_from, settings, picture)
         kept = made_from.get("controls", ()) if made_from.get("trajectory") is None else ()  # older pictures name none
         steering = tuple(find_weights(restore(control), picture) for control in kept)
         trajectory = restore_trajectory(inverter, made_from, source, progress, steering)
@@ -80,6 +80,26 @@ def rerun(
     if generator is not None:
         asked = replace(asked, seed=None)
     return run(sd, asked, Given(trajectory, generator=generator, progress=progress))
+
+
+def as_inverted(
+    sd: StableDiffusion, made_from: Mapping[str, Any], settings: Mapping[str, Any], picture: str | Path
+) -> StableDiffusion:
+    """The model with the LoRAs and embeddings of an inversion, which may be others than its edit's.
+
+    MasaError where it had another text encoder's depth, which takes another model.
+    """
+    now, then = (told.get("clip_skip", 0) for told in (settings, made_from))
+    if "clip_skip" in made_from and now != then:
+        raise MasaError(
+            f"{picture} was inverted with clip_skip={then} and edited with clip_skip={now}; invert again, save the "
+            "trajectory, and sample from it"
+        )
+    if made_from.get("embeddings", []) != settings.get("embeddings", []):
+        sd = sd.without_embeddings().with_embeddings(find_embeddings(made_from, picture))
+    if made_from.get("lora", []) != settings.get("lora", []):
+        sd = sd.without_lora().with_loras(find_loras(made_from, picture))
+    return sd
 
 
 def restore_generator(state: Mapping[str, str] | None) -> torch.Generator | None:
@@ -120,6 +140,10 @@ def load_again(settings: Mapping[str, Any], picture: str | Path, progress: bool)
         vae=vae,
         tokenizer=tokenizer,
         lora=[(lora.path, lora.weight) for lora in loras],
+        embeddings=[(word.name, word.path) if word.name else word.path for word in find_embeddings(settings, picture)],
+        clip_skip=settings.get("clip_skip", 0),  # older pictures name none of these
+        prediction_type=settings.get("prediction_type"),
+        ema=settings.get("ema", False),
         progress=progress,
         # A run may be moved from a GPU, which can do both, to a CPU.
         offload=settings.get("offload", False)
@@ -179,6 +203,21 @@ def find_loras(settings: Mapping[str, Any], picture: str | Path) -> tuple[Lora, 
             raise MasaError(f"the LoRA {path} has changed since it made {picture}; put the old file back")
         weight = tuple(told["weight"]) if isinstance(told["weight"], list) else told["weight"]
         found.append(Lora(str(path), weight, told["sha256"]))
+    return tuple(found)
+
+
+def find_embeddings(settings: Mapping[str, Any], picture: str | Path) -> tuple[Embedding, ...]:
+    """The embeddings that settings name, where they are now. MasaError for one that is gone, or has changed."""
+    found = []
+    for told in settings.get("embeddings", []):  # older pictures name none
+        path = find_near(told["path"], picture)
+        if path is None:
+            raise MasaError(
+                f"the embedding {told['path']}, which {picture} was made with, is not there any more; put it back"
+            )
+        if file_digest(path) != told["sha256"]:
+            raise MasaError(f"the embedding {path} has changed since it made {picture}; put the old file back")
+        found.append(Embedding(str(path), told["name"], told["sha256"]))
     return tuple(found)
 
 
