@@ -26,6 +26,7 @@ from masa.errors import CheckpointError, MasaError
 from masa.guidance import ClassifierFree, Guidance, GuidanceInterval, RescaledGuidance
 from masa.inversion import invert
 from masa.output import plots
+from masa.output.frames import Frames
 from masa.output.result import Result
 from masa.pipeline import StableDiffusion, load
 from masa.samplers.base import Sampler
@@ -35,6 +36,7 @@ from masa.sampling import edit, sample
 from masa.schedule import Schedule
 from masa.settings import register
 from masa.trajectory import Trajectory
+from masa.workflows.frames import sample_frames
 from masa.workflows.recording import record
 from masa.workflows.rerun import rerun
 from masa.workflows.sdedit import sdedit
@@ -47,6 +49,7 @@ __all__ = [
     "ClassifierFree",
     "ControlNet",
     "DPMSolverPP",
+    "Frames",
     "FreeU",
     "GivenMasks",
     "Guidance",
@@ -81,6 +84,7 @@ __all__ = [
     "register",
     "rerun",
     "sample",
+    "sample_frames",
     "sdedit",
     "sweep",
 ]

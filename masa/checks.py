@@ -13,7 +13,7 @@ from masa.attention import check_backend
 from masa.branches import Branches
 from masa.cache.recorder import Recorder
 from masa.cache.source_cache import SourceCache
-from masa.controls.base import Control, Run, begin_all, check_together
+from masa.controls.base import ActiveControl, Control, Run, begin_all, check_together
 from masa.edits import Grid
 from masa.errors import MasaError
 from masa.guidance import ClassifierFree, check_guidance, check_guidance_scale
@@ -100,8 +100,8 @@ def check_controls(
     size: tuple[int, int],
     first_step: int = 0,
     real: bool = True,
-) -> None:
-    """Let controls refuse a run, and each other, before an inversion's minutes are spent.
+) -> tuple[ActiveControl, ...]:
+    """Let controls refuse a run, and each other, before an inversion's minutes are spent; gives them bound to it.
 
     size (height, width): of the pictures. real: whether the source is a real picture.
     """
@@ -114,6 +114,7 @@ def check_controls(
     # Which prompts share a row does not matter to what controls set.
     rows = [Branches.build(len(prompts) - 1, guided=True)] * levels.steps
     check_together(active, first_step, rows, sd.unet.sites)
+    return active
 
 
 def describe_run(sd: StableDiffusion, levels: Levels, prompts: tuple[str, ...], grid: Grid) -> Run:
