@@ -11,7 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from masa.cli.adapter_arguments import given
+from masa.cli.adapter_arguments import build_frame_adapters, given
 from masa.cli.arguments import build_parser
 from masa.cli.control_arguments import build_controls, build_start, build_swept, check_picture
 from masa.cli.idle_options import refuse_idle
@@ -113,6 +113,43 @@ def run_edit(args: argparse.Namespace) -> None:
     report(result.save(folder))
 
 
+def run_video(args: argparse.Namespace) -> None:
+    import masa
+    from masa.output.frames import check_form, check_fps
+    from masa.workflows.frames import read_conditions
+
+    out = Path(args.out) if args.out else choose_folder(None, [], False) / "frames.gif"
+    check_form(out, args.overwrite)
+    check_fps(8.0 if args.fps is None else args.fps)
+    adapters, conditions = build_frame_adapters(args)
+    sets: Any = conditions[0] if len(conditions) == 1 else conditions
+    read_conditions(sets, adapters)  # what cannot be read is refused before the model's minutes
+    settings = sampling_settings(args)
+    trajectory = masa.Trajectory.load(args.trajectory) if args.trajectory else None
+    if args.image:
+        check_picture(args.image)
+    sd = load_model(args)
+    if args.image:
+        chosen = given(invert_guidance=args.invert_guidance, inner_steps=args.inner_steps, method=args.method)
+        chosen = {{"invert_guidance": "guidance_scale"}.get(name, name): value for name, value in chosen.items()}
+        # Null-text is fitted to the guidance that the frames have.
+        chosen |= {"edit_guidance_scale": args.guidance, "steps": args.steps or 50, "tiled": args.tiled}
+        trajectory = masa.invert(sd, args.image, args.source, **chosen, **size_and_seed(args))
+        settings |= {"steps": None, "height": None, "width": None}
+    frames = masa.sample_frames(
+        sd,
+        args.source,
+        args.target,
+        sets,
+        adapter=adapters,
+        anchor=args.anchor,
+        frames_at_once=args.frames_at_once,
+        trajectory=trajectory,
+        **settings,
+    )
+    report(frames.save(out, overwrite=args.overwrite, **given(fps=args.fps)))
+
+
 def run_invert(args: argparse.Namespace) -> None:
     import masa
 
@@ -204,10 +241,14 @@ def run_inspect(args: argparse.Namespace) -> None:
 
 def run_rerun(args: argparse.Namespace) -> None:
     import masa
-    from masa.output.result import read_settings
+    from masa.output.frames import check_form, read_run
 
-    settings = read_settings(args.picture)
-    folder = choose_folder(args.out, file_names(len(settings.get("target", []))), args.overwrite)
+    settings, _ = read_run(args.picture)
+    if settings["function"] == "frames":
+        out = Path(args.out) if args.out else choose_folder(None, [], False)
+        check_form(out, args.overwrite)
+    else:
+        out = choose_folder(args.out, file_names(len(settings.get("target", []))), args.overwrite)
     result = masa.rerun(
         args.picture,
         checkpoint=args.checkpoint,
@@ -217,7 +258,7 @@ def run_rerun(args: argparse.Namespace) -> None:
         tokenizer=args.tokenizer,
         progress=not args.quiet,
     )
-    report(result.save(folder))
+    report(result.save(out, overwrite=args.overwrite) if isinstance(result, masa.Frames) else result.save(out))
 
 
 def run_plot(args: argparse.Namespace) -> None:
@@ -248,6 +289,7 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace], None]] = {
     "demo": run_demo,
     "sample": run_sample,
     "edit": run_edit,
+    "video": run_video,
     "invert": run_invert,
     "sdedit": run_sdedit,
     "grid": run_grid,

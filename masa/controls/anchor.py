@@ -74,7 +74,8 @@ class _Active(ActiveControl):
         own = (Part(branches.own_rows()),) if self.union else ()
         if self.both:
             others: RowTuple = tuple(-1 if lead else row for lead, row in zip(leads, first, strict=True))
-            return Part(source, weight=self.weight), Part(others, weight=self.weight), *own
+            beside = (Part(others, weight=self.weight),) if not all(leads) else ()
+            return Part(source, weight=self.weight), *beside, *own
         read = tuple(s if lead else f for lead, s, f in zip(leads, source, first, strict=True))
         return Part(read, weight=self.weight), *own
 

@@ -82,7 +82,7 @@ class PictureControl(FileControl):
 
 
 def find_conditions(name: str, source: Condition, target: Condition | Sequence[Condition], run: Run) -> Conditions:
-    """The pictures of a run's branches at its size; name: the control's. MasaError for what is no picture, or for none."""
+    """The pictures of a run's branches at its size; name: the control's. MasaError for none, and for what is none."""
     if source is None and not _has_picture(target):
         raise MasaError(f"{name} has no condition picture; give target=, source=, or both")
     pictures: list[Tensor] = []

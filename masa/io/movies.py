@@ -115,8 +115,8 @@ def write_film(path: Path, pictures: Sequence[Image.Image], fps: float) -> None:
 def one_palette(pictures: Sequence[Image.Image]) -> list[Image.Image]:
     """Pictures in one palette of 255 colours, without dithering: what stands still in all stands still in a GIF."""
     some = [pictures[i * (len(pictures) - 1) // 63] for i in range(64)] if len(pictures) > 64 else list(pictures)
-    small = [picture.resize((min(picture.width, 128), min(picture.height, 128)), Image.Resampling.BOX) for picture in some]
-    width, height = small[0].size
+    width, height = min(pictures[0].width, 128), min(pictures[0].height, 128)
+    small = [picture.resize((width, height), Image.Resampling.BOX) for picture in some]
     strip = Image.new("RGB", (width, height * len(small)))
     for i, picture in enumerate(small):
         strip.paste(picture, (0, i * height))

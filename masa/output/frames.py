@@ -54,8 +54,7 @@ class Frames:
         """
         path = Path(path)
         check_form(path, overwrite)
-        if not is_number(fps) or not 0.0 < fps <= 60.0:
-            raise MasaError(f"fps is {fps!r}; expected frames a second, above 0 and at most 60")
+        check_fps(fps)
         suffix = path.suffix.lower()
         if not suffix:
             return self._save_folder(path)
@@ -79,7 +78,14 @@ class Frames:
         options: dict[str, Any] = {"save_all": True, "loop": 0, "duration": 1000.0 / fps}
         if suffix == ".gif":
             pictures = one_palette(pictures)
-            options |= {"duration": max(2, round(100.0 / fps)) * 10, "optimize": False, "comment": text}
+            # Without palette= Pillow would write it again with each frame.
+            palette = bytes(pictures[0].getpalette() or ())
+            options |= {
+                "duration": max(2, round(100.0 / fps)) * 10,
+                "optimize": False,
+                "palette": palette,
+                "comment": text,
+            }
         elif suffix == ".webp":
             exif = Image.Exif()
             exif[DESCRIPTION] = text
@@ -117,6 +123,12 @@ class Frames:
             sheet.paste(row, (0, top))
             top += row.height
         return Picture.of(sheet, self.settings)
+
+
+def check_fps(fps: float) -> None:
+    """MasaError unless it is a number of frames a second."""
+    if not is_number(fps) or not 0.0 < fps <= 60.0:
+        raise MasaError(f"fps is {fps!r}; expected frames a second, above 0 and at most 60")
 
 
 def check_form(path: Path, overwrite: bool) -> None:

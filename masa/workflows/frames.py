@@ -135,7 +135,9 @@ class Video:
         most = self.at_once
         if most is not None and (not isinstance(most, int | np.integer) or isinstance(most, bool) or most < least):
             beside = " (the first frame is one of them)" if least == 2 else ""
-            raise MasaError(f"frames_at_once is {most!r}; expected a number from {least}{beside}, or None for {AT_ONCE}")
+            raise MasaError(
+                f"frames_at_once is {most!r}; expected a number from {least}{beside}, or None for {AT_ONCE}"
+            )
 
     def __len__(self) -> int:
         return len(self.conditions[0])
@@ -175,12 +177,13 @@ class Video:
 
 def as_adapters(adapter: Control | Sequence[Control]) -> tuple[Control, ...]:
     """One adapter or several, as several. MasaError for what has no place for a frame's picture, or has one already."""
-    several = tuple(adapter) if isinstance(adapter, Sequence) and not isinstance(adapter, str) else (adapter,)
+    listed = isinstance(adapter, Sequence) and not isinstance(adapter, str)
+    several: tuple[Any, ...] = tuple(adapter) if listed else (adapter,)
     if not several:
         raise MasaError("adapter is empty; give a masa.T2IAdapter or masa.ControlNet, which each frame gives a picture")
     for one in several:
-        known = {f.name for f in fields(one) if f.init} if is_dataclass(one) and not isinstance(one, type) else set()
-        if not hasattr(one, "begin") or "target" not in known:
+        a_value = is_dataclass(one) and not isinstance(one, type) and hasattr(one, "begin")
+        if not a_value or all(f.name != "target" for f in fields(one) if f.init):
             raise MasaError(
                 f"adapter is {one!r}; expected a control that takes a picture for each target, such as "
                 "masa.T2IAdapter(path) or masa.ControlNet(path)"
@@ -197,7 +200,9 @@ def read_conditions(conditions: Movie | Sequence[Movie], adapters: Sequence[Cont
     if len(adapters) == 1:
         sets: Sequence[Any] = [conditions]
     elif not isinstance(conditions, list | tuple) or len(conditions) != len(adapters):
-        raise MasaError(f"there are {len(adapters)} adapters; give conditions as a list with a set of pictures for each")
+        raise MasaError(
+            f"there are {len(adapters)} adapters; give conditions as a list with a set of pictures for each"
+        )
     else:
         sets = conditions
     found = []
@@ -227,7 +232,9 @@ def _checked(picture: Tensor | None, name: str) -> Tensor:
 
 def with_target(control: Any, target: Sequence[Any]) -> Control:
     """A control with these pictures for its targets."""
-    made: Control = control.showing(list(target)) if isinstance(control, PictureControl) else replace(control, target=target)
+    made: Control = (
+        control.showing(list(target)) if isinstance(control, PictureControl) else replace(control, target=target)
+    )
     return made
 
 
@@ -246,7 +253,9 @@ def anchored(controls: Sequence[Control], anchor: Anchor) -> tuple[Control, ...]
     if anchor == "source":
         return tuple(controls)
     if not any(isinstance(control, MasaCtrl) for control in controls):
-        raise MasaError(f"anchor={anchor!r} says what MasaCtrl's frames read, and controls have none; add masa.MasaCtrl()")
+        raise MasaError(
+            f"anchor={anchor!r} says what MasaCtrl's frames read, and controls have none; add masa.MasaCtrl()"
+        )
     both = anchor == "both"
     return tuple(FirstFrameAnchor(c, both) if isinstance(c, MasaCtrl) else c for c in controls)
 
@@ -280,16 +289,14 @@ def run_frames(
     return _collect(asked, video, results[0], [frames[i] for i in range(len(video))])
 
 
-def _check(
-    sd: StableDiffusion, asked: RunSettings, video: Video, trajectory: Trajectory | None
-) -> tuple[bool, int]:
+def _check(sd: StableDiffusion, asked: RunSettings, video: Video, trajectory: Trajectory | None) -> tuple[bool, int]:
     """Whether frames read the source, and the first step. MasaError for whatever a chunk would refuse."""
     if len(asked.target) != 1:
         raise MasaError(f"prompt is {list(asked.target)}; expected one, which all frames have")
     for control in asked.controls:
         if isinstance(control, RecordAttention | RecordPredictions | RecordQueries):
             raise MasaError(
-                f"{type(control).__name__} keeps what a video has no place for; leave it out, or look at one frame with "
+                f"{type(control).__name__} keeps what a video has no place for; leave it out, or look at a frame with "
                 "masa.sample"
             )
     if asked.latents is not None and isinstance(asked.latents, Tensor) and len(asked.latents) != 1:
@@ -332,15 +339,15 @@ def _record(
 ) -> SourceCache:
     """The source, run once for all chunks."""
     of_source = tuple(a for a in video.adapters if getattr(a, "source", None) is not None)
-    names = ("guidance", "negative_prompt", "eta", "schedule", "steps", "skip_steps", "height", "width", "seed")
-    names = (*names, "latents", "tiled", "backend", "guidance_scale", "sampler", "pin_source")
-    given = {name: value for name in names if (value := getattr(asked, name)) is not None}
+    names = (
+        *("pin_source", "steps", "skip_steps", "guidance_scale", "guidance", "negative_prompt", "height", "width"),
+        *("seed", "latents", "eta", "schedule", "sampler", "tiled", "backend"),
+    )
+    given: dict[str, Any] = {name: value for name in names if (value := getattr(asked, name)) is not None}
     if trajectory is None and asked.latents is None:
         given.pop("skip_steps")
     controls = (*asked.controls, *of_source)
-    return record(
-        sd, asked.source, controls=controls, trajectory=trajectory, store=store, progress=progress, **given
-    )
+    return record(sd, asked.source, controls=controls, trajectory=trajectory, store=store, progress=progress, **given)
 
 
 def _sample_chunk(
@@ -351,11 +358,9 @@ def _sample_chunk(
     prepared = prepare(sd, run, given)
     new = len(chunk) if video.anchor == "source" or chunk == video.chunks()[0] else len(chunk) - 1
     steps = prepared.denoising.steps - prepared.denoising.first_step
-    done = bar.n
     x = prepared.denoising.latents
-    for i, x in enumerate(denoise(prepared.denoising), 1):
-        bar.n = done + round(new * i / steps, 2)
-        bar.refresh()
+    for x in denoise(prepared.denoising):  # noqa: B007
+        bar.update(new / steps)
     return collect(prepared, x)
 
 
@@ -377,6 +382,6 @@ def _collect(asked: RunSettings, video: Video, result: Result, made: Sequence[tu
             "frames_at_once": None,
             "frame": i,
         }
-        images.append(Picture.of(picture, settings | own))
-    source = Picture.of(result.source, images[0].settings | {"branch": 0})
+        images.append(Picture.of(picture, {**settings, **own}))
+    source = Picture.of(result.source, {**images[0].settings, "branch": 0})
     return Frames(images, torch.stack([latents for _, latents in made]), source, settings)

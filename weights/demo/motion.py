@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from .between import Between, Pose, Recorder, Stroke
@@ -28,7 +29,7 @@ class Stride:
         recorder = Recorder()
         draw(recorder, "standing")
         strokes = recorder.strokes
-        legs = [i for i, pair in enumerate(zip(strokes, strokes[1:], strict=False)) if _is_leg(*pair)]
+        legs = [i for i, pair in enumerate(pairwise(strokes)) if _is_leg(*pair)]
         if len(legs) != len(OFFSETS):
             raise ValueError(f"a stride moves {len(OFFSETS)} legs, and this subject has {len(legs)}")
         moved = dict(enumerate(strokes))
