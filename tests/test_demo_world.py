@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from masa.models.tokenizer import Tokenizer
-from masa.weights.demo.figures import COLOURS
+from masa.weights.demo.figures import COLOURS, JOINTED
 from masa.weights.demo.scenery import draw_scene
 from masa.weights.demo.stick_figure import stick_figure
 from masa.weights.demo.vocabulary import write_tokenizer
@@ -157,7 +157,7 @@ def test_vocabulary_loads_with_transformers_and_pads_with_the_end_token(tokenize
     assert ids[1] == [ours.start_id] + [ours.end_id] * 76
 
 
-@pytest.mark.parametrize("subject", ["cat", "dog", "person"])
+@pytest.mark.parametrize("subject", JOINTED)
 def test_between_two_poses_lie_further_ones(subject):
     drawn = sample(9, [subject])
 

@@ -13,6 +13,7 @@ from masa.controls.ip_adapter import IPAdapter
 from masa.controls.t2i_adapter import T2IAdapter
 from masa.errors import MasaError
 from masa.io.pictures import open_picture
+from masa.runtime.adapters import locate_adapter
 
 # Options that only one of the three reads.
 ADAPTER_OPTIONS = ("adapter_source", "adapter_weight", "tau")
@@ -30,7 +31,7 @@ def add_adapters(parser: argparse.ArgumentParser, frames: bool = False) -> None:
         shape = {"nargs": "+", "action": FileAndConditions, "metavar": ("FILE", "CONDITIONS")}
         shown = "and its own conditions (default: CONDITIONS above)"
     shape = {"action": "append"} | shape
-    text = f"an adapter's file or folder, {shown}; several add up"
+    text = f"an adapter's file or folder, or 'demo' for the demo model's, {shown}; several add up"
     group.add_argument("--t2i-adapter", **shape, help=text)
     group.add_argument("--adapter-source", metavar="PICTURE", help="the source's picture (default: none)")
     group.add_argument("--adapter-weight", type=float, help="of the adapters' features (default: 1)")
@@ -85,7 +86,7 @@ def build_adapters(args: argparse.Namespace) -> list[Control]:
 
 def build_t2i_adapter(args: argparse.Namespace, path: str, **shown: Any) -> Control:
     """A T2IAdapter of a file, as the options describe it."""
-    check_weights(path, "T2I-Adapter")
+    check_weights(locate_adapter(path), "T2I-Adapter")
     return T2IAdapter(path, **shown, **given(weight=args.adapter_weight, tau=args.tau))
 
 
@@ -116,7 +117,7 @@ def build_frame_adapters(args: argparse.Namespace) -> tuple[list[Control], list[
     return adapters, conditions
 
 
-def check_weights(path: str, what: str) -> None:
+def check_weights(path: str | Path, what: str) -> None:
     """MasaError, before the model's minutes, where nothing is."""
     if not Path(path).exists():
         raise MasaError(f"no {what} at {path}; give the path of a .safetensors file, or of a diffusers folder")

@@ -73,6 +73,9 @@ def interrupted(error: BaseException | None) -> bool:
 def run_demo(args: argparse.Namespace) -> None:
     from masa.workflows import demo
 
+    if args.pose:
+        run_pose_demo(args)
+        return
     folder = choose_folder(args.out, ["synthesis.png", "editing.png", "picture.png"], args.overwrite)
     for path in demo.run(folder, seed=args.seed, progress=not args.quiet):
         print(path)
@@ -88,6 +91,23 @@ In Python:
   sd = masa.load("v1-5-pruned-emaonly.safetensors")
   masa.edit(sd, "photo.jpg", "a photo of a running corgi").save("out")"""
     )
+
+
+def run_pose_demo(args: argparse.Namespace) -> None:
+    from masa.workflows import demo_pose
+
+    drawing = None if args.pose is True else args.pose
+    folder = choose_folder(args.out, demo_pose.file_names(drawing), args.overwrite)
+    if drawing is not None:
+        check_picture(drawing)
+    for path in demo_pose.run(folder, drawing, seed=args.seed, progress=not args.quiet):
+        print(path)
+    if drawing is None:
+        print(
+            f"""
+Next, draw a pose of your own, white lines on black, or change one of those in {folder}:
+  masa demo --pose {folder / demo_pose.DRAWN[0]}"""
+        )
 
 
 def run_sample(args: argparse.Namespace) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,14 +25,15 @@ from masa.controls.conditions import (
 from masa.edits import Residuals
 from masa.errors import MasaError
 from masa.models.t2i_adapter import T2IAdapterNetwork
-from masa.runtime.adapters import AdapterFile, read_adapter
+from masa.runtime.adapters import DEMO_ADAPTER, AdapterFile, locate_adapter, read_adapter
 
 
 @dataclass(frozen=True, eq=False)
 class T2IAdapter(PictureControl):
     """An adapter's features of a condition picture are added at the end of each level on the UNet's way down.
 
-    path: a .safetensors file, or a diffusers folder, of an SD v1 adapter, full or light. source, target: the source's
+    path: a .safetensors file, or a diffusers folder, of an SD v1 adapter, full or light; "demo" for the one that
+    ships with the demo model, whose pictures are stick figures, white lines on black. source, target: the source's
     picture and the targets', None for none; target also a list with one entry a target. A path, PIL picture, uint8
     array (h, w) or (h, w, 3), or float tensor (h, w), (1, h, w) or (3, h, w) in [0, 1], on black; brought to the run's
     size. weight: of the features, 0 changes nothing; several adapters add up. tau: in [0, 1], the share of the steps,
@@ -56,7 +58,10 @@ class T2IAdapter(PictureControl):
         if not is_number(self.weight):
             raise MasaError(f"T2IAdapter weight is {self.weight!r}; expected a number, 1 as trained")
         check_fraction("T2IAdapter tau", self.tau)
-        object.__setattr__(self, "file", AdapterFile(self.path, self.sha256, read_adapter))
+        object.__setattr__(self, "file", AdapterFile(locate_adapter(self.path), self.sha256, read_adapter))
+
+    def found(self, find: Callable[[str | Path], Path]) -> Any:
+        return self if locate_adapter(self.path) == DEMO_ADAPTER else super().found(find)
 
     def begin(self, run: Run) -> ActiveControl:
         conditions = find_conditions("T2IAdapter", self.source, self.target, run)

@@ -20,11 +20,15 @@ from masa.models.ip_adapter import IPAdapterNetwork
 from masa.models.t2i_adapter import T2IAdapterNetwork
 from masa.models.unet import UNet
 from masa.runtime.networks import LAYOUT
+from masa.weights import hub
 from masa.weights.adapters import open_adapter, open_controlnet, open_ip_adapter
 from masa.weights.checkpoint import Part, load_parts
 from masa.weights.model_files import PartFiles
 
 Network = TypeVar("Network", bound=nn.Module)
+
+# The adapter that ships with the demo model: a pose by a stick figure.
+DEMO_ADAPTER = Path(hub.__file__).parent / "demo" / "adapter" / "stick_figure.safetensors"
 
 # Reads a file for a UNet of a shape, in a dtype, on a device.
 Reader = Callable[[Path, UNetConfig, torch.dtype, torch.device], Network]
@@ -75,6 +79,12 @@ class AdapterFile(Generic[Network]):
     def _state(self) -> tuple[object, ...]:
         """What changes when the files do."""
         return tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in self._files())
+
+
+def locate_adapter(path: str | Path) -> Path:
+    """The file or folder that a T2I-Adapter's path means: what lies there, else the shipped adapter for "demo"."""
+    found = Path(path)
+    return DEMO_ADAPTER if str(path) == "demo" and not found.exists() else found
 
 
 def read_adapter(path: Path, unet: UNetConfig, dtype: torch.dtype, device: torch.device) -> T2IAdapterNetwork:

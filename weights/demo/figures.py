@@ -14,6 +14,8 @@ POSES: dict[str, tuple[str, ...]] = {
     "person": ("standing", "sitting", "jumping", "running", "raising hands"),
 }
 SUBJECTS: tuple[str, ...] = tuple(POSES)
+# Those that are drawn of the same parts in every pose, so that others lie between two: a flying bird has no legs.
+JOINTED: tuple[str, ...] = ("cat", "dog", "person")
 PATTERNS: tuple[str, ...] = ("plain", "striped", "spotted")
 
 COLOURS: dict[str, Colour] = {

@@ -19,7 +19,7 @@ class StickCanvas(Canvas):
     """Draws limbs and trunks as their centre lines, heads and wings as their outlines, and nothing else.
 
     `picture` is one layer (L) that white lines are drawn on. Thickness, colour and pattern of what is drawn have no
-    say. thickness: of the lines, 1 is what the shipped adapter was mostly shown.
+    say. thickness: of the lines, 1 is ordinary.
     """
 
     def __init__(self, picture: Image.Image, scene: Scene, thickness: float = 1.0) -> None:

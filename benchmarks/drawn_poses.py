@@ -1,0 +1,181 @@
+"""Poses by drawing on the demo model, against their exact truth: named ones, and ones that no prompt can name.
+
+    python benchmarks/drawn_poses.py sweep report --minutes 20      # choose weight, tau, S and guidance
+    python benchmarks/drawn_poses.py table report --weight 1 -S 2   # 67 individuals, six edits each
+
+Sections: `sweep` (one setting varied at a time, on individuals of their own), `table` (three other named poses and the
+three poses half way between these), `report`. Pictures are kept under runs/: a second call goes on. Measures are those
+of ground_truth_editing.py; the pose of an edit between two is that of the nearest of 22 exact renders.
+"""
+
+import argparse
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from ground_truth.drawn import drawn_cases, summarise_drawn
+from ground_truth.methods import Drawing, Method, Settings, masactrl
+from ground_truth.report import Row, markdown, thresholds, write_csv
+from ground_truth.runs import CALIBRATION_SEEDS, Store, Task, Work, about, estimate, missing, run, speed
+
+import masa
+from masa.io.files import replacing
+from masa.weights.demo.pose_classifier import load_pose_classifier
+
+HERE = Path(__file__).parent
+COLUMNS = {
+    "method": "method", "cases": "cases", "pose": "pose right", "pose error": "pose error",
+    "appearance right": "appearance right", "both right": "both right", "appearance": "appearance error",
+    "psnr": "subject PSNR", "background": "background error",
+}  # fmt: skip
+TITLES = {
+    "real": "Poses that prompts name",
+    "between": "Poses half way between two, which no prompt names",
+    "drawn sweep": "Sweep: poses that prompts name",
+    "between sweep": "Sweep: poses half way between two",
+}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sections", nargs="+", choices=("sweep", "table", "report"))
+    parser.add_argument("-c", "--checkpoint", help="default: the embedded demo model")
+    parser.add_argument(
+        "--run", type=Path, default=HERE.parent / "runs" / "drawn_poses", help="where pictures are kept"
+    )
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="where tables go")
+    parser.add_argument("--subject", default="cat")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("-S", "--start-step", type=int, default=2)
+    parser.add_argument("-L", "--start-layer", type=int, default=6)
+    parser.add_argument("--weight", type=float, default=1.0)
+    parser.add_argument("--tau", type=float, default=1.0)
+    parser.add_argument("--drawn-guidance", type=float, nargs="+", default=[4.0], help="with a drawing")
+    parser.add_argument("--individuals", type=int, default=67)
+    parser.add_argument("--sweep-individuals", type=int, default=8)
+    parser.add_argument("--sweep-weights", type=float, nargs="*", default=[0.5, 1.5, 2.0])
+    parser.add_argument("--sweep-taus", type=float, nargs="*", default=[0.4, 0.7])
+    parser.add_argument("--sweep-starts", type=int, nargs="*", default=[0, 4, 8])
+    parser.add_argument("--sweep-guidances", type=float, nargs="*", default=[1.5, 2.5, 7.5])
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing after that")
+    parser.add_argument("--workers", type=int, default=1, help="processes of one thread each")
+    return parser.parse_args()
+
+
+def drawn(
+    args: argparse.Namespace, guidance: float, worded: bool, weight: float | None = None, tau: float | None = None,
+    start: int | None = None,
+) -> tuple[str, Method]:  # fmt: skip
+    """MasaCtrl with a drawing; what is None is as the arguments say. Its name holds every setting."""
+    weight, tau = args.weight if weight is None else weight, args.tau if tau is None else tau
+    name, plain = masactrl(args.subject, args.start_step if start is None else start, args.start_layer)
+    said = "drawn and named" if worded else "drawn"
+    method = replace(plain, drawing=Drawing(weight, tau), worded=worded, guidance_scale=guidance)
+    return f"{name}, {said}, weight {weight:g}, tau {tau:g}, guidance {guidance:g}", method
+
+
+def plain(args: argparse.Namespace, guidance: float) -> tuple[str, Method]:
+    """MasaCtrl by the prompt alone."""
+    name, method = masactrl(args.subject, args.start_step, args.start_layer)
+    return f"{name}, named, guidance {guidance:g}", replace(method, guidance_scale=guidance)
+
+
+def table_methods(args: argparse.Namespace) -> dict[str, Method]:
+    """The prompt alone, the drawing alone, both; and both without MasaCtrl."""
+    guidances = list(dict.fromkeys([args.guidance, *args.drawn_guidance]))
+    found = [plain(args, guidance) for guidance in guidances]
+    found += [drawn(args, guidance, worded) for guidance in args.drawn_guidance for worded in (False, True)]
+    last = args.drawn_guidance[0]
+    alone = Method(drawing=Drawing(args.weight, args.tau), guidance_scale=last)
+    return dict([*found, (f"no MasaCtrl, drawn and named, weight {args.weight:g}, guidance {last:g}", alone)])
+
+
+def sweep_cells(args: argparse.Namespace) -> dict[str, Method]:
+    """The arguments' setting, and each setting varied alone; and the prompt alone at every guidance."""
+    base = args.drawn_guidance[0]
+    found = [plain(args, guidance) for guidance in dict.fromkeys([args.guidance, base, *args.sweep_guidances])]
+    for worded in (False, True):
+        found.append(drawn(args, base, worded))
+        found += [drawn(args, base, worded, weight=weight) for weight in args.sweep_weights]
+        found += [drawn(args, base, worded, tau=tau) for tau in args.sweep_taus]
+        found += [drawn(args, base, worded, start=start) for start in args.sweep_starts]
+        found += [drawn(args, guidance, worded) for guidance in args.sweep_guidances]
+    return dict(found)
+
+
+def calibration(store: Store, pairs: int = 201) -> list[Task]:
+    """The pairs of renders through the autoencoder that set the threshold."""
+    wanted = [(CALIBRATION_SEEDS + i, what) for i in range(pairs) for what in ("same individual", "other individual")]
+    return [Task("model", s, {what: None}) for s, what in wanted if not store.path("model", what, s).exists()]
+
+
+def plan(args: argparse.Namespace, store: Store) -> list[Task]:
+    """What is missing, named poses and others by turns."""
+    tasks: list[Task] = []
+    for section in args.sections:
+        if section == "report":
+            continue
+        sweep = section == "sweep"
+        methods = sweep_cells(args) if sweep else table_methods(args)
+        count = dict.fromkeys(methods, args.sweep_individuals if sweep else args.individuals)
+        names = ("drawn sweep", "between sweep") if sweep else ("real", "between")
+        found = [task for name in names for task in missing(store, name, methods, count)]
+        tasks += sorted(found, key=lambda task: task.seed)
+    return [*calibration(store), *tasks] if tasks else tasks
+
+
+def write_report(store: Store, out: Path) -> str:
+    """drawn_poses.md and .csv, of what there is."""
+    known = store.about
+    subject, size = str(known["subject"]), int(known["image_size"])
+    limit = thresholds(store, subject, size)["real"]
+    classifier = load_pose_classifier()
+    rows: list[Row] = [
+        summarise_drawn(section, method, drawn_cases(store, classifier, section, method, subject, limit))
+        for section in TITLES
+        for method in store.methods(section)
+    ]
+    write_csv(out / "drawn_poses.csv", rows)
+    parts = [
+        "# Poses by drawing\n",
+        f"{known['checkpoint']} model {known['fingerprint']} with the shipped adapter, {known['image_size']}x"
+        f"{known['image_size']}, {known['steps']} steps, inverted renders. In brackets 95% intervals, as in "
+        "ground_truth_editing.md.\n",
+        f"An appearance is right below an error of {limit.value:.1f}, the equal error rate's threshold. A named pose "
+        "is right where the classifier sees it; one between two where the nearest of 22 exact renders is its own. The "
+        "pose error is how far that render's joints are from the asked ones, of the subject's size. Prompts tell "
+        'subject and direction; "named" ones tell the pose too, of one between two the first of them.\n',
+    ]
+    for section, title in TITLES.items():
+        chosen = [row for row in rows if row["section"] == section]
+        if chosen:
+            parts += [f"## {title}\n", markdown(chosen, COLUMNS)]
+    text = "\n".join(parts)
+    with replacing(out / "drawn_poses.md") as temporary:
+        temporary.write_text(text)
+    settings = {**known, "masa": masa.__version__, "threshold": limit.value}
+    with replacing(out / "drawn_poses.json") as temporary:
+        temporary.write_text(json.dumps(settings, indent=2) + "\n")
+    return text
+
+
+def main() -> None:
+    args = arguments()
+    settings = Settings(args.steps, args.guidance, args.start_step, args.start_layer)
+    store = Store(args.run)
+    tasks = plan(args, store)
+    if tasks:
+        sd = masa.load(args.checkpoint, device="cpu", progress=False)
+        print(estimate(tasks, settings, speed(sd), args.workers), flush=True)
+        store.claim(about(sd, settings, args.subject))
+        del sd
+        deadline = time.time() + 60 * args.minutes
+        run(tasks, Work(args.checkpoint, store, settings, args.subject, deadline), args.workers)
+    if "report" in args.sections:
+        print(write_report(store, args.out))
+
+
+if __name__ == "__main__":
+    main()
