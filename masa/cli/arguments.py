@@ -33,10 +33,15 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
 
     text = "two labelled pictures from the embedded model, in under a minute"
-    demo = add(commands, "demo", text, ["masa demo", "masa demo --pose", "masa demo --pose drawing.png"])
+    demo = add(
+        commands, "demo", text, ["masa demo", "masa demo --pose", "masa demo --pose drawing.png", "masa demo --video"]
+    )
     demo.add_argument("--seed", type=int, default=None, help="another pair of pictures")
     text = "instead, edits to drawn poses; a drawing of your own: a cat in white lines on black"
-    demo.add_argument("--pose", nargs="?", const=True, default=None, metavar="DRAWING", help=text)
+    either = demo.add_mutually_exclusive_group()
+    either.add_argument("--pose", nargs="?", const=True, default=None, metavar="DRAWING", help=text)
+    text = "instead, a video by drawn poses, without and with control: a cat that jumps (default) or walks"
+    either.add_argument("--video", nargs="?", const="jump", default=None, choices=("jump", "walk"), help=text)
     add_output(demo)
     add_profile(demo)
 

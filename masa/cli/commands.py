@@ -76,6 +76,9 @@ def run_demo(args: argparse.Namespace) -> None:
     if args.pose:
         run_pose_demo(args)
         return
+    if args.video:
+        run_video_demo(args)
+        return
     folder = choose_folder(args.out, ["synthesis.png", "editing.png", "picture.png"], args.overwrite)
     for path in demo.run(folder, seed=args.seed, progress=not args.quiet):
         print(path)
@@ -108,6 +111,20 @@ def run_pose_demo(args: argparse.Namespace) -> None:
 Next, draw a pose of your own, white lines on black, or change one of those in {folder}:
   masa demo --pose {folder / demo_pose.DRAWN[0]}"""
         )
+
+
+def run_video_demo(args: argparse.Namespace) -> None:
+    from masa.workflows import demo_video
+
+    folder = choose_folder(args.out, demo_video.FILES, args.overwrite)
+    report(demo_video.run(folder, args.video, seed=args.seed, progress=not args.quiet))
+    print(
+        f"""
+Next, with the demo model:
+  masa rerun {folder / demo_video.ANIMATIONS[0]} -o frames
+With Stable Diffusion v1.5 and an adapter for it, such as a folder of poses and t2iadapter_openpose_sd14v1.safetensors:
+  masa video "a man" "a man walking" poses/ --t2i-adapter t2iadapter_openpose_sd14v1.safetensors -c sd15/ -o walk.gif"""
+    )
 
 
 def run_sample(args: argparse.Namespace) -> None:
