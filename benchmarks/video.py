@@ -1,8 +1,10 @@
-"""Flicker and identity of videos on the demo world, whose frames have exact renders: `python -m benchmarks.video`.
+"""Flicker and identity of videos on the demo world, whose frames have exact renders.
+
+    python benchmarks/video.py --individuals 8
 
 Individuals that no training saw stand in a render, which is inverted; they jump and walk by drawn poses, and every
-frame is compared with the render of the same individual in that very pose. Writes benchmarks/results/video.csv, .md and
-two contact sheets.
+frame is compared with the render of the same individual in that very pose. Writes results/video.csv, video.md and a
+contact sheet of each motion.
 """
 
 from __future__ import annotations
@@ -16,6 +18,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from ground_truth.cases import Individual
+from ground_truth.drawn import pose_error
+from ground_truth.intervals import clustered
+from ground_truth.measures import appearance_error, palette_distance
 from PIL import Image
 from scipy.ndimage import binary_dilation
 from tqdm import tqdm
@@ -26,11 +32,6 @@ from masa.output.result import label_row
 from masa.weights.demo.motion import jump, walk
 from masa.weights.demo.stick_figure import stick_figure
 from masa.weights.demo.world import POSES, Pose, caption
-
-from .ground_truth.cases import Individual
-from .ground_truth.drawn import pose_error
-from .ground_truth.intervals import clustered
-from .ground_truth.measures import appearance_error, palette_distance
 
 RESULTS = Path(__file__).parent / "results"
 SEEDS = 600_000  # of individuals: a range of its own
@@ -196,9 +197,9 @@ def main() -> None:
                     sheet(drawn | made).save(path)
     rows = summarise(found)
     about = (
-        f"{args.individuals} individuals that no training saw, {FRAMES} frames, {STEPS} steps, guidance {GUIDANCE:g}; the "
-        f"source is a render that stands, by DDIM inversion. {str(sd.dtype)[6:]}, model {sd.fingerprint}, adapter "
-        f"{adapter.file.digest()[:12]}."
+        f"{args.individuals} individuals that no training saw, {FRAMES} frames, {STEPS} steps, guidance {GUIDANCE:g}. "
+        "The source is a render that stands, by DDIM inversion; prompts tell kind and direction alone. "
+        f"{str(sd.dtype).removeprefix('torch.')}, model {sd.fingerprint}, adapter {adapter.file.digest()[:12]}."
     )
     with replacing(args.out / "video.csv") as path, path.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
