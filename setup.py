@@ -41,8 +41,12 @@ setup(
     packages=list(FOLDERS),
     package_dir=FOLDERS,
     package_data={
+        "masa": ["py.typed"],
+        "masa.output": data("masa.output", "fonts/*"),
         "masa.weights": data("masa.weights", "clip/*"),
-        "masa.weights.demo": data("masa.weights.demo", "*.md", "*.png", "*.json", "*.safetensors", "model/**/*.*"),
+        "masa.weights.demo": data(
+            "masa.weights.demo", "*.md", "*.png", "*.json", "*.safetensors", "model/**/*.*", "adapter/*.*"
+        ),
     },
     # .ci/versions runs the suite's core with all lower bounds at once, and with the newest releases. torch is bounded
     # above because the compiler's private names change with it.
@@ -69,6 +73,8 @@ setup(
             "imageio-ffmpeg>=0.5",
             "scikit-image>=0.22",
             "matplotlib>=3.8",
+            "nbclient>=0.9",
+            "ipykernel>=6",
             "ruff>=0.17,<0.18",
             "mypy>=2.4,<2.5",
         ],

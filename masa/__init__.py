@@ -88,3 +88,8 @@ __all__ = [
     "sdedit",
     "sweep",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names alone: what completion shows."""
+    return [*__all__, "__version__"]

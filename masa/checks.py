@@ -26,8 +26,25 @@ from masa.settings import RunSettings
 from masa.trajectory import EDIT_FRIENDLY_ETA, Trajectory
 
 
+def check_model(sd: object) -> None:
+    """MasaError unless it is a model."""
+    if not isinstance(sd, StableDiffusion):
+        raise MasaError(f"the model is {sd!r}; expected what masa.load() gives, as the first argument")
+
+
+def check_schedule(schedule: object) -> None:
+    """MasaError unless it is a schedule, or None."""
+    if schedule is not None and not isinstance(schedule, Schedule):
+        raise MasaError(
+            f"schedule is {schedule!r}; expected a value such as masa.Schedule(), the noise levels of training (how "
+            "they are walked is the sampler's: sampler='dpm++2m')"
+        )
+
+
 def as_prompts(target: str | Sequence[str]) -> tuple[str, ...]:
     """One prompt or several, as several."""
+    if target is not None and not isinstance(target, Sequence):
+        raise MasaError(f"the target is {target!r}; expected a prompt, or a list of prompts")
     prompts = (target,) if isinstance(target, str) else tuple(target or ())
     for prompt in prompts:
         if not isinstance(prompt, str):
@@ -59,6 +76,7 @@ def check_numbers(
 def check_settings(sd: StableDiffusion, asked: RunSettings) -> None:
     """MasaError for values that no run can use, whatever it starts from."""
     check_targets_at_once(asked.targets_at_once)
+    check_schedule(asked.schedule)
     check_tiled(asked.tiled)
     scale = 7.5 if asked.guidance_scale is None else asked.guidance_scale
     check_numbers(sd, scale, asked.eta, asked.backend, asked.latents)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import get_args
@@ -9,11 +11,11 @@ from typing import get_args
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from masa.attention import Backend, check_backend
 from masa.branches import Branches
-from masa.checks import check_tiled
+from masa.checks import check_model, check_schedule, check_tiled
 from masa.errors import MasaError
 from masa.guidance import ClassifierFree, check_guidance_scale, guide
 from masa.io.files import file_digest
@@ -24,6 +26,9 @@ from masa.pipeline import StableDiffusion
 from masa.schedule import Schedule
 from masa.settings import describe_schedule
 from masa.trajectory import EDIT_FRIENDLY_ETA, Method, Trajectory
+
+# Peak signal to noise ratio, dB, of what an autoencoder rebuilds: the demo's world has 24 to 30, photographs 12 to 22.
+PHOTOGRAPH = 23.0
 
 METHODS: tuple[str, ...] = get_args(Method)
 
@@ -71,6 +76,8 @@ def invert(
 
     Raises MasaError for bad input, before any long work.
     """
+    check_model(sd)
+    check_schedule(schedule)
     schedule = schedule or sd.schedule
     timesteps = schedule.timesteps(steps)
     check_guidance_scale(guidance_scale)
@@ -94,6 +101,7 @@ def invert(
         return guide(rows, eps.float(), ClassifierFree(), 0, guidance_scale)
 
     z0 = sd.encode_image(picture, height=picture.shape[2], width=picture.shape[3], tiled=tiled)
+    _warn_of_photograph(sd, picture, z0)
     bar = tqdm(timesteps[::-1], desc="invert", disable=not progress or method == "noise")
     embeddings: Tensor | None = None
     added: Tensor | None = None
@@ -134,6 +142,21 @@ def invert(
     }
     own = None if type(schedule) is Schedule else schedule
     return Trajectory(latents.cpu(), prompt, settings, embeddings, added, own)
+
+
+def _warn_of_photograph(sd: StableDiffusion, picture: Tensor, z0: Tensor) -> None:
+    """Say so where the demo model is given a picture (1, 3, h, w) that its autoencoder cannot rebuild."""
+    if sd.origin.checkpoint != "demo":
+        return
+    rebuilt = torch.from_numpy(np.array(sd.decode_latents(z0)[0])).permute(2, 0, 1)
+    error = ((picture[0] + 1.0) * 127.5 - rebuilt).square().mean().item()
+    psnr = 10.0 * math.log10(255.0**2 / max(error, 1e-6))
+    if psnr < PHOTOGRAPH:
+        warnings.warn(
+            f"the demo model rebuilds this picture at {psnr:.0f} dB only: it knows a small drawn world, no "
+            "photographs; load Stable Diffusion v1 for those (masa.load(FILE), -c FILE)",
+            stacklevel=3,
+        )
 
 
 def _ddim(predict: Predict, z0: Tensor, schedule: Schedule, steps: int, timesteps: Sequence[int] | tqdm) -> Tensor:

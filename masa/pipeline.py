@@ -7,13 +7,14 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from masa.config import ModelConfig
 from masa.errors import CheckpointError, MasaError
@@ -23,6 +24,7 @@ from masa.models.clip import TextEncoder
 from masa.models.tokenizer import Tokenizer
 from masa.models.unet import UNet
 from masa.models.vae import VAE
+from masa.output.notebook import table_html
 from masa.runtime.lora import Lora, LoraGiven, LoraPath, LoraWeight, as_loras, check_weight, merge, open_loras
 from masa.runtime.networks import build_models, meta_models, weight_samples
 from masa.runtime.offload import OffloadedNetworks
@@ -85,6 +87,13 @@ class StableDiffusion:
     def __repr__(self) -> str:
         parameters = sum(p.numel() for m in (self.unet, self.vae, self.text_encoder) for p in m.parameters())
         return f"StableDiffusion({self.checkpoint!r}, {parameters:,} parameters, {self.dtype}, {self.device})"
+
+    def _repr_html_(self) -> str:
+        networks = {"UNet": self.unet, "autoencoder": self.vae, "text encoder": self.text_encoder}
+        parts = {name: f"{sum(p.numel() for p in net.parameters()):,} parameters" for name, net in networks.items()}
+        loras = {f"LoRA {lora.path}": f"weight {lora.weight}" for lora in self.origin.lora}
+        side = {"picture size": f"{self.config.image_size}x{self.config.image_size}"}
+        return f"<code>{escape(repr(self))}</code>" + table_html("parts", parts | loras | side)
 
     @property
     def checkpoint(self) -> str:
@@ -278,6 +287,8 @@ def load(
 
 def locate(checkpoint: str | Path | None, prefer_half: bool) -> Path:
     """The path that load()'s first argument means; a hub id is downloaded where it is not cached."""
+    if not isinstance(checkpoint, str | Path | None):
+        raise MasaError(f"checkpoint is {checkpoint!r}; expected a path, a hub id, or None for the demo model")
     if checkpoint is None:
         return DEMO
     path = Path(checkpoint).expanduser()

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from masa import __version__
 from masa.attention import Backend
@@ -22,6 +22,8 @@ from masa.checks import (
     as_prompts,
     check_controls,
     check_inversion,
+    check_model,
+    check_schedule,
     check_settings,
     choose_first_step,
     choose_levels,
@@ -160,6 +162,9 @@ def run(sd: StableDiffusion, asked: RunSettings, given: Given) -> Result:
 
 def prepare(sd: StableDiffusion, asked: RunSettings, given: Given) -> Prepared:
     """Check all that a run is given, fill in what was left out, bind its controls. MasaError before any long work."""
+    check_model(sd)
+    if given.callback is not None and not callable(given.callback):
+        raise MasaError(f"callback is {given.callback!r}; expected a function of (step, timestep, latents), or None")
     cache = given.cache
     if not asked.target and [describe(control) for control in asked.controls] == [describe(MasaCtrl())]:
         asked = replace(asked, controls=())  # the default, which has nothing to act on
@@ -314,6 +319,8 @@ def edit(
         tiled=tiled,
         backend=backend,
     )
+    check_model(sd)
+    check_schedule(schedule)
     _check_edit(sd, image, asked, method, steps, schedule or sd.schedule, (height, width))
     trajectory = invert(
         sd,

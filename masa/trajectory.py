@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
 from masa.io.files import file_digest, load_tensors, save_tensors
+from masa.output.notebook import table_html
 from masa.schedule import Schedule
 from masa.settings import check_kept, restore_schedule
 
@@ -24,7 +26,7 @@ def default_skip(method: str, steps: int) -> int:
     return steps * 12 // 50 if method == "edit-friendly" else 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Trajectory:
     """What an inversion found: everything that sampling needs to lead back to the picture, or to an edit of it.
 
@@ -41,6 +43,16 @@ class Trajectory:
     context: Tensor | None = None
     noise: Tensor | None = None
     own_schedule: Schedule | None = None
+
+    def __repr__(self) -> str:
+        picture = self.settings.get("image") or "a picture"
+        prompt = f", {self.prompt!r}" if self.prompt else ""
+        height, width = self.latents.shape[2:]
+        latents = f"{self.steps + 1} latents of {width}x{height}"
+        return f"Trajectory({picture}{prompt}, {self.method}, {self.steps} steps, {latents})"
+
+    def _repr_html_(self) -> str:
+        return f"<code>{escape(repr(self))}</code>" + table_html("settings", self.settings)
 
     @property
     def steps(self) -> int:

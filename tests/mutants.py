@@ -903,6 +903,34 @@ LORA: Mutations = {
 }
 
 
+DRAWN_POSES: dict[str, tuple[tuple[str, str], ...]] = {
+    "demo_stick_figure": (
+        ("pixels = max(1, round(width * self.thickness * self._side))", "pixels = max(1, round(width * self._side))"),
+        ("self._line([*outline, *outline[:2]], LIMB)", "pass"),
+        (
+            "self._line([(n.u, n.v) for n in curve(nodes)], TRUNK)",
+            "super().coat(nodes, colour, pattern, colour, marks)",
+        ),
+    ),
+    "demo_world between_two_poses_lie_further_ones": (("return a + (b - a) * amount", "return a + (b - a) * 0.5"),),
+    "demo_adapter": (
+        ("if way != pose or not told:", "if not told:"),
+        ("others = Pool(pool.latents, pool.sticks.roll(1, 0), pool.ids)", "others = pool"),
+        ('parts = ["body", str(blocks * int(parts[1]) + int(parts[3])), *parts[4:]]', "pass"),
+        ("torch.where(silent[:, None], empty, pool.ids[rows])", "pool.ids[rows]"),
+        (
+            "return self if locate_adapter(self.path) == DEMO_ADAPTER else super().found(find)",
+            "return super().found(find)",
+        ),
+        (
+            'return DEMO_ADAPTER if str(path) == "demo" and not found.exists() else found',
+            'return DEMO_ADAPTER if str(path) == "demo" else found',
+        ),
+        ("facing=pose is not None)", "facing=True)"),
+    ),
+}
+
+
 def mutants() -> list[Mutant]:
     """All of them."""
     found = []
@@ -917,6 +945,7 @@ def mutants() -> list[Mutant]:
         FILES_AND_COMMANDS,
         SEAMS,
         LORA,
+        DRAWN_POSES,
     )
     for key, mutations in ((key, mutations) for part in parts for key, mutations in part.items()):
         module, *names = key.split(" ")

@@ -326,7 +326,6 @@ def test_inspect_tells_what_a_file_is(capsys):
         (["invert", "photo.jpg", "-o", "photo.txt"], "must end in .safetensors"),
         (["rerun", "photo.jpg"], "carries no masa settings"),
         (["nonsense"], "invalid choice: 'nonsense'"),
-        ([], "required"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else None,
 )

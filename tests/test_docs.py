@@ -55,3 +55,19 @@ def test_the_example_runs_as_a_script_and_as_a_plugin(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "out" / "target_0.png").exists()
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_and_its_kept_outputs_are_small(tmp_path, monkeypatch):
+    nbformat = pytest.importorskip("nbformat")
+    client = pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    path = ROOT / "examples" / "playground.ipynb"
+    assert path.stat().st_size < 1_000_000
+    notebook = nbformat.read(path, 4)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    kept = [bool(cell.outputs) for cell in cells]
+    client.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    assert [bool(cell.outputs) for cell in cells] == kept  # what is shown on a page is what a run shows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -255,6 +256,7 @@ def test_without_matplotlib_the_extra_is_named(result, monkeypatch):
             raise ImportError(name)
         return plain_import(name, *args, **kwargs)
 
+    monkeypatch.delitem(sys.modules, "masa.output.notebook_figure", raising=False)  # imported already, perhaps
     monkeypatch.setattr(builtins, "__import__", no_matplotlib)
     with pytest.raises(masa.MasaError, match=r"pip install 'masa\[plots\]'"):
         plots.masks(result)

@@ -13,7 +13,7 @@ from typing import NoReturn
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from masa.errors import CheckpointError
 

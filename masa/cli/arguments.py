@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from masa import __version__
 from masa.cli.control_arguments import add_control, add_record, add_start, parse_numbers, parse_words
 from masa.cli.registered_arguments import add_fields, add_plugins, add_sampler, choose
 from masa.controls.masactrl import MasaCtrl
@@ -30,6 +31,7 @@ def build_parser() -> Parser:
         description="MasaCtrl on Stable Diffusion v1: the same subject, another pose.",
         epilog="Begin with: masa demo",
     )
+    parser.add_argument("--version", action="version", version=f"masa {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
 
     text = "two labelled pictures from the embedded model, in under a minute"

@@ -30,7 +30,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.formatwarning = lambda message, *_: f"masa: {message}\n"
     try:
         load_plugins(sys.argv[1:] if argv is None else argv)
-        args = build_parser().parse_args(argv)
+        parser = build_parser()
+        if not (sys.argv[1:] if argv is None else argv):
+            parser.print_help()
+            return 0
+        args = parser.parse_args(argv)
         refuse_idle(args)
         run(args)
     except (Exception, KeyboardInterrupt) as error:
@@ -130,16 +134,18 @@ With Stable Diffusion v1.5 and an adapter for it, such as a folder of poses and 
 def run_sample(args: argparse.Namespace) -> None:
     import masa
 
+    check_prompts(args)
     folder = choose_folder(args.out, file_names(len(args.target)), args.overwrite)
     settings = sampling_settings(args)
     trajectory = masa.Trajectory.load(args.trajectory) if args.trajectory else None
     result = masa.sample(load_model(args), args.source, args.target, trajectory=trajectory, **settings)
-    report(result.save(folder))
+    report(result.save(folder), args)
 
 
 def run_edit(args: argparse.Namespace) -> None:
     import masa
 
+    check_prompts(args)
     folder = choose_folder(args.out, file_names(len(args.target)), args.overwrite)
     settings = sampling_settings(args)
     check_picture(args.image)
@@ -147,7 +153,7 @@ def run_edit(args: argparse.Namespace) -> None:
     result = masa.edit(
         load_model(args), args.image, args.target, args.source, method=args.method, **inversion, **settings
     )
-    report(result.save(folder))
+    report(result.save(folder), args)
 
 
 def run_video(args: argparse.Namespace) -> None:
@@ -210,22 +216,24 @@ def run_invert(args: argparse.Namespace) -> None:
         **size_and_seed(args),
     )
     trajectory.save(out)
-    report([out])
+    report([out], args)
 
 
 def run_sdedit(args: argparse.Namespace) -> None:
     import masa
 
+    check_prompts(args)
     folder = choose_folder(args.out, file_names(len(args.target)), args.overwrite)
     check_picture(args.image)
     settings = sampling_settings(args)
     result = masa.sdedit(load_model(args), args.image, args.target, args.strength, **settings)
-    report(result.save(folder))
+    report(result.save(folder), args)
 
 
 def run_grid(args: argparse.Namespace) -> None:
     import masa
 
+    check_prompts(args)
     folder = choose_folder(args.out, ["grid.png"], args.overwrite)
     check_picture(args.image)
     sheet = masa.grid(
@@ -240,12 +248,13 @@ def run_grid(args: argparse.Namespace) -> None:
         **size_and_seed(args),
     )
     sheet.save(folder / "grid.png")
-    report([folder / "grid.png"])
+    report([folder / "grid.png"], args)
 
 
 def run_sweep(args: argparse.Namespace) -> None:
     import masa
 
+    check_prompts(args)
     folder = choose_folder(args.out, ["sweep.png"], args.overwrite)
     if args.image is not None:
         check_picture(args.image)
@@ -262,7 +271,7 @@ def run_sweep(args: argparse.Namespace) -> None:
         **size_and_seed(args),
     )
     sheet.save(folder / "sweep.png")
-    report([folder / "sweep.png"])
+    report([folder / "sweep.png"], args)
 
 
 def run_inspect(args: argparse.Namespace) -> None:
@@ -340,6 +349,14 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace], None]] = {
 # ------------------------------------------------------------------------------------------------ helpers
 
 
+def check_prompts(args: argparse.Namespace) -> None:
+    """Refuse a picture's name where a prompt belongs: `masa edit a.png b.png "a cat"` edits one picture only."""
+    prompts = [args.target] if isinstance(args.target, str) else args.target
+    for prompt in [*prompts, args.source] if "source" in args else prompts:
+        if os.path.isfile(prompt):
+            raise MasaError(f"{prompt} is a file and stands where a prompt belongs; a command edits one picture")
+
+
 def load_model(args: argparse.Namespace):  # type: ignore[no-untyped-def]
     import masa
     from masa.attention import check_backend
@@ -411,6 +428,12 @@ def choose_folder(out: str | None, names: Sequence[str], overwrite: bool) -> Pat
     return folder
 
 
-def report(paths: Sequence[Path]) -> None:
+def report(paths: Sequence[Path], args: argparse.Namespace | None = None) -> None:
+    """Say what was written and, of a run without -c, with which model."""
     for path in paths:
         print(path)
+    if args is not None and args.checkpoint is None and not args.quiet:
+        print(
+            "masa: made with the embedded demo model, which knows a small drawn world; -c FILE: another",
+            file=sys.stderr,
+        )

@@ -259,9 +259,10 @@ def choose_steps(steps: Sequence[int] | None, start: int, run: Run, control: str
     chosen = frozenset(range(start, run.steps) if steps is None else steps) & set(range(run.first_step, run.steps))
     if not chosen:
         asked = f"start_step={start}" if steps is None else f"steps={list(steps)}"
+        hint = f"; 4 is meant for 50 steps, which of {run.steps} are {run.steps * 4 // 50}" if steps is None else ""
         raise MasaError(
             f"{control}({asked}) selects no step of a run of {run.steps}; expected numbers from {run.first_step} to "
-            f"{run.steps - 1}"
+            f"{run.steps - 1}{hint}"
         )
     return chosen
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +29,8 @@ def open_picture(path: str | Path, background: str = "white") -> Image.Image:
         raise MasaError(f"{path} is not a picture that Pillow can read; expected PNG, JPEG, WebP, ..") from error
     except IsADirectoryError as error:
         raise MasaError(f"{path} is a folder; expected a picture file") from error
-    except FileNotFoundError:
-        raise
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"no picture at {path}; give the path of a PNG, JPEG, WebP, ..") from error
     except OSError as error:  # what Pillow raises for a file that ends early
         raise MasaError(f"{path} cannot be read as a picture ({error}); take another copy") from error
 
@@ -94,14 +95,21 @@ def _to_pil(image: ImageLike) -> Image.Image:
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
             raise MasaError(f"the array is {image.dtype} {image.shape}; expected uint8 (h, w, 3)")
+        _check_not_empty(image.shape)
         return Image.fromarray(image).convert("RGB")
     raise MasaError(f"a picture cannot be a {type(image).__name__}; give a path, PIL picture, array or tensor")
+
+
+def _check_not_empty(shape: Sequence[int]) -> None:
+    if 0 in shape:
+        raise MasaError(f"the picture has shape {tuple(shape)}, without a pixel; expected one at least on each side")
 
 
 def _fit_tensor(image: Tensor, short_side: int, height: int | None, width: int | None) -> Tensor:
     x = image[0] if image.ndim == 4 and len(image) == 1 else image
     if x.ndim != 3 or x.shape[0] != 3 or not x.is_floating_point():
         raise MasaError(f"the tensor is {x.dtype} {tuple(image.shape)}; expected float (3, h, w) in [-1, 1]")
+    _check_not_empty(x.shape)
     if not bool((x.abs() <= 1.0 + 1e-3).all()):
         raise MasaError(f"the tensor holds values from {x.min():.4g} to {x.max():.4g}; expected [-1, 1]")
     x = x.detach().float().cpu()

@@ -180,11 +180,11 @@ def _of_control(kept: Mapping[int, Mapping[Any, Tensor]], control: int | None, o
 def _panels(rows: int, columns: int, labels: Sequence[str]) -> tuple[Figure, Any]:
     """A figure and its axes [row][column], without ticks, each row beside its label."""
     try:
-        from matplotlib.figure import Figure
+        from masa.output.notebook_figure import NotebookFigure
     except ImportError as error:
         raise MasaError("plots need matplotlib: pip install 'masa[plots]'") from error
     # Not pyplot: nothing is kept open behind the caller's back, and no display is needed.
-    figure = Figure(figsize=(SIDE * columns, SIDE * rows), layout="constrained")
+    figure = NotebookFigure(figsize=(SIDE * columns, SIDE * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     for i, label in enumerate(labels):
         axes[i][0].set_ylabel(textwrap.fill(label, LABEL), fontsize="small")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,11 +17,15 @@ from torch import Tensor
 
 from masa.errors import MasaError
 from masa.io.files import load_tensors, replacing, save_tensors
+from masa.output.labels import label_font
+from masa.output.notebook import picture_html, png, shorten, table_html
 
 KEY = "masa"  # the text chunks of a PNG that hold its settings: masa, masa.1, ..
 TENSORS = "result.safetensors"  # what is not a picture, beside the pictures
 FORMAT = "masa result 1"
 BIG = 2**20  # numbers; larger maps are saved as float16
+MOST_LINES = 8  # of a label; a prompt may be a page long
+LONGEST_LABEL = 1000  # characters; more would not fit
 CHUNK = 900_000  # characters in each; Pillow opens no PNG with a text chunk above 2**20 bytes
 
 
@@ -88,7 +92,7 @@ def parse_settings(text: str, path: str | Path, remedy: str) -> dict[str, Any]:
     return settings
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
     """One source and N targets.
 
@@ -105,6 +109,20 @@ class Result:
     attention: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
     queries: Mapping[int, Mapping[tuple[int, int], Tensor]] = field(default_factory=dict)
     predictions: Mapping[int, Mapping[int, Tensor]] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        size = f"{self.source.width}x{self.source.height}"
+        return (
+            f"Result({shorten(self.settings['source'], 60)!r} -> "
+            f"[{', '.join(repr(shorten(target, 60)) for target in self.settings['target'])}], {size}, "
+            f"{self.settings['steps']} steps, seed {self.settings['seed']})"
+        )
+
+    def _repr_png_(self) -> bytes:
+        return png(self.grid())
+
+    def _repr_html_(self) -> str:
+        return picture_html(self.grid()) + table_html("settings", self.settings)
 
     @property
     def source(self) -> Picture:
@@ -237,7 +255,7 @@ def file_names(targets: int) -> list[str]:
 def label_row(images: Sequence[Image.Image], labels: Sequence[str], gap: int = 4) -> Image.Image:
     """Pictures of one size in a row, each under its label, which is wrapped to the picture's width."""
     size = max(11, min(16, images[0].width // 14))
-    font = ImageFont.load_default(size)
+    font = label_font(size, labels)
     lines = [wrap(label, font, images[0].width) for label in labels]
     line_height = size + gap
     header = line_height * max(len(wrapped) for wrapped in lines) + 2 * gap
@@ -253,12 +271,24 @@ def label_row(images: Sequence[Image.Image], labels: Sequence[str], gap: int = 4
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
-    """Lines of at most `width` pixels, broken at spaces."""
+    """At most 8 lines of at most `width` pixels, broken at spaces, and where a word is longer."""
     lines: list[str] = []
-    for word in text.split():
+    for word in _words(text, font, width - 2):
         longer = f"{lines[-1]} {word}" if lines else word
         if lines and font.getlength(longer) <= width - 2:
             lines[-1] = longer
         else:
             lines.append(word)
+    if len(lines) > MOST_LINES:
+        lines = [*lines[: MOST_LINES - 1], ".."]
     return lines or [""]
+
+
+def _words(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> Iterator[str]:
+    """Words of a text; one that is wider than `width` pixels, such as a Japanese sentence, in pieces."""
+    for word in text[:LONGEST_LABEL].split():
+        while len(word) > 1 and font.getlength(word) > width:
+            fits = next((n for n in range(len(word) - 1, 1, -1) if font.getlength(word[:n]) <= width), 1)
+            yield word[:fits]
+            word = word[fits:]
+        yield word

@@ -25,7 +25,6 @@ SEED = 2
 # One that a prompt names, and one that no prompt can.
 POSES: tuple[Pose, ...] = ("standing", Between("sitting", "jumping", 0.6))
 SHEET, PICTURE, DRAWN = "pose.png", "picture.png", ("drawn_0.png", "drawn_1.png")
-OUTLINE = "white lines on black"
 
 
 def file_names(drawing: ImageLike | None) -> list[str]:

@@ -11,7 +11,7 @@ from masa.attention import Backend
 from masa.cache.recorder import Recorder, Recording
 from masa.cache.source_cache import SourceCache
 from masa.cache.storage import Store
-from masa.checks import as_controls
+from masa.checks import as_controls, check_model, check_schedule
 from masa.controls.base import Control
 from masa.controls.masactrl import MasaCtrl
 from masa.errors import MasaError
@@ -72,6 +72,8 @@ def record(
     where the matrix library multiplies a row alike whatever the others (MKL does on AVX2), without `compile`; else up
     to rounding. The same holds of `targets_at_once`. Raises MasaError for bad input, before any long work.
     """
+    check_model(sd)
+    check_schedule(schedule)
     chosen = as_controls(controls)
     if not chosen:
         raise MasaError("record's controls are empty; give those that will read the cache")

@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
-from tqdm import tqdm
+from PIL import Image, ImageDraw
+from tqdm.auto import tqdm
 
 from masa.attention import Backend
 from masa.checks import (
     check_controls,
     check_inversion,
+    check_model,
     check_numbers,
     choose_first_step,
     choose_levels,
@@ -30,6 +31,7 @@ from masa.inversion import METHODS, check_method, invert
 from masa.io.pictures import ImageLike
 from masa.noise import Noise
 from masa.null_text import MAX_STEPS
+from masa.output.labels import label_font
 from masa.output.result import Picture, wrap
 from masa.pipeline import StableDiffusion
 from masa.samplers import choose_sampler
@@ -92,6 +94,7 @@ def grid(
     the name to write above; default those of `comparison`. Each picture is inverted once per method. All
     else as in `edit`. Raises MasaError for bad input, before any long work.
     """
+    check_model(sd)
     if methods is None:
         methods = [method for method in METHODS if serves(method, source, steps, guidance_scale)]
     unknown = [method for method in methods if method not in METHODS]
@@ -174,6 +177,7 @@ def sweep(
     as in `sample` and `invert`.
     Raises MasaError for bad input, before any long work.
     """
+    check_model(sd)
     if not is_registered(control):
         raise MasaError(
             f"a sweep varies fields of a registered control, and {type(control).__name__} is none; use masa.register"
@@ -311,7 +315,7 @@ def label_sheet(
     width, height = rows[0][0].size
     scale = max(1, -(-CELL // min(width, height)))
     width, height = scale * width, scale * height
-    font = ImageFont.load_default(max(11, min(16, width // 14)))
+    font = label_font(max(11, min(16, width // 14)), (*row_labels, *column_labels))
     line = int(font.getbbox("Ag")[3]) + gap
     left = 2 * gap + int(max(font.getlength(word) for label in row_labels for word in (*label.split(), "source")))
     lines = [wrap(label, font, width) for label in column_labels]

@@ -133,9 +133,11 @@ def cached_pool(path: Path, sd: StableDiffusion, seeds: range, subjects: Sequenc
     return pool
 
 
-def build(sd: StableDiffusion) -> T2IAdapterNetwork:
-    """A fresh adapter for lines, as wide as the model's UNet."""
-    network = T2IAdapterNetwork(T2IAdapterConfig(PIXELS**2, sd.config.unet.block_out_channels))
+def build(sd: StableDiffusion, seed: int = 0) -> T2IAdapterNetwork:
+    """A fresh adapter for lines, as wide as the model's UNet; the same for the same seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = T2IAdapterNetwork(T2IAdapterConfig(PIXELS**2, sd.config.unet.block_out_channels))
     to_device(network, sd.device)
     return network
 
@@ -172,7 +174,7 @@ def train_adapter(
 
     ValueError where the checkpoint is of another model.
     """
-    network = build(sd)
+    network = build(sd, seed)
     parameters = list(network.parameters())
     optimizer = torch.optim.AdamW(parameters, recipe.peak_rate, weight_decay=0.01, fused=True)
     average, progress = Average(parameters, recipe.decay), Progress()
@@ -293,7 +295,6 @@ def main() -> None:
     if unknown := set(subjects) - set(SUBJECTS):
         parser.error(f"unknown subjects {sorted(unknown)}; there are {', '.join(SUBJECTS)}")
     SpareCores(args.threads)
-    torch.manual_seed(args.seed)
     sd = load(args.model, dtype="fp32", progress=False)
     fingerprint = sd.fingerprint
     for part in (sd.unet, sd.vae):
