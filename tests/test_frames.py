@@ -652,3 +652,16 @@ def test_bad_options_are_refused_before_the_model_is_loaded(home, argv, message,
     assert error.count("\n") == 1
     assert re.search(message, error), error
     assert sorted(home.rglob("*")) == before
+
+
+def test_frames_show_themselves_in_a_notebook(made):
+    html = made._repr_html_()
+    assert html.startswith('<img src="data:image/gif;base64,R0lGODlh')
+    assert "frames_at_once" in html
+    assert len(html) < 400_000  # without the conditions
+    assert repr(made) == f"Frames(4 of {PROMPT!r}, from {SOURCE!r}, 128x128, 3 steps, seed 3)"
+
+
+def test_what_is_no_model_is_refused(files, poses):
+    with pytest.raises(masa.MasaError, match=r"expected what masa.load\(\) gives"):
+        masa.sample_frames("sd15", SOURCE, PROMPT, poses, adapter=masa.T2IAdapter(files["full"]))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from PIL import Image
 from torch import Tensor
@@ -16,8 +18,10 @@ from masa.controls.checks import is_number
 from masa.errors import MasaError
 from masa.io.files import check_free, replacing
 from masa.io.movies import FILMS, ffmpeg, one_palette, write_film
+from masa.output.notebook import shorten, table_html
 from masa.output.result import Picture, label_row, parse_settings, png_info, read_settings
 
+SHOWN_RATE = 8.0  # frames a second, where nothing else is asked
 ANIMATIONS = (".gif", ".webp", ".png")
 SETTINGS = "settings.json"  # in a folder of frames
 DESCRIPTION = 0x010E  # of EXIF: ImageDescription, where a WebP holds its settings
@@ -26,7 +30,7 @@ MOST_IN_GIF = 500_000
 FORMS = "a name that ends in .gif, .webp, .png or .mp4, or in nothing for a folder of PNGs"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Frames:
     """The frames of one source, in order.
 
@@ -42,7 +46,22 @@ class Frames:
     def __len__(self) -> int:
         return len(self.images)
 
-    def save(self, path: str | Path, *, fps: float = 8.0, overwrite: bool = False) -> list[Path]:
+    def __repr__(self) -> str:
+        size = f"{self.source.width}x{self.source.height}"
+        return (
+            f"Frames({len(self)} of {shorten(self.settings['target'][0], 60)!r}, from "
+            f"{shorten(self.settings['source'], 60)!r}, {size}, {self.settings['steps']} steps, seed "
+            f"{self.settings['seed']})"
+        )
+
+    def _repr_html_(self) -> str:
+        film = BytesIO()
+        self._write_animation(film, ".gif", SHOWN_RATE, "")
+        data = base64.b64encode(film.getvalue()).decode("ascii")
+        shown = {name: value for name, value in self.settings.items() if name != "conditions"}
+        return f'<img src="data:image/gif;base64,{data}">' + table_html("settings", shown)
+
+    def save(self, path: str | Path, *, fps: float = SHOWN_RATE, overwrite: bool = False) -> list[Path]:
         """Write an animation or film, by the name's ending, or a folder of numbered PNGs. Returns the files' paths.
 
         path: .gif (one palette of 255 colours), .webp and .png (lossless), which run for ever; .mp4 (H.264, which
@@ -68,12 +87,13 @@ class Frames:
             if suffix == ".mp4":
                 write_film(temporaries[0], self.images, fps)
             else:
-                self._write_animation(temporaries[0], suffix, fps, "" if beside else text)
+                with temporaries[0].open("wb") as file:
+                    self._write_animation(file, suffix, fps, "" if beside else text)
             for temporary in temporaries[1:]:
                 temporary.write_text(text, encoding="utf-8")
         return paths
 
-    def _write_animation(self, path: Path, suffix: str, fps: float, text: str) -> None:
+    def _write_animation(self, file: BinaryIO, suffix: str, fps: float, text: str) -> None:
         pictures: list[Image.Image] = [Image.Image.copy(picture) for picture in self.images]
         options: dict[str, Any] = {"save_all": True, "loop": 0, "duration": 1000.0 / fps}
         if suffix == ".gif":
@@ -93,8 +113,7 @@ class Frames:
         else:
             options |= {"pnginfo": png_info(self.settings)}
         first, *others = pictures
-        with path.open("wb") as file:
-            Image.Image.save(first, file, suffix[1:].upper(), append_images=others, **options)
+        Image.Image.save(first, file, suffix[1:].upper(), append_images=others, **options)
 
     def _save_folder(self, folder: Path) -> list[Path]:
         names = file_names(len(self))

@@ -10,13 +10,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from masa.attention import Backend
 from masa.branches import Branches
 from masa.cache.source_cache import SourceCache
 from masa.cache.storage import Store, check_store
-from masa.checks import as_controls, as_prompts, check_controls, settle
+from masa.checks import as_controls, as_prompts, check_controls, check_model, settle
 from masa.controls.anchor import FirstFrameAnchor
 from masa.controls.base import ActiveControl, Control
 from masa.controls.conditions import PictureControl, embed, read_picture
@@ -91,6 +91,7 @@ def sample_frames(
 
     Raises MasaError for bad input, before any long work. MasaCtrl, section 4 and its videos.
     """
+    check_model(sd)
     adapters = as_adapters(adapter)
     asked = RunSettings(
         source=source,
