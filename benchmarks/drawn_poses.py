@@ -1,7 +1,7 @@
 """Poses by drawing on the demo model, against their exact truth: named ones, and ones that no prompt can name.
 
     python benchmarks/drawn_poses.py sweep report --minutes 20      # choose weight, tau, S and guidance
-    python benchmarks/drawn_poses.py table report --weight 1 -S 2   # 67 individuals, six edits each
+    python benchmarks/drawn_poses.py table report --weight 2 -S 2   # 67 individuals, six edits each
 
 Sections: `sweep` (one setting varied at a time, on individuals of their own), `table` (three other named poses and the
 three poses half way between these), `report`. Pictures are kept under runs/: a second call goes on. Measures are those
@@ -50,12 +50,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("-S", "--start-step", type=int, default=2)
     parser.add_argument("-L", "--start-layer", type=int, default=6)
-    parser.add_argument("--weight", type=float, default=1.0)
+    parser.add_argument("--weight", type=float, default=2.0)
     parser.add_argument("--tau", type=float, default=1.0)
     parser.add_argument("--drawn-guidance", type=float, nargs="+", default=[4.0], help="with a drawing")
+    parser.add_argument("--poses", nargs="+", choices=("named", "between"), default=["named", "between"])
+    parser.add_argument("--methods", nargs="+", default=[""], help="only those with one of these texts in their names")
     parser.add_argument("--individuals", type=int, default=67)
     parser.add_argument("--sweep-individuals", type=int, default=8)
-    parser.add_argument("--sweep-weights", type=float, nargs="*", default=[0.5, 1.5, 2.0])
+    parser.add_argument("--sweep-weights", type=float, nargs="*", default=[0.5, 1.0, 1.5, 3.0])
     parser.add_argument("--sweep-taus", type=float, nargs="*", default=[0.4, 0.7])
     parser.add_argument("--sweep-starts", type=int, nargs="*", default=[0, 4, 8])
     parser.add_argument("--sweep-guidances", type=float, nargs="*", default=[1.5, 2.5, 7.5])
@@ -120,10 +122,11 @@ def plan(args: argparse.Namespace, store: Store) -> list[Task]:
         sweep = section == "sweep"
         methods = sweep_cells(args) if sweep else table_methods(args)
         count = dict.fromkeys(methods, args.sweep_individuals if sweep else args.individuals)
-        names = ("drawn sweep", "between sweep") if sweep else ("real", "between")
-        found = [task for name in names for task in missing(store, name, methods, count)]
+        chosen = {name: method for name, method in methods.items() if any(text in name for text in args.methods)}
+        kinds = {"named": "drawn sweep" if sweep else "real", "between": "between sweep" if sweep else "between"}
+        found = [task for kind in args.poses for task in missing(store, kinds[kind], chosen, count)]
         tasks += sorted(found, key=lambda task: task.seed)
-    return [*calibration(store), *tasks] if tasks else tasks
+    return [*tasks, *calibration(store)] if tasks else tasks
 
 
 def write_report(store: Store, out: Path) -> str:

@@ -72,6 +72,6 @@ class Individual:
         return _render(self, pose, size)[1]
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=2048)
 def _render(who: Individual, pose: Pose, size: int) -> tuple[np.ndarray, np.ndarray]:
     return render(who.appearance, pose, who.scene, size)

@@ -215,7 +215,8 @@ def speed(sd: masa.StableDiffusion) -> float:
     """The UNet's rows per second on one thread, at eight rows."""
     torch.set_num_threads(1)
     side = sd.config.image_size // sd.config.vae.downsample
-    x, context = torch.zeros(8, sd.config.unet.in_channels, side, side), sd.encode_prompt(["a cat"] * 8)
+    x = torch.zeros(8, sd.config.unet.in_channels, side, side, dtype=sd.dtype)
+    context = sd.encode_prompt(["a cat"] * 8)
     times = []
     with torch.no_grad():
         for _ in range(4):

@@ -42,13 +42,14 @@ def run(folder: Path, drawing: ImageLike | None = None, seed: int | None = None,
     who = find_sample(10 * (SEED if seed is None else seed))
     size = sd.config.image_size
     folder.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(rendered(who, who.pose, size)).save(folder / PICTURE)  # a file, so that a rerun finds it
+    picture = Image.fromarray(rendered(who, who.pose, size))
+    picture.save(folder / PICTURE)  # a file, so that a rerun finds it
     if drawing is not None:
         edited = edit(sd, who, folder / PICTURE, [None], [drawing], progress)
         shown = load_condition("the drawing", drawing, (size // PIXELS, size // PIXELS))[0]
         seen = Image.fromarray((shown * 255).round().byte().permute(1, 2, 0).numpy())
         labels = [f"picture: {prompt(who, who.pose)}", "your drawing", f"MasaCtrl and the drawing: {edited.labels[1]}"]
-        sheet = label_row([enlarge(p) for p in (edited.source, seen, edited.targets[0])], labels)
+        sheet = label_row([enlarge(p) for p in (picture, seen, edited.targets[0])], labels)
         Picture.of(sheet, edited.settings).save(folder / SHEET)
         return [folder / SHEET, folder / PICTURE]
 
@@ -61,7 +62,7 @@ def run(folder: Path, drawing: ImageLike | None = None, seed: int | None = None,
     for pose, stick, target, words in zip(POSES, sticks, edited.targets, edited.labels[1:], strict=True):
         said = pose if isinstance(pose, str) else f"between {pose.first} and {pose.second}"
         pictures = [
-            *(edited.source, stick.convert("RGB"), target),
+            *(picture, stick.convert("RGB"), target),
             Image.fromarray(rendered(who, pose, size)),
         ]
         labels = [
