@@ -1,18 +1,19 @@
 """Flicker and identity of videos on the demo world, whose frames have exact renders.
 
-    python benchmarks/video.py --individuals 8
+    python benchmarks/video.py --individuals 8 --motions jump walk
 
 Individuals that no training saw stand in a render, which is inverted; they jump and walk by drawn poses, and every
 frame is compared with the render of the same individual in that very pose. Writes results/video.csv, video.md and a
-contact sheet of each motion.
+contact sheet of each motion. What is measured is kept under runs/: a second call goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -33,9 +34,9 @@ from masa.weights.demo.motion import jump, walk
 from masa.weights.demo.stick_figure import stick_figure
 from masa.weights.demo.world import POSES, Pose, caption
 
-RESULTS = Path(__file__).parent / "results"
+HERE = Path(__file__).parent
 SEEDS = 600_000  # of individuals: a range of its own
-STEPS, GUIDANCE, FRAMES = 20, 4.0, 8
+STEPS, GUIDANCE, FRAMES = 20, 4.0, 6
 MOTIONS: Mapping[str, Callable[[int], list[Pose]]] = {"jump": jump, "walk": walk}
 SOURCE_POSE = "standing"
 
@@ -161,15 +162,50 @@ def report(rows: Sequence[Mapping[str, object]], about: str) -> str:
         "",
         *" ".join((Measures.__doc__ or "").split("\n\n", 1)[1].split()).split("\n"),
         "",
-        "| motion | way | flicker | appearance | identity | pose |",
-        "|---|---|---|---|---|---|",
+        "| motion | way | videos | flicker | appearance | identity | pose |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         cells = [
             f"{row[n]} [{row[f'{n} low']}, {row[f'{n} high']}]" for n in ("flicker", "appearance", "identity", "pose")
         ]
-        lines.append(f"| {row['motion']} | {row['way']} | {' | '.join(cells)} |")
+        lines.append(f"| {row['motion']} | {row['way']} | {row['videos']} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+@dataclass(frozen=True)
+class Store:
+    """Measures of one model and adapter, one JSON line for each video."""
+
+    path: Path
+
+    def load(self) -> dict[tuple[str, str], dict[int, Measures]]:
+        """By motion and way, then by individual."""
+        found: dict[tuple[str, str], dict[int, Measures]] = {}
+        for line in self.path.read_text().splitlines() if self.path.exists() else ():
+            kept = json.loads(line)
+            found.setdefault((kept["motion"], kept["way"]), {})[kept["seed"]] = Measures(**kept["measures"])
+        return found
+
+    def add(self, motion: str, seed: int, of_ways: Mapping[str, Measures]) -> None:
+        lines = [
+            json.dumps({"motion": motion, "way": way, "seed": seed, "measures": asdict(measures)})
+            for way, measures in of_ways.items()
+        ]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write("".join(f"{line}\n" for line in lines))
+
+
+def write(out: Path, found: Mapping[tuple[str, str], Mapping[int, Measures]], about: str) -> None:
+    """The table, for programs and for people."""
+    rows = summarise(found)
+    with replacing(out / "video.csv") as path, path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    with replacing(out / "video.md") as path:
+        path.write_text(report(rows, about))
 
 
 def main() -> None:
@@ -177,37 +213,35 @@ def main() -> None:
     parser.add_argument("--adapter", default="demo", help="a T2I-Adapter of stick figures (default: the demo model's)")
     parser.add_argument("--checkpoint", help="the model (default: the demo model)")
     parser.add_argument("--individuals", type=int, default=8, help="how many (default: 8)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="the folder to write into")
+    parser.add_argument("--motions", nargs="+", choices=list(MOTIONS), default=list(MOTIONS), help="(default: all)")
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="the folder to write into")
+    parser.add_argument("--run", type=Path, default=HERE.parent / "runs" / "video", help="where measures are kept")
     args = parser.parse_args()
     torch.set_num_threads(1)
     sd = masa.load(args.checkpoint, device="cpu", progress=False)
     adapter = masa.T2IAdapter(args.adapter)
-    found: dict[tuple[str, str], dict[int, Measures]] = {}
-    for seed in tqdm(range(SEEDS, SEEDS + args.individuals)):
-        who = Individual.draw(seed)
-        for motion, motion_of in MOTIONS.items():
-            poses = motion_of(FRAMES)
+    digest, dtype = adapter.file.digest()[:12], str(sd.dtype).removeprefix("torch.")
+    store = Store(args.run / f"{sd.fingerprint}_{digest}_{dtype}.jsonl")
+    about = (
+        f"{FRAMES} frames, {STEPS} steps, guidance {GUIDANCE:g}; individuals that no training saw. The source is a "
+        "render that stands, by DDIM inversion; prompts tell kind and direction alone. "
+        f"{dtype}, model {sd.fingerprint}, adapter {digest}."
+    )
+    for motion in args.motions:
+        poses = MOTIONS[motion](FRAMES)
+        for seed in tqdm(range(SEEDS, SEEDS + args.individuals), desc=motion):
+            who = Individual.draw(seed)
+            if seed in store.load().get((motion, TRUTH), {}):
+                continue
             made = make(sd, adapter, who, poses, WAYS)
-            for name, pictures in made.items():
-                found.setdefault((motion, name), {})[seed] = measure(who, poses, pictures)
+            store.add(motion, seed, {name: measure(who, poses, pictures) for name, pictures in made.items()})
+            write(args.out, store.load(), about)
             if seed == SEEDS:
                 sticks = [stick_figure("cat", pose, who.scene, sd.config.image_size) for pose in poses]
                 drawn = {"drawn poses": [np.repeat(stick[..., None], 3, 2) for stick in sticks]}
                 with replacing(args.out / f"video_{motion}.png") as path:
                     sheet(drawn | made).save(path)
-    rows = summarise(found)
-    about = (
-        f"{args.individuals} individuals that no training saw, {FRAMES} frames, {STEPS} steps, guidance {GUIDANCE:g}. "
-        "The source is a render that stands, by DDIM inversion; prompts tell kind and direction alone. "
-        f"{str(sd.dtype).removeprefix('torch.')}, model {sd.fingerprint}, adapter {adapter.file.digest()[:12]}."
-    )
-    with replacing(args.out / "video.csv") as path, path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    with replacing(args.out / "video.md") as path:
-        path.write_text(report(rows, about))
-    print(report(rows, about))
+    print(report(summarise(store.load()), about))
 
 
 if __name__ == "__main__":
