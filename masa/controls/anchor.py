@@ -39,9 +39,9 @@ class FirstFrameAnchor:
     def begin(self, run: Run) -> ActiveControl:
         steps = choose_steps(self.control.steps, self.control.start_step, run, "MasaCtrl")
         layers = choose_layers(self.control.layers, self.control.start_layer, run, "MasaCtrl")
-        sites = tuple(site for site in run.sites if site.kind == "self" and site.layer in layers)
         mask = None if self.control.mask is None else self.control.mask.bind(run, layers)
-        return _Active(self, steps, sites, mask)
+        chosen = tuple(site for site in run.sites if site.kind == "self" and site.layer in layers)
+        return _Active(self, steps, chosen, mask)
 
 
 class _Active(ActiveControl):

@@ -159,7 +159,7 @@ def check_form(path: Path, overwrite: bool) -> None:
             taken += [file.name for file in sorted(path.glob("frame_*.png"))][:1]
         elif path.exists():
             raise MasaError(f"{path} is a file; expected {FORMS}")
-        if taken and not overwrite:
+        if not overwrite and taken:
             raise MasaError(f"{path} already holds {', '.join(taken)}; give another path, or overwrite=True")
         return
     if suffix not in (*ANIMATIONS, ".mp4"):
