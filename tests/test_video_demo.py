@@ -161,8 +161,10 @@ def test_the_demo_writes_a_film_and_a_sheet(tmp_path, monkeypatch, capsys):
     with Image.open(tmp_path / "out" / "video.webp") as film:
         assert film.n_frames == 3
         shown = np.asarray(film.convert("RGB"))
-    whole = np.asarray(again.images[0].resize((256, 256), Image.Resampling.BICUBIC)).astype(int)
-    assert np.abs(shown[-256:, -256:] - whole).max() <= 2  # the frames with control, at the right
+    side = demo_video.SIZE
+    whole = np.asarray(demo_video.enlarge(again.images[0])).astype(int)
+    left = 2 * (side + 4)  # behind drawn poses and frames without control
+    assert np.abs(shown[-side:, left : left + side] - whole).max() <= 2
     assert main(["demo", "--video", "-o", str(tmp_path / "out"), "-q"]) == 2
     assert "already holds video.gif" in capsys.readouterr().err
 
