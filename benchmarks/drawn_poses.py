@@ -11,15 +11,21 @@ of ground_truth_editing.py; the pose of an edit between two is that of the neare
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import torch
+from ground_truth.cases import CALIBRATION_SEEDS, TABLE_SEEDS, Individual
 from ground_truth.drawn import drawn_cases, summarise_drawn
-from ground_truth.methods import Drawing, Method, Settings, masactrl
+from ground_truth.methods import Drawing, Method, Settings, as_arrays, masactrl
 from ground_truth.report import Row, markdown, thresholds, write_csv
-from ground_truth.runs import CALIBRATION_SEEDS, Store, Task, Work, about, estimate, missing, run, speed
+from ground_truth.runs import Store, Task, about, make, missing
+from tqdm import tqdm
 
 import masa
+from masa.controls.base import Control
 from masa.io.files import replacing
 from masa.weights.demo.pose_classifier import load_pose_classifier
 
@@ -52,8 +58,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("-L", "--start-layer", type=int, default=6)
     parser.add_argument("--weight", type=float, default=2.0)
     parser.add_argument("--tau", type=float, default=1.0)
-    parser.add_argument("--drawn-guidance", type=float, nargs="+", default=[4.0], help="with a drawing")
-    parser.add_argument("--poses", nargs="+", choices=("named", "between"), default=["named", "between"])
     parser.add_argument("--methods", nargs="+", default=[""], help="only those with one of these texts in their names")
     parser.add_argument("--individuals", type=int, default=67)
     parser.add_argument("--sweep-individuals", type=int, default=8)
@@ -62,7 +66,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sweep-starts", type=int, nargs="*", default=[0, 4, 8])
     parser.add_argument("--sweep-guidances", type=float, nargs="*", default=[1.5, 2.5, 7.5])
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing after that")
-    parser.add_argument("--workers", type=int, default=1, help="processes of one thread each")
     return parser.parse_args()
 
 
@@ -84,20 +87,20 @@ def plain(args: argparse.Namespace, guidance: float) -> tuple[str, Method]:
     return f"{name}, named, guidance {guidance:g}", replace(method, guidance_scale=guidance)
 
 
-def table_methods(args: argparse.Namespace) -> dict[str, Method]:
-    """The prompt alone, the drawing alone, both; and both without MasaCtrl."""
-    guidances = list(dict.fromkeys([args.guidance, *args.drawn_guidance]))
-    found = [plain(args, guidance) for guidance in guidances]
-    found += [drawn(args, guidance, worded) for guidance in args.drawn_guidance for worded in (False, True)]
-    last = args.drawn_guidance[0]
-    alone = Method(drawing=Drawing(args.weight, args.tau), guidance_scale=last)
-    return dict([*found, (f"no MasaCtrl, drawn and named, weight {args.weight:g}, guidance {last:g}", alone)])
+def table_methods(args: argparse.Namespace) -> dict[str, dict[str, Method]]:
+    """By section: the drawing alone, drawing and prompt, the prompt alone; no prompt names what lies between."""
+    alone, both, prompt = (
+        drawn(args, args.guidance, False),
+        drawn(args, args.guidance, True),
+        plain(args, args.guidance),
+    )
+    return {"real": dict([alone, both, prompt]), "between": dict([alone, prompt])}
 
 
 def sweep_cells(args: argparse.Namespace) -> dict[str, Method]:
     """The arguments' setting, and each setting varied alone; and the prompt alone at every guidance."""
-    base = args.drawn_guidance[0]
-    found = [plain(args, guidance) for guidance in dict.fromkeys([args.guidance, base, *args.sweep_guidances])]
+    base = args.guidance
+    found = [plain(args, guidance) for guidance in (base, *args.sweep_guidances)]
     for worded in (False, True):
         found.append(drawn(args, base, worded))
         found += [drawn(args, base, worded, weight=weight) for weight in args.sweep_weights]
@@ -113,20 +116,54 @@ def calibration(store: Store, pairs: int = 201) -> list[Task]:
     return [Task("model", s, {what: None}) for s, what in wanted if not store.path("model", what, s).exists()]
 
 
-def plan(args: argparse.Namespace, store: Store) -> list[Task]:
-    """What is missing, named poses and others by turns."""
-    tasks: list[Task] = []
-    for section in args.sections:
-        if section == "report":
+def sweep(sd: masa.StableDiffusion, args: argparse.Namespace, store: Store, settings: Settings) -> None:
+    """Cell by cell, since a run has one S and one guidance."""
+    cells = sweep_cells(args)
+    count = dict.fromkeys(cells, args.sweep_individuals)
+    tasks = [task for section in ("drawn sweep", "between sweep") for task in missing(store, section, cells, count)]
+    for task in tqdm(sorted(tasks, key=lambda task: task.seed)):
+        if time.time() < args.deadline:
+            make(sd, store, settings, args.subject, task)
+
+
+def table(sd: masa.StableDiffusion, args: argparse.Namespace, store: Store, settings: Settings) -> None:
+    """Each individual's edits by all methods in one run: they share the source, and a target does not depend on others.
+
+    Those asked for by --methods first; what they leave out may follow in a second call.
+    """
+    for seed in tqdm(range(TABLE_SEEDS, TABLE_SEEDS + args.individuals)):
+        todo = [
+            (section, name, method, Individual.draw(seed, args.subject, section == "between"))
+            for section, methods in table_methods(args).items()
+            for name, method in methods.items()
+            if any(text in name for text in args.methods) and not store.path(section, name, seed).exists()
+        ]
+        if not todo or time.time() > args.deadline:
             continue
-        sweep = section == "sweep"
-        methods = sweep_cells(args) if sweep else table_methods(args)
-        count = dict.fromkeys(methods, args.sweep_individuals if sweep else args.individuals)
-        chosen = {name: method for name, method in methods.items() if any(text in name for text in args.methods)}
-        kinds = {"named": "drawn sweep" if sweep else "real", "between": "between sweep" if sweep else "between"}
-        found = [task for kind in args.poses for task in missing(store, kinds[kind], chosen, count)]
-        tasks += sorted(found, key=lambda task: task.seed)
-    return [*tasks, *calibration(store)] if tasks else tasks
+        prompts, sticks = [], []
+        for _, _, method, who in todo:
+            prompts += [who.prompt(pose if method.worded else None) for pose in who.target_poses]
+            size = sd.config.image_size
+            sticks += [who.stick(pose, size) if method.drawing else None for pose in who.target_poses]
+        who = Individual.draw(seed, args.subject)
+        source = who.picture(who.source_pose, sd.config.image_size)
+        out = masa.sample(
+            sd, target=prompts, controls=controls(args, sticks), guidance_scale=args.guidance, progress=False,
+            trajectory=masa.invert(sd, source, who.source_prompt, steps=settings.steps, progress=False),
+        )  # fmt: skip
+        pictures, first = as_arrays(out.images), 1
+        for section, name, _, who in todo:
+            last = first + len(who.target_poses)
+            store.save(section, name, seed, np.concatenate([pictures[:1], pictures[first:last]]))
+            first = last
+
+
+def controls(args: argparse.Namespace, sticks: Sequence[np.ndarray | None]) -> list[Control]:
+    """MasaCtrl, and the adapter where anything is drawn."""
+    name_and_method = masactrl(args.subject, args.start_step, args.start_layer)
+    if all(stick is None for stick in sticks):
+        return [*name_and_method[1].controls]
+    return [*name_and_method[1].controls, masa.T2IAdapter("demo", target=sticks, weight=args.weight, tau=args.tau)]
 
 
 def write_report(store: Store, out: Path) -> str:
@@ -166,16 +203,18 @@ def write_report(store: Store, out: Path) -> str:
 
 def main() -> None:
     args = arguments()
+    args.deadline = time.time() + 60 * args.minutes
+    torch.set_num_threads(1)
     settings = Settings(args.steps, args.guidance, args.start_step, args.start_layer)
     store = Store(args.run)
-    tasks = plan(args, store)
-    if tasks:
+    if args.sections != ["report"]:
         sd = masa.load(args.checkpoint, device="cpu", progress=False)
-        print(estimate(tasks, settings, speed(sd), args.workers), flush=True)
         store.claim(about(sd, settings, args.subject))
-        del sd
-        deadline = time.time() + 60 * args.minutes
-        run(tasks, Work(args.checkpoint, store, settings, args.subject, deadline), args.workers)
+        for section in args.sections:
+            if section != "report":
+                (sweep if section == "sweep" else table)(sd, args, store, settings)
+        for task in calibration(store):
+            make(sd, store, settings, args.subject, task)
     if "report" in args.sections:
         print(write_report(store, args.out))
 

@@ -913,21 +913,26 @@ DRAWN_POSES: dict[str, tuple[tuple[str, str], ...]] = {
         ),
     ),
     "demo_world between_two_poses_lie_further_ones": (("return a + (b - a) * amount", "return a + (b - a) * 0.5"),),
-    "demo_adapter": (
+    "demo_adapter examples_are_of_all_poses_and_captions_leave_them_out": (
         ("if way != pose or not told:", "if not told:"),
+    ),
+    "demo_adapter the_right_stick_beats_a_wrong_one_and_none": (
         ("others = Pool(pool.latents, pool.sticks.roll(1, 0), pool.ids)", "others = pool"),
+    ),
+    "demo_adapter the_file_is_an_ordinary_adapters": (
         ('parts = ["body", str(blocks * int(parts[1]) + int(parts[3])), *parts[4:]]', "pass"),
+    ),
+    "demo_adapter each_setting_of_the_recipe_matters": (
         ("torch.where(silent[:, None], empty, pool.ids[rows])", "pool.ids[rows]"),
+    ),
+    "demo_adapter demo_is_a_path_and_a_run_with_it_is_repeated": (
         (
             "return self if locate_adapter(self.path) == DEMO_ADAPTER else super().found(find)",
             "return super().found(find)",
         ),
-        (
-            'return DEMO_ADAPTER if str(path) == "demo" and not found.exists() else found',
-            'return DEMO_ADAPTER if str(path) == "demo" else found',
-        ),
-        ("facing=pose is not None)", "facing=True)"),
+        ('str(path) == "demo" and not found.exists() else found', 'str(path) == "demo" else found'),
     ),
+    "demo_adapter demo_pose_takes_a_drawing": (("facing=pose is not None)", "facing=True)"),),
 }
 
 

@@ -212,7 +212,7 @@ def test_demo_is_a_path_and_a_run_with_it_is_repeated(tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     stick = stick_figure("cat", "lying", sample(0, ["cat"]).scene)
     Image.fromarray(stick).save("pose.png")
-    usual = ["--steps", "2", "--guidance", "4", "--seed", "0", "-q"]
+    usual = ["--steps", "2", "--guidance", "4", "--seed", "0", "--start-step", "0", "-q"]
     assert main(["sample", "a cat", "a cat", "--t2i-adapter", "demo", "pose.png", *usual, "-o", "out"]) == 0
     assert main(["sample", "a cat", "a cat", *usual, "-o", "plain"]) == 0
     shown, plain = (np.asarray(Image.open(f"{folder}/target_0.png")).astype(int) for folder in ("out", "plain"))
@@ -220,7 +220,7 @@ def test_demo_is_a_path_and_a_run_with_it_is_repeated(tmp_path, monkeypatch, cap
     monkeypatch.chdir("/")
     again = masa.rerun(tmp_path / "out" / "target_0.png", progress=False)
     assert np.array_equal(np.asarray(again.targets[0]), shown)
-    adapter = next(c for c in again.settings["controls"] if c["control"] == "T2IAdapter")
+    adapter = next(c for c in again.settings["controls"] if c["kind"] == "T2IAdapter")
     assert adapter["path"] == "demo"
     assert adapter["sha256"] == masa.T2IAdapter(DEMO_ADAPTER, target=stick).file.digest()
     (tmp_path / "demo").mkdir()  # what lies there comes first, as in `load`
