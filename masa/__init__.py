@@ -14,6 +14,7 @@ from masa.controls.blended import BlendedLatents
 from masa.controls.controlnet import ControlNet
 from masa.controls.freeu import FreeU
 from masa.controls.ip_adapter import IPAdapter
+from masa.controls.live_preview import LivePreview
 from masa.controls.local_blend import LocalBlend
 from masa.controls.masactrl import MasaCtrl
 from masa.controls.masks import GivenMasks, WordMasks
@@ -32,6 +33,9 @@ from masa.pipeline import StableDiffusion, load
 from masa.samplers.base import Sampler
 from masa.samplers.ddim import DDIM
 from masa.samplers.dpm_solver import DPMSolverPP
+from masa.samplers.euler import Euler
+from masa.samplers.lcm import LCM
+from masa.samplers.unipc import UniPC
 from masa.sampling import edit, sample
 from masa.schedule import Schedule
 from masa.settings import register
@@ -44,17 +48,20 @@ from masa.workflows.sheets import grid, sweep
 
 __all__ = [
     "DDIM",
+    "LCM",
     "BlendedLatents",
     "CheckpointError",
     "ClassifierFree",
     "ControlNet",
     "DPMSolverPP",
+    "Euler",
     "Frames",
     "FreeU",
     "GivenMasks",
     "Guidance",
     "GuidanceInterval",
     "IPAdapter",
+    "LivePreview",
     "LocalBlend",
     "MasaCtrl",
     "MasaError",
@@ -74,6 +81,7 @@ __all__ = [
     "StyleTransfer",
     "T2IAdapter",
     "Trajectory",
+    "UniPC",
     "WordMasks",
     "edit",
     "grid",

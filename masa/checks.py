@@ -16,7 +16,7 @@ from masa.cache.source_cache import SourceCache
 from masa.controls.base import ActiveControl, Control, Run, begin_all, check_together
 from masa.edits import Grid
 from masa.errors import MasaError
-from masa.guidance import ClassifierFree, check_guidance, check_guidance_scale
+from masa.guidance import ClassifierFree, Guidance, check_guidance, check_guidance_scale
 from masa.io.pictures import ImageLike, check_size, load_image
 from masa.pipeline import StableDiffusion
 from masa.samplers.base import Levels, Sampler
@@ -145,6 +145,7 @@ def describe_run(sd: StableDiffusion, levels: Levels, prompts: tuple[str, ...], 
         device=sd.device,
         dtype=sd.dtype,
         unet=sd.config.unet,
+        preview=sd.config.preview,
         token_positions=sd.tokenizer.token_positions,
         encode=sd.tokenizer.encode,
         tokens=sd.config.text.tokens,
@@ -209,6 +210,8 @@ def settle(sd: StableDiffusion, asked: RunSettings, trajectory: Trajectory | Non
     sampler = asked.sampler or DDIM()
     method = None if trajectory is None else trajectory.method
     levels = choose_levels(sampler, schedule, steps, method=method, eta=asked.eta, free=not pinned)
+    if sd.embeds_guidance:
+        check_embedded(asked.negative_prompt, asked.guidance, method)
     from_noise = trajectory is None and asked.latents is None
     settled = replace(
         asked,
@@ -225,6 +228,20 @@ def settle(sd: StableDiffusion, asked: RunSettings, trajectory: Trajectory | Non
         sampler=sampler,
     )
     return settled, levels
+
+
+def check_embedded(negative_prompt: str, guidance: Guidance | None, method: str | None) -> None:
+    """MasaError for what needs two halves, of a model that is told its guidance and has one. method: an inversion's."""
+    what = f"negative_prompt={negative_prompt!r}" if negative_prompt else None
+    if guidance not in (None, ClassifierFree()):
+        what = f"guidance={guidance!r}"
+    if method in ("negative-prompt", "null-text", "edit-friendly"):
+        what = f"{method} inversion"
+    if what is not None:
+        raise MasaError(
+            f"{what} needs an unconditional prediction, and this model, a latent consistency model that is told its "
+            "guidance, makes none; leave it out, or take a plain model with an LCM-LoRA"
+        )
 
 
 def steps_and_size(

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# Red, green and blue in [-1, 1] of a unit in each latent channel, then of none: (channels + 1, 3).
+PreviewFactors = tuple[tuple[float, ...], ...]
+
 
 @dataclass(frozen=True)
 class UNetConfig:
@@ -16,6 +19,7 @@ class UNetConfig:
     context_width: int = 768
     heads: int = 8
     norm_groups: int = 32
+    guidance_width: int = 0  # of guidance embedded beside the timestep, 256 in latent consistency models; 0: none
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,15 @@ class VAEConfig:
 
 
 @dataclass(frozen=True)
+class TinyVAEConfig:
+    """TAESD, the tiny autoencoder. encodes: with its encoder."""
+
+    latent_channels: int = 4
+    downsample: int = 8
+    encodes: bool = True
+
+
+@dataclass(frozen=True)
 class TextConfig:
     """The CLIP text encoder."""
 
@@ -86,10 +99,11 @@ class ModelConfig:
     """Everything that a checkpoint's shapes and configuration files tell."""
 
     unet: UNetConfig = UNetConfig()
-    vae: VAEConfig = VAEConfig()
+    vae: VAEConfig | TinyVAEConfig = VAEConfig()
     text: TextConfig = TextConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     image_size: int = 512  # side of the pictures that the model was trained on, in pixels
+    preview: PreviewFactors | None = None  # the latents' colours, where the checkpoint tells them
 
 
 SD_V1 = ModelConfig()

@@ -45,6 +45,7 @@ class Denoising:
     callback: Callback | None = None
     cache: SourceCache | None = None  # has what the targets read of the source, which is not computed
     targets_at_once: int | None = None
+    embedded_guidance: Tensor | None = None  # of a model that is told its guidance, and has no halves
 
     @property
     def steps(self) -> int:
@@ -88,7 +89,7 @@ def denoise(run: Denoising) -> Iterator[Tensor]:
             x = _moved(run, control, x, control.after_step(step, x, tape, branches))
             history = tuple(control.blend(kept) for kept in history)
         if run.callback is not None:
-            x = _call_back(run, run.callback, step, timestep, x)
+            x = _call_back(run, run.callback, step, round(timestep), x)
         yield x
 
 
@@ -140,7 +141,7 @@ def _parts(run: Denoising, step: int) -> tuple[Branches, ...]:
 
 
 def _predict(
-    run: Denoising, x: Tensor, step: int, timestep: int, batches: Sequence[Batch]
+    run: Denoising, x: Tensor, step: int, timestep: float, batches: Sequence[Batch]
 ) -> tuple[Tensor, tuple[int, ...], Tape, Branches]:
     """Guided eps (branches present, 4, h, w), the branches present, and all calls' tape with the rows it is of."""
     context, tapes = run.contexts[step], []
@@ -161,6 +162,7 @@ def _predict(
                 backend=run.backend,
                 copies=branches.copies,
                 residuals=_residuals(run, x, step, timestep, prompts, branches),
+                guidance=run.embedded_guidance,
             )
             wanted = branches.select(batch.wanted)
             eps = (eps if batch.retire is not None else take(eps, batch.wanted)).float()
@@ -174,7 +176,7 @@ def _predict(
 
 
 def _residuals(
-    run: Denoising, x: Tensor, step: int, timestep: int, prompts: Tensor, branches: Branches
+    run: Denoising, x: Tensor, step: int, timestep: float, prompts: Tensor, branches: Branches
 ) -> Residuals | None:
     """The sum of what controls add to the network's features for these rows."""
     if not run.controls:

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from masa.attention import Backend, check_backend
 from masa.branches import Branches
-from masa.checks import check_model, check_schedule, check_tiled
+from masa.checks import check_embedded, check_model, check_schedule, check_tiled
 from masa.errors import MasaError
 from masa.guidance import ClassifierFree, check_guidance_scale, guide
 from masa.io.files import file_digest
@@ -83,6 +83,8 @@ def invert(
     check_guidance_scale(guidance_scale)
     check_guidance_scale(edit_guidance_scale)
     check_method(method, prompt, steps, schedule, edit_guidance_scale)
+    if sd.embeds_guidance:
+        check_embedded("", None, method)
     if not isinstance(inner_steps, int | np.integer) or isinstance(inner_steps, bool) or inner_steps < 1:
         raise MasaError(f"inner_steps is {inner_steps}; expected a whole number, 1 or more")
     check_backend(backend, sd.device)
@@ -92,12 +94,13 @@ def invert(
     uncond, cond = sd.encode_prompt([""]), sd.encode_prompt([prompt])
     if method == "negative-prompt":
         uncond = cond
+    embedded = sd.embed_guidance(guidance_scale)
     # Where both halves would be the same row, or the unconditional one has no say, one is enough.
-    rows = Branches.build(0, guided=guidance_scale > 1.0 and not torch.equal(uncond, cond))
+    rows = Branches.build(0, guided=guidance_scale > 1.0 and not torch.equal(uncond, cond) and not sd.embeds_guidance)
     context = rows.contexts(uncond, cond)
 
     def predict(x: Tensor, timestep: int) -> Tensor:
-        eps, _ = sd.unet(x.to(sd.dtype), timestep, context, backend=backend, copies=rows.copies)
+        eps, _ = sd.unet(x.to(sd.dtype), timestep, context, backend=backend, copies=rows.copies, guidance=embedded)
         return guide(rows, eps.float(), ClassifierFree(), 0, guidance_scale)
 
     z0 = sd.encode_image(picture, height=picture.shape[2], width=picture.shape[3], tiled=tiled)

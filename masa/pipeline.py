@@ -22,11 +22,10 @@ from masa.io.pictures import ImageLike, load_image, to_pil
 from masa.models import tiling
 from masa.models.clip import TextEncoder
 from masa.models.tokenizer import Tokenizer
-from masa.models.unet import UNet
-from masa.models.vae import VAE
+from masa.models.unet import UNet, guidance_embedding
 from masa.output.notebook import table_html
 from masa.runtime.lora import Lora, LoraGiven, LoraPath, LoraWeight, as_loras, check_weight, merge, open_loras
-from masa.runtime.networks import build_models, meta_models, weight_samples
+from masa.runtime.networks import Autoencoder, Network, build_models, meta_models, weight_samples
 from masa.runtime.offload import OffloadedNetworks
 from masa.schedule import Schedule
 from masa.weights import hub
@@ -72,7 +71,7 @@ class StableDiffusion:
     """
 
     unet: UNet
-    vae: VAE
+    vae: Autoencoder
     text_encoder: TextEncoder
     tokenizer: Tokenizer
     schedule: Schedule
@@ -194,6 +193,17 @@ class StableDiffusion:
         with self._at_work(self.vae):
             return [to_pil(tiling.decode(self.vae, z[None], tiled))[0] for z in bar]
 
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether the UNet is told its guidance, beside the timestep, and has no unconditional half."""
+        return self.config.unet.guidance_width > 0
+
+    def embed_guidance(self, guidance_scale: float) -> Tensor | None:
+        """What such a UNet is told, (1, guidance_width); None for any other."""
+        if not self.embeds_guidance:
+            return None
+        return guidance_embedding(guidance_scale, self.config.unet.guidance_width, self.unet.conv_in.weight)
+
     @torch.no_grad()
     def encode_prompt(self, prompts: Sequence[str]) -> Tensor:
         """n prompts -> context (n, 77, width)."""
@@ -203,7 +213,7 @@ class StableDiffusion:
             return self.text_encoder(self.tokenizer(prompts).to(self.device))
 
     @contextmanager
-    def _at_work(self, network: UNet | VAE | TextEncoder) -> Iterator[None]:
+    def _at_work(self, network: Network) -> Iterator[None]:
         """The network ready; offloaded, it goes back afterwards, also if it did not fit."""
         if self.offloaded is not None:
             with self.offloaded.at_work(network):
@@ -236,7 +246,8 @@ def load(
     None for the demo model that ships with the library. device: default cuda where there is one, else cpu.
     dtype: a torch dtype or "fp32", "fp16", "bf16"; default float16 on cuda, bfloat16 on a CPU with AMX or
     AVX512-BF16, else float32. tokenizer: a folder with vocab.json and merges.txt; default the checkpoint's
-    own, else CLIP's. vae: another autoencoder's file or folder. lora: a LoRA's path, (path, weight), or a list of
+    own, else CLIP's. vae: another autoencoder's file or folder; also TAESD's, which decodes in no time, a little less
+    sharp, and cannot encode where its encoder is missing. lora: a LoRA's path, (path, weight), or a list of
     these, merged as `StableDiffusion.with_lora` does. progress: a bar while a large file is read.
 
     offload: less memory. Of a GPU, text encoder and VAE are there only while they work, else in the CPU's memory. On

@@ -21,6 +21,7 @@ from masa.checks import (
     as_controls,
     as_prompts,
     check_controls,
+    check_embedded,
     check_inversion,
     check_model,
     check_schedule,
@@ -32,13 +33,14 @@ from masa.checks import (
     picture_size,
     settle,
 )
-from masa.controls.base import ActiveControl, Control, begin_all
+from masa.controls.base import ActiveControl, Control, begin_all, only_looks
 from masa.controls.masactrl import MasaCtrl
 from masa.denoising import Callback, Context, Denoising, check_cache, check_together, denoise
 from masa.errors import MasaError
 from masa.guidance import Guidance
 from masa.inversion import invert
 from masa.io.pictures import ImageLike
+from masa.models.taesd import TinyVAE
 from masa.noise import Noise
 from masa.null_text import INNER_STEPS
 from masa.output.result import Picture, Result
@@ -95,12 +97,13 @@ def sample(
     height, width: multiples of 64, default the model's training size. Starting noise: `latents` (1, 4, h, w)
     shared or (1 + N, 4, h, w), else drawn from `generator`, else from `seed` on the CPU, the same on every
     device. eta: DDIM's, 0 is deterministic. schedule: default the model's. sampler: "ddim" (default), "dpm++2m",
-    "dpm++2m-sde" or a value such as DPMSolverPP(karras=True); one that adds noise takes it from the same seed or
-    generator, after the start's. On a trajectory it visits the trajectory's levels. targets_at_once: how many
-    targets one call of the UNet takes, where memory is short; further calls in a step compute the source again where
-    their targets read it, unless it is cached. tiled: decode in overlapping tiles, which takes less memory and changes
-    the pictures a little; default where a side is over 768 pixels. backend: of controlled attention, "auto", "triton",
-    "sdpa" or "reference". callback(step, timestep, latents) may return other latents.
+    "dpm++2m-sde", "unipc", "euler", "euler-a", "lcm" or a value such as DPMSolverPP(karras=True); one that adds noise
+    takes it from the same seed or generator, after the start's. On a trajectory it visits the trajectory's levels;
+    "lcm" cannot. targets_at_once: how many targets one call of the UNet takes, where memory is short; further calls in
+    a step compute the source again where their targets read it, unless it is cached. tiled: decode in overlapping
+    tiles, which takes less memory and changes the pictures a little; default where a side is over 768 pixels. backend:
+    of controlled attention, "auto", "triton", "sdpa" or "reference". callback(step, timestep, latents) may return other
+    latents; a timestep between training's is rounded.
 
     Raises MasaError for bad input, before any long work. MasaCtrl (2304.08465), algorithm 1.
     """
@@ -166,6 +169,8 @@ def prepare(sd: StableDiffusion, asked: RunSettings, given: Given) -> Prepared:
     if given.callback is not None and not callable(given.callback):
         raise MasaError(f"callback is {given.callback!r}; expected a function of (step, timestep, latents), or None")
     cache = given.cache
+    looking = tuple(filter(only_looks, asked.controls))
+    asked = replace(asked, controls=tuple(control for control in asked.controls if not only_looks(control)))
     if not asked.target and [describe(control) for control in asked.controls] == [describe(MasaCtrl())]:
         asked = replace(asked, controls=())  # the default, which has nothing to act on
     if cache is not None:
@@ -184,8 +189,13 @@ def prepare(sd: StableDiffusion, asked: RunSettings, given: Given) -> Prepared:
     def draw() -> Tensor:
         return noise.draw((1, *shape))
 
-    active, first_step = _begin(sd, settings, levels, trajectory, lambda: draw().to(sd.device))
+    controls = (*settings.controls, *looking)
+    active, first_step = _begin(
+        sd, replace(settings, controls=controls), levels, trajectory, lambda: draw().to(sd.device)
+    )
     start = _start(settings, trajectory, first_step, shape, draw).to(sd.device)
+    if trajectory is None and first_step == 0:
+        start = start * settings.sampler.noise_scale(levels)
     start = _started(active, start, cache)
     denoising = Denoising(
         sd=sd,
@@ -206,10 +216,11 @@ def prepare(sd: StableDiffusion, asked: RunSettings, given: Given) -> Prepared:
         callback=given.callback,
         cache=cache,
         targets_at_once=settings.targets_at_once,
+        embedded_guidance=sd.embed_guidance(settings.guidance_scale),
     )
     if cache is not None:
         rows_of = {step: denoising.contexts[step].branches for step in range(first_step, denoising.steps)}
-        pairs = zip(settings.controls, active, strict=True)
+        pairs = zip(controls, active, strict=True)
         check_cache(denoising, cache, [source_condition(control, bound, rows_of) for control, bound in pairs])
     check_together(denoising)
     settings = replace(settings, skip_steps=first_step, generator_state=noise.generator_state)
@@ -230,6 +241,7 @@ def collect(prepared: Prepared, x: Tensor) -> Result:
         "version": __version__,
         "checkpoint": sd.origin.checkpoint,
         "vae": sd.origin.vae,
+        "decoder": "TAESD" if isinstance(sd.vae, TinyVAE) else "VAE",
         "tokenizer": sd.origin.tokenizer,
         "lora": [lora.describe() for lora in sd.origin.lora],
         "fingerprint": sd.fingerprint,
@@ -360,6 +372,8 @@ def _check_edit(
     check_inversion(method, asked.negative_prompt, asked.eta)
     size = picture_size(sd, image, *asked_size)
     first_step = choose_first_step(asked.skip_steps, steps, default_skip(method, steps), from_noise=False)
+    if sd.embeds_guidance:
+        check_embedded(asked.negative_prompt, asked.guidance, method)
     free = not asked.pin_source
     levels = choose_levels(asked.sampler, schedule, steps, method=method, eta=asked.eta, free=free)
     check_controls(sd, asked.controls, levels, (asked.source, *asked.target), size=size, first_step=first_step)
@@ -433,8 +447,8 @@ def _contexts(
     else:
         unconds = list(trajectory.context.to(cond).split(1))
     source_scale = (trajectory.source_guidance if trajectory is not None else None) or 0.0
-    guided = max(settings.guidance_scale, source_scale) > 1.0
-    if settings.guidance_scale > 1.0 and first_step < steps:
+    guided = max(settings.guidance_scale, source_scale) > 1.0 and not sd.embeds_guidance
+    if guided and settings.guidance_scale > 1.0 and first_step < steps:
         rule.check(range(first_step, steps))
 
     def rows(step: int, merged: bool) -> Branches:

@@ -35,6 +35,9 @@ from masa.io.pictures import load_mask
 from masa.samplers.base import Sampler
 from masa.samplers.ddim import DDIM
 from masa.samplers.dpm_solver import DPMSolverPP
+from masa.samplers.euler import Euler
+from masa.samplers.lcm import LCM
+from masa.samplers.unipc import UniPC
 from masa.schedule import Schedule
 
 Class = TypeVar("Class", bound=type)
@@ -162,10 +165,12 @@ for _kind in (
     ControlNet,
     DDIM,
     DPMSolverPP,
+    Euler,
     FreeU,
     GivenMasks,
     GuidanceInterval,
     IPAdapter,
+    LCM,
     LocalBlend,
     MasaCtrl,
     PlugAndPlay,
@@ -177,6 +182,7 @@ for _kind in (
     ScheduleConfig,
     StyleTransfer,
     T2IAdapter,
+    UniPC,
     WordMasks,
 ):
     register(_kind)

@@ -52,7 +52,7 @@ Mutations = dict[str, list[tuple[str, str]]]
 SOURCE_CACHE: Mutations = {
     "source_cache a_cache_recorded_from_a_later_step_serves": [
         ("self.latents[step + 1 - self.first_step]", "self.latents[step + 1]"),
-        ('return self.latents[:1] if self.settings["latents"] is not None else latents', "return latents"),
+        ("return latents if given is None else given", "return latents"),
         (" and not (cache.pinned and run.first_step > cache.first_step)", ""),
     ],
     "source_cache the_seed_of_an_edit_s_noise_is_the_recorded_one": [
@@ -63,7 +63,7 @@ SOURCE_CACHE: Mutations = {
         ('TRAJECTORY = ("latents", "context", "noise")', 'TRAJECTORY = ("latents", "context")'),
     ],
     "source_cache targets_may_start_from_latents_of_their_own": [
-        (" or not torch.equal(latents[:1].cpu(), self.latents[:1])", ""),
+        (" or not torch.equal(latents[:1].cpu().float(), recorded.float())", ""),
     ],
     "source_cache what_agrees_with_the_cache_is_taken": [
         ("not torch.equal(trajectory.latents, self.trajectory.latents)", "False"),
@@ -270,11 +270,22 @@ GUIDANCE_AND_SAMPLERS: Mutations = {
         ("h / (2.0 * h_before)", "h_before / (2.0 * h)"),
         ("math.exp(-h) * x", "x"),
         ("last and self.levels.steps < FEW_STEPS", "last"),
+        ("min(self.order, self.levels.steps - step, len(known))", "min(self.order, len(known))"),
+        ("weights[-1] * (m - history[0])", "weights[-1] * (history[0] - m)"),
+        ("math.factorial(j) * g / phi", "g / phi"),
+        ("[0.5] if q == 2 else _weights(h, r)", "_weights(h, r)"),
+        ("[new - old for new, old in", "[new for new, old in"),
+        ('1.0 if self.spacing == "leading" else math.sqrt(1.0 - levels.alphas[0])', "1.0"),
+        ("ddim_sigma(a, a_next, eta=1.0)", "ddim_sigma(a, a_next, eta=0.9)"),
+        ("TIME_SCALE = 10.0", "TIME_SCALE = 1.0"),
+        ("c_skip * x + c_out * x0", "x0"),
     ],
     "samplers grids_equal_diffusers": [
         ("training // (steps + 1)", "training // steps"),
         ("KARRAS_RHO = 7.0", "KARRAS_RHO = 6.0"),
-        ("round(low + min(max(share, 0.0), 1.0))", "round(low)"),
+        ("low + min(max(share, 0.0), 1.0)", "low"),
+        ("trained[TRAINED_STEPS * k // steps]", "trained[TRAINED_STEPS // steps * k]"),
+        ("np.linspace(0, last, steps)", "np.linspace(0, last, steps + 1)[1:]"),
     ],
     "samplers leading_timesteps_have_the_schedules_offset": [
         ("stride * k + schedule.offset", "stride * k + 1"),
@@ -300,6 +311,45 @@ GUIDANCE_AND_SAMPLERS: Mutations = {
     ],
     "samplers noise_that_is_no_inversion_needs_not_be_retraced": [
         ('method not in (None, "noise") and free', "method is not None and free"),
+    ],
+    "samplers a_cached_source_serves_starts_of_ones_own": [
+        ("self.latents[:1] if given is None else given", "self.latents[:1]"),
+    ],
+    "lcm guidance_changes_the_picture_and_costs_no_rows": [
+        ("max(settings.guidance_scale, source_scale) > 1.0 and not sd.embeds_guidance", "True"),
+        ("guidance=run.embedded_guidance,", ""),
+    ],
+    "lcm the_embedding_is_diffusers": [
+        ("1000.0 * (guidance_scale - 1.0)", "1000.0 * guidance_scale"),
+        ("device=like.device) / (half - 1)", "device=like.device) / half"),
+    ],
+    "lcm an_inversion_is_told_its_guidance": [
+        ("copies=rows.copies, guidance=embedded", "copies=rows.copies"),
+    ],
+    "lcm what_needs_two_halves_is_refused": [
+        ("if guidance not in (None, ClassifierFree()):", "if False:"),
+    ],
+    "lcm a_controlnet_has_no_place_for_guidance": [
+        ("UNet(replace(config, guidance_width=0))", "UNet(config)"),
+    ],
+    "taesd every_layout_equals_diffusers": [
+        ("self.encoder((picture + 1.0) / 2.0)", "self.encoder(picture)"),
+        ("LATENTS_BEYOND = 3.0", "LATENTS_BEYOND = 4.0"),
+        ('number -= coder == "decoder" and not layers', "number -= not layers"),
+        ("(key, entry.stored or key)", "(key, key)"),
+    ],
+    "live_preview the_result_is_the_same_to_the_bit": [
+        (
+            "controls=tuple(control for control in asked.controls if not only_looks(control))",
+            "controls=asked.controls",
+        ),
+    ],
+    "live_preview every_so_many_steps_and_the_last": [
+        ("(step - self.first) % self.control.every == 0", "step % self.control.every == 0"),
+        (" or step == self.last", ""),
+    ],
+    "live_preview a_models_own_factors_are_used_and_shipped_with_the_demo_model": [
+        ("run.preview or SD_V1_FACTORS", "SD_V1_FACTORS"),
     ],
     "registration older_caches_serve": [
         ('{"sampler": DDIM(), "guidance": ClassifierFree()}.get(name)', "None"),

@@ -28,7 +28,8 @@ ALLOWED = {
     "masa/controls": (
         *(*BASE, "masa.branches", "masa.config", "masa.controls", "masa.io.pictures"),
         # Adapters bring networks of their own.
-        *("masa.models.controlnet", "masa.models.ip_adapter", "masa.models.t2i_adapter", "masa.runtime.adapters"),
+        *("masa.models.controlnet", "masa.models.ip_adapter", "masa.models.t2i_adapter", "masa.models.taesd"),
+        *("masa.runtime.adapters",),
     ),
     "masa/io": ("masa.io", "masa.errors"),
     "masa/runtime": (

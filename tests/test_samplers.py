@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import sys
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -23,36 +25,98 @@ SAMPLERS = {
     "2m": masa.DPMSolverPP(),
     "2m karras": masa.DPMSolverPP(karras=True, end="sigma_min"),
     "2m sde": masa.DPMSolverPP(sde=True),
+    "unipc": masa.UniPC(),
+    "unipc 3 karras": masa.UniPC(order=3, karras=True),
+    "euler": masa.Euler(),
+    "euler ancestral": masa.Euler(ancestral=True, karras=True),
+    "lcm": masa.LCM(),
 }
+ON_A_TRAJECTORY = {
+    **{name: SAMPLERS[name] for name in ("2m", "2m sde", "unipc", "euler")},
+    "unipc 3": masa.UniPC(order=3),
+    "euler ancestral": masa.Euler(ancestral=True),
+}
+SPACINGS = ("leading", "trailing", "linspace")
 # Float32 rounding of two ways to write the same step, grown over a whole trajectory.
 TOLERANCE = 1e-5
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers'
 
 
-def oracle(sampler: masa.DPMSolverPP, steps: int | None, timesteps: list[int] | None = None):
-    from diffusers import DPMSolverMultistepScheduler
+class Published:
+    """A scheduler of diffusers, on latents as masa has them."""
 
-    scheduler = DPMSolverMultistepScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        algorithm_type="sde-dpmsolver++" if sampler.sde else "dpmsolver++",
-        use_karras_sigmas=sampler.karras,
-        timestep_spacing=sampler.spacing or "trailing",
-        final_sigmas_type=sampler.end or "zero",
-        steps_offset=1,
-    )
-    scheduler.set_timesteps(steps, timesteps=timesteps)
-    return scheduler
+    def __init__(self, sampler: masa.Sampler, steps: int | None, timesteps: list[int] | None = None) -> None:
+        import diffusers
+
+        training = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+        grid = {"timestep_spacing": getattr(sampler, "spacing", None) or "trailing"}
+        end = {"final_sigmas_type": getattr(sampler, "end", None) or "zero"}
+        karras = {"use_karras_sigmas": getattr(sampler, "karras", False)}
+        if isinstance(sampler, masa.LCM):
+            self.scheduler = diffusers.LCMScheduler(**training)
+        elif isinstance(sampler, masa.DPMSolverPP):
+            kind = "sde-dpmsolver++" if sampler.sde else "dpmsolver++"
+            self.scheduler = diffusers.DPMSolverMultistepScheduler(
+                algorithm_type=kind, **training, **grid, **end, **karras
+            )
+        elif isinstance(sampler, masa.UniPC):
+            self.scheduler = diffusers.UniPCMultistepScheduler(
+                solver_order=sampler.order, **training, **grid, **end, **karras
+            )
+        elif sampler.ancestral:
+            self.scheduler = diffusers.EulerAncestralDiscreteScheduler(**training, **grid)
+        else:
+            self.scheduler = diffusers.EulerDiscreteScheduler(**training, **grid, **karras)
+        self.own_scale = isinstance(sampler, masa.Euler)  # latents over sqrt(alphas_cumprod)
+        if isinstance(sampler, masa.DPMSolverPP):
+            self.scheduler.set_timesteps(steps, timesteps=timesteps)
+        else:
+            self.scheduler.set_timesteps(steps)
+            if timesteps is not None:
+                self.scheduler.timesteps = torch.tensor(timesteps)
+        self.timesteps = self.scheduler.timesteps
+
+    def begin(self, noise: torch.Tensor) -> torch.Tensor:
+        """A run's first latents, in its own scale."""
+        return noise * self.scheduler.init_noise_sigma
+
+    def seen(self, x: torch.Tensor, i: int) -> torch.Tensor:
+        """What the network is given."""
+        return self.scheduler.scale_model_input(x, self.timesteps[i]) if self.own_scale else x
+
+    def step(self, eps: torch.Tensor, i: int, x: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        drawn = noise.expand_as(x)
+        if isinstance(self.scheduler, __import__("diffusers").DPMSolverMultistepScheduler):
+            return self.scheduler.step(eps, self.timesteps[i], x, variance_noise=drawn).prev_sample
+        module = sys.modules[type(self.scheduler).__module__]
+        with pytest.MonkeyPatch.context() as patch:
+            if hasattr(module, "randn_tensor"):
+                patch.setattr(module, "randn_tensor", lambda *args, **kwargs: drawn)
+            return self.scheduler.step(eps, self.timesteps[i], x, return_dict=False)[0]
+
+
+def oracle(sampler: masa.Sampler, steps: int | None, timesteps: list[int] | None = None) -> Published:
+    return Published(sampler, steps, timesteps)
 
 
 def every_grid() -> list[tuple[bool, str | None, str]]:
-    spacings = ("leading", "trailing", "linspace")
-    plain = [(False, spacing, end) for spacing, end in itertools.product(spacings, ("zero", "sigma_min"))]
+    plain = [(False, spacing, end) for spacing, end in itertools.product(SPACINGS, ("zero", "sigma_min"))]
     return [*plain, (True, None, "zero"), (True, None, "sigma_min")]
 
 
-def made_up_eps(x: torch.Tensor, timestep: int) -> torch.Tensor:
+def every_sampler() -> list[masa.Sampler]:
+    found: list[masa.Sampler] = [masa.LCM()]
+    for karras, spacing, end in every_grid():
+        grid = {"karras": karras, "spacing": spacing, "end": end}
+        found += [masa.DPMSolverPP(**grid), masa.DPMSolverPP(sde=True, **grid)]
+        found += [masa.UniPC(order=order, **grid) for order in (1, 2, 3)]
+    for spacing in SPACINGS:
+        found += [masa.Euler(spacing=spacing), masa.Euler(karras=True, spacing=spacing)]
+        found.append(masa.Euler(ancestral=True, spacing=spacing))
+    return found
+
+
+def made_up_eps(x: torch.Tensor, timestep: float) -> torch.Tensor:
     """Smooth in x, and different at every timestep."""
     mixed = torch.einsum("ij,bjhw->bihw", torch.arange(16.0).reshape(4, 4).sin() * 0.3, x)
     return torch.tanh(mixed) * 0.7 + x * 0.5 * (timestep / 1000) + 0.05 * torch.sin(3 * x)
@@ -65,30 +129,40 @@ def difference(out: torch.Tensor, ref: torch.Tensor) -> float:
 # ---------------------------------------------------------------------------------------- against diffusers
 
 
-@pytest.mark.parametrize(("karras", "spacing", "end"), every_grid())
-def test_grids_equal_diffusers(karras, spacing, end):
-    sampler = masa.DPMSolverPP(karras=karras, spacing=spacing, end=end)
-    for steps in (1, 2, 3, 7, 12, 20, 25, 30, 50, 99, 333):
-        levels, scheduler = sampler.levels(masa.Schedule(), steps), oracle(sampler, steps)
-        assert list(levels.timesteps) == scheduler.timesteps.tolist(), steps
-        sigmas = torch.tensor([((1 - a) / a) ** 0.5 for a in levels.alphas])
-        assert torch.allclose(sigmas, scheduler.sigmas, rtol=1e-5, atol=0), steps
+@pytest.mark.parametrize("sampler", every_sampler(), ids=str)
+def test_grids_equal_diffusers(sampler):
+    between = isinstance(sampler, masa.Euler) and (sampler.karras or sampler.spacing == "linspace")
+    atol = 1e-3 if between else 0.0  # of timesteps that are no whole ones, in float32 at diffusers
+    for steps in served(sampler, (1, 2, 3, 7, 12, 20, 25, 30, 50, 99, 333)):
+        levels, published = sampler.levels(masa.Schedule(), steps), oracle(sampler, steps)
+        ours = torch.tensor(levels.timesteps, dtype=torch.float64)
+        assert torch.allclose(ours, published.timesteps.double(), rtol=0, atol=atol), steps
+        if not isinstance(sampler, masa.LCM):
+            sigmas = torch.tensor([((1 - a) / a) ** 0.5 for a in levels.alphas])
+            assert torch.allclose(sigmas, published.scheduler.sigmas, rtol=1e-5, atol=0), steps
+
+
+def served(sampler: masa.Sampler, steps: tuple[int, ...]) -> list[int]:
+    """Numbers of steps that both sides serve."""
+    few = isinstance(sampler, masa.LCM)
+    # Where diffusers' UniPC ends where it begins, and takes no step at all.
+    none = isinstance(sampler, masa.UniPC) and sampler.karras and sampler.end == "sigma_min"
+    return [n for n in steps if not (few and n > 50) and not (none and n == 1)]
 
 
 def test_leading_timesteps_have_the_schedules_offset():
-    with_one, without = (
-        masa.DPMSolverPP(spacing="leading").levels(masa.Schedule(offset=offset), 12).timesteps for offset in (1, 0)
-    )
-    assert [t - 1 for t in with_one] == list(without)
+    for kind in (masa.DPMSolverPP, masa.UniPC, masa.Euler):
+        with_one, without = (
+            kind(spacing="leading").levels(masa.Schedule(offset=offset), 12).timesteps for offset in (1, 0)
+        )
+        assert [t - 1 for t in with_one] == list(without)
 
 
-@pytest.mark.parametrize("sde", [False, True], ids=["ode", "sde"])
-@pytest.mark.parametrize(("karras", "spacing", "end"), every_grid())
-def test_whole_trajectories_equal_diffusers(sde, karras, spacing, end):
-    sampler = masa.DPMSolverPP(sde=sde, karras=karras, spacing=spacing, end=end)
-    for steps in (1, 2, 3, 8, 14, 15, 16, 30, 99):
-        levels, scheduler = sampler.levels(masa.Schedule(), steps), oracle(sampler, steps)
-        assert follow(sampler, levels, scheduler) < TOLERANCE, steps
+@pytest.mark.parametrize("sampler", every_sampler(), ids=str)
+def test_whole_trajectories_equal_diffusers(sampler):
+    for steps in served(sampler, (1, 2, 3, 8, 14, 15, 16, 30, 50, 99)):
+        levels, published = sampler.levels(masa.Schedule(), steps), oracle(sampler, steps)
+        assert follow(sampler, levels, published) < TOLERANCE, steps
 
 
 @pytest.mark.parametrize("sde", [False, True], ids=["ode", "sde"])
@@ -99,42 +173,71 @@ def test_on_a_trajectorys_levels_it_equals_diffusers(sde, steps, first_step):
     fixed = Levels.of_schedule(masa.Schedule(), steps)
     levels = sampler.levels(masa.Schedule(), steps, fixed)
     assert levels is fixed
-    scheduler = oracle(sampler, None, list(levels.timesteps))
-    assert follow(sampler, levels, scheduler, first_step) < TOLERANCE
+    published = oracle(sampler, None, list(levels.timesteps))
+    assert follow(sampler, levels, published, first_step) < TOLERANCE
 
 
-def follow(sampler, levels, scheduler, first_step: int = 0) -> float:
-    """The greatest difference in any step of two runs of a made-up network."""
+@pytest.mark.parametrize("sampler", [masa.UniPC(order=3), masa.Euler(), masa.Euler(ancestral=True)], ids=str)
+@pytest.mark.parametrize(("steps", "first_step"), [(20, 0), (20, 7), (8, 3)])
+def test_on_a_trajectorys_levels_the_others_equal_diffusers(sampler, steps, first_step):
+    """Whose schedulers take no timesteps: they are given these, with the levels."""
+    fixed = Levels.of_schedule(masa.Schedule(), steps)
+    levels = sampler.levels(masa.Schedule(), steps, fixed)
+    assert levels is fixed
+    published = oracle(sampler, steps)
+    published.timesteps = published.scheduler.timesteps = torch.tensor(levels.timesteps, dtype=torch.float32)
+    published.scheduler.sigmas = torch.tensor([((1 - a) / a) ** 0.5 for a in levels.alphas])
+    assert follow(sampler, levels, published, first_step) < TOLERANCE
+
+
+def follow(sampler, levels, published, first_step: int = 0) -> float:
+    """The greatest difference in any step of two guided runs of a made-up network."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 4, 8, 8, generator=generator)
-    ours, theirs, history, worst = x, x, (), 0.0
+    noise = torch.randn(2, 4, 8, 8, generator=generator)
+    ours, history, worst = noise * sampler.noise_scale(levels), (), 0.0
+    theirs = published.begin(noise)
+    if first_step:
+        ours, theirs = noise, noise / (levels.alphas[first_step] ** 0.5 if published.own_scale else 1.0)
     solver = sampler.start(levels, 0.0)
-    scheduler.set_begin_index(first_step)
+    published.scheduler.set_begin_index(first_step)
     for step in range(first_step, levels.steps):
-        timestep = levels.timesteps[step]
+        timestep, a_next = levels.timesteps[step], levels.alphas[step + 1]
         noise = torch.randn(1, 4, 8, 8, generator=generator)
-        eps = made_up_eps(ours, timestep)
+        eps = guided_eps(ours, timestep)
         x0 = predict_x0(eps, ours, levels.alphas[step])
         ours, history = solver.step(step, ours, eps, x0, history, noise if solver.draws_noise else None)
-        eps, shared = made_up_eps(theirs, timestep), noise.expand_as(theirs)
-        theirs = scheduler.step(eps, scheduler.timesteps[step], theirs, variance_noise=shared).prev_sample
-        worst = max(worst, difference(ours, theirs))
+        eps = guided_eps(published.seen(theirs, step), timestep)
+        theirs = published.step(eps, step, theirs, noise)
+        reached = theirs * a_next**0.5 if published.own_scale else theirs
+        worst = max(worst, difference(ours, reached))
     return worst
 
 
-@pytest.mark.parametrize("sampler", [*SAMPLERS.values(), masa.DPMSolverPP(spacing="linspace")])
+def guided_eps(x: torch.Tensor, timestep: float) -> torch.Tensor:
+    """A made-up network under guidance of 2.5."""
+    uncond = made_up_eps(x, timestep)
+    return uncond + 2.5 * (made_up_eps(0.9 * x, timestep) - uncond)
+
+
+GUIDED = [*SAMPLERS.values(), masa.DPMSolverPP(spacing="linspace"), masa.Euler(karras=True, spacing="linspace")]
+GUIDED.append(masa.Euler(ancestral=True, spacing="leading"))
+
+
+@pytest.mark.parametrize("sampler", [s for s in GUIDED if s != SAMPLERS["euler ancestral"]], ids=str)
 @torch.no_grad()
 def test_guided_runs_equal_diffusers(tiny, sampler):
     """Of the network itself, and with the noise drawn after the start's."""
     steps = 16
     out = masa.sample(tiny, SOURCE, sampler=sampler, seed=5, **(SETTINGS | {"steps": steps}))
-    scheduler, generator = oracle(sampler, steps), torch.Generator().manual_seed(5)
+    published, generator = oracle(sampler, steps), torch.Generator().manual_seed(5)
     context = tiny.encode_prompt(["", SOURCE])
-    x = torch.randn(1, 4, 16, 16, generator=generator)
-    for timestep in scheduler.timesteps:
-        eps_u, eps_c = tiny.unet(x.expand(2, -1, -1, -1), int(timestep), context)[0].chunk(2)
-        noise = torch.randn(1, 4, 16, 16, generator=generator) if sampler.sde else None
-        x = scheduler.step(eps_u + 7.5 * (eps_c - eps_u), timestep, x, variance_noise=noise).prev_sample
+    x = published.begin(torch.randn(1, 4, 16, 16, generator=generator))
+    noisy = sampler.start(sampler.levels(tiny.schedule, steps), 0.0).draws_noise
+    for i, timestep in enumerate(published.timesteps):
+        seen = published.seen(x, i).expand(2, -1, -1, -1)
+        eps_u, eps_c = tiny.unet(seen, timestep, context)[0].chunk(2)
+        noise = torch.randn(1, 4, 16, 16, generator=generator) if noisy else torch.zeros(1, 4, 16, 16)
+        x = published.step(eps_u + 7.5 * (eps_c - eps_u), i, x, noise)
     # The random network multiplies float32 rounding, and guidance does again.
     assert difference(out.latents, x) < 5e-4
 
@@ -164,10 +267,21 @@ def trajectory(tiny):
 
 def test_each_field_changes_the_result(tiny, plain, sampled):
     changed = [masa.DPMSolverPP(karras=True), masa.DPMSolverPP(spacing="leading"), masa.DPMSolverPP(end="sigma_min")]
+    changed += [masa.UniPC(order=1), masa.UniPC(spacing="linspace")]
+    changed += [masa.UniPC(end="sigma_min"), masa.Euler(karras=True), masa.Euler(spacing="leading")]
+    changed += [masa.Euler(spacing="linspace"), masa.Euler(ancestral=True)]
     results = [plain, *sampled.values(), *(run(tiny, sampler=sampler) for sampler in changed)]
     for i, one in enumerate(results):
         for other in results[:i]:
             assert difference(one.latents, other.latents) > 1e-3
+
+
+def test_the_third_order_changes_the_result_where_steps_allow_it(tiny):
+    for steps, differ in ((5, True), (4, False)):
+        two, three = (
+            run(tiny, (), controls=[], steps=steps, sampler=masa.UniPC(order=order)).latents for order in (2, 3)
+        )
+        assert torch.equal(two, three) is not differ
 
 
 def test_names_and_defaults_stand_for_values(tiny, plain, sampled):
@@ -177,7 +291,11 @@ def test_names_and_defaults_stand_for_values(tiny, plain, sampled):
     assert torch.equal(run(tiny, sampler="dpm++2m-sde").latents, sampled["2m sde"].latents)
     for sampler in ("ddim", masa.DDIM()):
         assert torch.equal(run(tiny, sampler=sampler).latents, plain.latents)
-    assert set(NAMES) == {"ddim", "dpm++2m", "dpm++2m-sde"}
+    assert torch.equal(run(tiny, sampler="unipc").latents, sampled["unipc"].latents)
+    assert torch.equal(run(tiny, sampler="euler").latents, sampled["euler"].latents)
+    assert torch.equal(run(tiny, sampler="lcm").latents, sampled["lcm"].latents)
+    assert NAMES["euler-a"] == masa.Euler(ancestral=True)
+    assert set(NAMES) == {"ddim", "dpm++2m", "dpm++2m-sde", "unipc", "euler", "euler-a", "lcm"}
     for spacing in ("leading", "trailing", "linspace"):
         levels = masa.DPMSolverPP(karras=True, spacing=spacing).levels(tiny.schedule, 8)
         assert levels == masa.DPMSolverPP(karras=True).levels(tiny.schedule, 8)
@@ -204,14 +322,31 @@ def test_a_cached_source_serves_it(tiny, sampled, name, tmp_path):
     controls = [CONTROL, masa.LocalBlend("cat", "cat", threshold=0.95)]
     parts = masa.sample(tiny, target=TARGETS, controls=controls, cache=cache, targets_at_once=1, progress=False)
     same(parts.latents, run(tiny, controls=controls, sampler=SAMPLERS[name]).latents)
-    with pytest.raises(masa.MasaError, match=r"sampler is DDIM\(\), but the cache was recorded with DPMSolverPP"):
+    kind = type(SAMPLERS[name]).__name__
+    with pytest.raises(masa.MasaError, match=rf"sampler is DDIM\(\), but the cache was recorded with {kind}"):
         masa.sample(tiny, target=TARGETS, cache=cache, sampler="ddim")
 
 
-@pytest.mark.parametrize(("name", "pinned"), [("2m", True), ("2m", False), ("2m sde", True)])
+@pytest.mark.parametrize("sampler", ["ddim", "euler"])
+def test_a_cached_source_serves_starts_of_ones_own(tiny, sampler):
+    """Given as they are, before a sampler weighs them."""
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    made = {"controls": CONTROL, "sampler": sampler, "latents": noise, **SETTINGS}
+    cache = masa.record(tiny, SOURCE, **made)
+    uncached = masa.sample(tiny, SOURCE, TARGETS, **made)
+    for latents in (None, noise, noise.expand(3, -1, -1, -1)):
+        cached = masa.sample(tiny, target=TARGETS, controls=CONTROL, cache=cache, latents=latents, progress=False)
+        same(cached.latents, uncached.latents)
+
+
+@pytest.mark.parametrize(
+    ("name", "pinned"),
+    [(name, pinned) for name in ("2m", "unipc", "euler") for pinned in (True, False)]
+    + [("2m sde", True), ("euler ancestral", True)],
+)
 def test_a_pictures_cache_serves_it(tiny, trajectory, name, pinned):
     """From a later step on, of which the recording has one prediction less."""
-    sampler = masa.DPMSolverPP(sde=SAMPLERS[name].sde)
+    sampler = ON_A_TRAJECTORY[name]
     start = {"trajectory": trajectory, "pin_source": pinned, "sampler": sampler, "seed": 2, "skip_steps": 1}
     start["progress"] = False
     # A region that changes from step to step shows what was remembered where it was put back.
@@ -222,22 +357,26 @@ def test_a_pictures_cache_serves_it(tiny, trajectory, name, pinned):
     same(cached.latents, uncached.latents)
 
 
+@pytest.mark.parametrize("name", ["2m", "2m sde", "unipc", "unipc 3"])
 @torch.no_grad()
-def test_a_pinned_source_has_no_history(tiny, trajectory):
+def test_a_pinned_source_has_no_history(tiny, trajectory, name):
     """Its reconstruction is what its last step predicts, whatever came before."""
-    out = masa.sample(tiny, target=TARGETS[0], trajectory=trajectory, sampler="dpm++2m", controls=[], progress=False)
+    start = {"trajectory": trajectory, "sampler": ON_A_TRAJECTORY[name], "controls": [], "seed": 0, "progress": False}
+    out = masa.sample(tiny, target=TARGETS[0], **start)
     eps = tiny.unet(trajectory.latents[1][None].expand(2, -1, -1, -1), 1, tiny.encode_prompt(["", SOURCE]))[0]
     guided = eps[0] + 7.5 * (eps[1] - eps[0])
     m = predict_x0(guided, trajectory.latents[1], tiny.schedule.alpha(1))
     assert difference(out.latents[0], m) < 1e-4
-    skipped = masa.sample(
-        tiny, target=TARGETS[0], trajectory=trajectory, sampler="dpm++2m", controls=[], skip_steps=2, progress=False
-    )
+    skipped = masa.sample(tiny, target=TARGETS[0], skip_steps=2, **start)
     same(skipped.latents[0], out.latents[0])
 
 
-def test_a_free_source_may_run_under_2m(tiny, trajectory):
-    free = masa.sample(tiny, trajectory=trajectory, sampler="dpm++2m", progress=False)
+@pytest.mark.parametrize("name", ["dpm++2m", "unipc", "euler"])
+def test_a_free_source_may_run_under_what_adds_no_noise(tiny, trajectory, name):
+    free = masa.sample(tiny, trajectory=trajectory, sampler=name, progress=False)
+    if name == "euler":  # which is DDIM's step, on the trajectory's levels
+        same(free.latents, masa.sample(tiny, trajectory=trajectory, progress=False).latents)
+        return
     assert not torch.equal(free.latents, masa.sample(tiny, trajectory=trajectory, progress=False).latents)
 
 
@@ -255,9 +394,7 @@ def test_it_is_written_down_and_runs_again(tiny, sampled, name, tmp_path):
     assert torch.equal(again.latents, sampled[name].latents)
     assert again.settings == sampled[name].settings
     written = read_settings(tmp_path / "source.png")["sampler"]
-    assert written == {"kind": "DPMSolverPP"} | {
-        f: getattr(SAMPLERS[name], f) for f in ("sde", "karras", "spacing", "end")
-    }
+    assert written == {"kind": type(SAMPLERS[name]).__name__} | asdict(SAMPLERS[name])
 
 
 def test_edits_take_it(tiny):
@@ -346,7 +483,15 @@ class PutBack(ActiveControl):
         return latents[:1].expand_as(latents) if self.step == 1 else latents
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+def test_euler_on_a_trajectory_is_ddim(tiny, trajectory):
+    start = {"trajectory": trajectory, "target": TARGETS, "controls": CONTROL, "seed": 0, "progress": False}
+    for euler, eta in ((masa.Euler(), 0.0), (masa.Euler(ancestral=True), 1.0)):
+        # Two ways to write a step: float32 rounding, which the random network multiplies.
+        ddim = masa.sample(tiny, eta=eta, **start)
+        assert difference(masa.sample(tiny, sampler=euler, **start).latents, ddim.latents) < 5e-4
+
+
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if name.startswith(("2m", "unipc"))])
 def test_what_is_put_back_goes_on_as_the_source_does(tiny, name):
     noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     kept, forgotten = (
@@ -395,6 +540,18 @@ def test_blended_latents_blend_the_history_with_the_clean_picture(tiny, trajecto
     assert torch.equal(blended[0], history[0])
 
 
+@pytest.mark.parametrize("name", ON_A_TRAJECTORY)
+def test_a_picture_is_kept_outside_a_mask(tiny, trajectory, name):
+    """Whatever the solver remembers, what BlendedLatents puts back is the clean picture in the end."""
+    mask = torch.zeros(16, 16)
+    mask[:, 5:] = 1.0
+    start = {"trajectory": trajectory, "sampler": ON_A_TRAJECTORY[name], "seed": 0, "progress": False}
+    out = masa.sample(tiny, target=TARGETS, controls=[CONTROL, masa.BlendedLatents(mask)], **start)
+    for target in out.latents[1:]:
+        assert torch.equal(target[:, :, :5], trajectory.latents[0, :, :, :5])
+        assert difference(target[:, :, 5:], trajectory.latents[0, :, :, 5:]) > 0.1
+
+
 def test_a_callback_leaves_the_history_alone(tiny):
     """Moving the latents in step 0 changes step 1 by the solver's own formula, from the prediction before the move."""
     seen = []
@@ -417,6 +574,39 @@ def test_a_callback_leaves_the_history_alone(tiny):
     assert difference(seen[1], x) < 1e-4
 
 
+def test_a_callback_is_told_whole_timesteps_and_the_network_those_between(tiny, monkeypatch):
+    told, seen = [], []
+    forward = type(tiny.unet).forward
+
+    def spy(self, x, timestep, *args, **kwargs):
+        seen.append(timestep)
+        return forward(self, x, timestep, *args, **kwargs)
+
+    monkeypatch.setattr(type(tiny.unet), "forward", spy)
+    sampler = masa.Euler(karras=True)
+    run(tiny, (), controls=[], sampler=sampler, callback=lambda step, timestep, x: told.append(timestep))
+    assert tuple(seen) == sampler.levels(tiny.schedule, 4).timesteps
+    assert any(timestep != round(timestep) for timestep in seen)
+    assert told == [round(timestep) for timestep in seen]
+    assert all(isinstance(timestep, int) for timestep in told)
+
+
+def test_unipc_goes_on_from_what_a_callback_changed(tiny):
+    """Its correction is of the latents that it is given: what was moved stays moved."""
+    moved = run(tiny, (), controls=[], sampler="unipc", callback=lambda step, t, x: x + 1.0 if step == 1 else None)
+    plain = run(tiny, (), controls=[], sampler="unipc")
+    sampler = masa.UniPC()
+    levels = sampler.levels(tiny.schedule, 4)
+    solver = sampler.start(levels, 0.0)
+    x, before = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    m, zero = torch.zeros_like(x), torch.zeros_like(x)
+    one, _ = solver.step(1, x, zero, m, (before,), None)
+    other, _ = solver.step(1, x + 1.0, zero, m, (before,), None)
+    shrink = ((1 - levels.alphas[2]) / (1 - levels.alphas[1])) ** 0.5
+    assert torch.allclose(other - one, torch.full_like(x, shrink), atol=1e-5)
+    assert difference(moved.latents, plain.latents) > 1e-2
+
+
 # ------------------------------------------------------------------------------------------------------- refusals
 
 
@@ -424,8 +614,8 @@ def test_a_callback_leaves_the_history_alone(tiny):
     ("settings", "message"),
     [
         (
-            {"sampler": "unipc"},
-            "sampler is 'unipc'; expected one of 'ddim', 'dpm\\+\\+2m', 'dpm\\+\\+2m-sde', or a value",
+            {"sampler": "heun"},
+            "sampler is 'heun'; expected one of 'ddim', 'dpm\\+\\+2m', .*'euler-a', 'lcm', or a value",
         ),
         ({"sampler": masa.DDIM}, "sampler is <class"),
         ({"sampler": 3}, "sampler is 3"),
@@ -436,6 +626,9 @@ def test_a_callback_leaves_the_history_alone(tiny):
         ({"sampler": "dpm++2m", "steps": 0}, "steps is 0"),
         ({"sampler": masa.DPMSolverPP(karras=True), "steps": 1000}, "steps is 1000"),
         ({"sampler": masa.DPMSolverPP(spacing="leading"), "steps": 999}, "steps is 999; expected at most 998"),
+        ({"sampler": "lcm", "steps": 51}, "steps is 51; LCM has at most 50"),
+        ({"sampler": "euler", "steps": 0}, "steps is 0"),
+        ({"sampler": "euler-a", "eta": 1.0}, r"eta is 1\.0, which is DDIM's, and the sampler is Euler"),
     ],
 )
 def test_bad_settings_are_named(tiny, settings, message):
@@ -444,17 +637,22 @@ def test_bad_settings_are_named(tiny, settings, message):
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    ("kind", "fields", "message"),
     [
-        ({"sde": 1}, "sde is 1; expected True or False"),
-        ({"karras": "yes"}, "karras is 'yes'"),
-        ({"spacing": "even"}, "spacing is 'even'; expected one of 'leading', 'trailing', 'linspace'"),
-        ({"end": 0}, "end is 0; expected one of 'zero', 'sigma_min'"),
+        (masa.DPMSolverPP, {"sde": 1}, "DPMSolverPP sde is 1; expected True or False"),
+        (masa.DPMSolverPP, {"karras": "yes"}, "karras is 'yes'"),
+        (masa.DPMSolverPP, {"spacing": "even"}, "spacing is 'even'; expected one of 'leading', 'trailing', 'linspace'"),
+        (masa.DPMSolverPP, {"end": 0}, "end is 0; expected one of 'zero', 'sigma_min'"),
+        (masa.UniPC, {"order": 4}, "UniPC order is 4; expected one of 1, 2, 3"),
+        (masa.UniPC, {"order": True}, "UniPC order is True"),
+        (masa.UniPC, {"end": "one"}, "UniPC end is 'one'"),
+        (masa.Euler, {"ancestral": 1}, "Euler ancestral is 1; expected True or False"),
+        (masa.Euler, {"spacing": ""}, "Euler spacing is ''; expected one of"),
     ],
 )
-def test_bad_fields_are_named(fields, message):
+def test_bad_fields_are_named(kind, fields, message):
     with pytest.raises(masa.MasaError, match=message):
-        masa.DPMSolverPP(**fields)
+        kind(**fields)
 
 
 @pytest.mark.parametrize(
@@ -464,6 +662,11 @@ def test_bad_fields_are_named(fields, message):
         ({"sampler": masa.DPMSolverPP(spacing="trailing")}, "spacing='trailing'"),
         ({"sampler": masa.DPMSolverPP(end="zero")}, "end='zero'"),
         ({"sampler": "dpm++2m-sde", "pin_source": False}, "DPMSolverPP adds noise, .* pin it"),
+        ({"sampler": "euler-a", "pin_source": False}, "Euler adds noise, .* pin it"),
+        ({"sampler": masa.UniPC(spacing="leading", end="zero")}, r"UniPC\(spacing='leading', end='zero'\) asks for"),
+        ({"sampler": masa.Euler(karras=True)}, r"Euler\(karras=True\) asks for noise levels of its own"),
+        ({"sampler": "lcm"}, "LCM jumps between timesteps of its own, .* edit the picture with sampler='ddim'"),
+        ({"sampler": "unipc", "method": "edit-friendly"}, "edit-friendly noise was made for DDIM's steps"),
         ({"sampler": "dpm++2m", "method": "edit-friendly"}, "edit-friendly noise was made for DDIM's steps"),
         ({"sampler": "dpm++2m", "eta": 1.0}, r"eta is 1\.0, which is DDIM's"),
     ],

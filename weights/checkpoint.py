@@ -42,6 +42,7 @@ class Entry:
     path: Path
     shape: tuple[int, ...]
     dtype: str  # safetensors' name: "F32", "F16", "BF16", "I64", ..
+    stored: str | None = None  # its name in the file, where that is not the key it is listed under
 
     @property
     def count(self) -> int:
@@ -156,20 +157,20 @@ def read_index(path: Path) -> Entries:
 
 def read_tensors(entries: Iterable[tuple[str, Entry]]) -> Iterator[tuple[str, Tensor]]:
     """The named tensors, memory-mapped. A group's mapping is released once its tensors are dropped."""
-    group: list[str] = []
+    group: list[tuple[str, str]] = []
     size, current = 0, None
 
     def flush() -> Iterator[tuple[str, Tensor]]:
         if group and current is not None:
             with safe_open(current, framework="pt") as file:
-                for key in group:
-                    yield key, file.get_tensor(key)
+                for key, stored in group:
+                    yield key, file.get_tensor(stored)
 
     for key, entry in entries:
         if current != entry.path or size > GROUP_BYTES:
             yield from flush()
             group, size, current = [], 0, entry.path
-        group.append(key)
+        group.append((key, entry.stored or key))
         size += entry.count * DTYPES[entry.dtype].itemsize
     yield from flush()
 

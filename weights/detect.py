@@ -17,6 +17,7 @@ from masa.weights.layouts import (
     old_diffusers_vae_name,
     text_name,
 )
+from masa.weights.taesd import is_tiny
 
 # Our parameter name -> its shape in the file, or None.
 ShapeOf = Callable[[str], "tuple[int, ...] | None"]
@@ -110,6 +111,8 @@ def refuse_lone_parts(entries: Entries, path: object) -> None:
         remedy = "give the whole checkpoint that it comes from"
     elif has(VAE_PREFIX, "encoder.conv_in.", "encoder.down.", "decoder.conv_in.", "decoder.up."):
         what, remedy = "is an autoencoder (VAE) alone", "give it as vae=, beside a whole checkpoint"
+    elif is_tiny(entries):
+        what, remedy = "is TAESD, a tiny autoencoder, alone", "give it as vae=, beside a whole checkpoint"
     elif has("input_blocks.", "down_blocks."):
         what, remedy = "is a UNet alone", "give the whole checkpoint, or the diffusers folder that it is in"
     elif text:
@@ -199,6 +202,7 @@ def detect_unet(shape_of: ShapeOf, heads: int, norm_groups: int, part: str) -> U
         ),
         heads=heads,
         norm_groups=norm_groups,
+        guidance_width=_agreed(shape_of, [("time_embedding.cond_proj.weight", 1)], 0),
     )
     for width in config.block_out_channels:
         _check_divides(part, width, norm_groups=norm_groups, heads=heads)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from masa.config import ModelConfig
+from masa.config import ModelConfig, VAEConfig
 from masa.io.files import replacing
 
 # Repositories and mail both dislike larger files; diffusers and masa read sharded folders like whole ones.
@@ -18,6 +18,7 @@ Json = dict[str, object]
 
 def folder_configs(config: ModelConfig) -> dict[str, Json]:
     """The configuration files of a diffusers folder, by path."""
+    assert isinstance(config.vae, VAEConfig)
     levels, vae_levels = len(config.unet.block_out_channels), len(config.vae.block_out_channels)
     side = config.image_size
     return {
@@ -51,6 +52,7 @@ def folder_configs(config: ModelConfig) -> dict[str, Json]:
             "norm_num_groups": config.unet.norm_groups,
             "out_channels": config.unet.out_channels,
             "sample_size": side // config.vae.downsample,
+            "time_cond_proj_dim": config.unet.guidance_width or None,
             "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * (levels - 1),
         },
         "vae/config.json": {

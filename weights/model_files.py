@@ -6,11 +6,11 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from masa.config import ModelConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
+from masa.config import ModelConfig, PreviewFactors, ScheduleConfig, TextConfig, TinyVAEConfig, UNetConfig, VAEConfig
 from masa.errors import CheckpointError
 from masa.weights.checkpoint import (
     PICKLE_SUFFIXES,
@@ -36,6 +36,7 @@ from masa.weights.detect import (
     vae_namer,
 )
 from masa.weights.layouts import VAE_PREFIX, text_name
+from masa.weights.taesd import REPOSITORY_FILES, is_tiny, tiny_names
 
 Json = Mapping[str, Any]
 
@@ -127,6 +128,9 @@ class Checkpoint:
         return {"unet": self.unet, "vae": self.vae, "text_encoder": self.text_encoder}
 
 
+OpenedVAE = tuple[PartFiles, "VAEConfig | TinyVAEConfig"]
+
+
 def open_checkpoint(path: Path, *, prefer_half: bool = False, vae: Path | None = None) -> Checkpoint:
     """Read the headers of a checkpoint and detect its configuration.
 
@@ -137,7 +141,7 @@ def open_checkpoint(path: Path, *, prefer_half: bool = False, vae: Path | None =
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}; {EXPECTED}")
     opened = _open_folder if path.is_dir() else _open_file
-    return opened(path, prefer_half, None if vae is None else _open_vae(vae, prefer_half))
+    return opened(path, prefer_half, None if vae is None else open_vae(vae, prefer_half))
 
 
 def summarise(
@@ -204,14 +208,20 @@ def _describe_config(opened: Checkpoint) -> list[tuple[str, str]]:
     unet, vae, text = opened.config.unet, opened.config.vae, opened.config.text
     return [
         ("unet shape", f"channels {unet.block_out_channels}, {unet.heads} heads, context {unet.context_width}"),
-        ("vae shape", f"channels {vae.block_out_channels}, scaling factor {vae.scaling_factor}"),
+        ("vae shape", _describe_vae(vae)),
         ("text encoder shape", f"{text.layers} layers of {text.width}, {text.heads} heads, {text.vocab_size:,} tokens"),
         ("picture size", f"{opened.config.image_size} pixels"),
         ("tokenizer", "its own" if opened.tokenizer else "CLIP's, which ships with masa"),
     ]
 
 
-def _open_file(path: Path, prefer_half: bool, vae: tuple[PartFiles, VAEConfig] | None) -> Checkpoint:
+def _describe_vae(vae: VAEConfig | TinyVAEConfig) -> str:
+    if isinstance(vae, TinyVAEConfig):
+        return "TAESD" if vae.encodes else "TAESD's decoder alone"
+    return f"channels {vae.block_out_channels}, scaling factor {vae.scaling_factor}"
+
+
+def _open_file(path: Path, prefer_half: bool, vae: OpenedVAE | None) -> Checkpoint:
     entries = read_entries(path)
     refuse_other_models(entries, path)
     refuse_lone_parts(entries, path)
@@ -232,7 +242,7 @@ def _open_file(path: Path, prefer_half: bool, vae: tuple[PartFiles, VAEConfig] |
     return Checkpoint(path, FILE_LAYOUT, unet, vae_files, text, config, extra=parts["extra"])
 
 
-def _open_folder(path: Path, prefer_half: bool, vae: tuple[PartFiles, VAEConfig] | None) -> Checkpoint:
+def _open_folder(path: Path, prefer_half: bool, vae: OpenedVAE | None) -> Checkpoint:
     index = read_json(path / "model_index.json")
     for other, kind in OTHER_PARTS.items():
         if other in index or (path / other).is_dir():
@@ -279,6 +289,7 @@ def _open_folder(path: Path, prefer_half: bool, vae: tuple[PartFiles, VAEConfig]
         ),
         schedule=_schedule(path),
         image_size=vae[1].downsample * _side(unet_json.get("sample_size", 64)),
+        preview=_preview(path),
     )
     _check_fit(config, path)
     return Checkpoint(
@@ -308,7 +319,7 @@ def _refuse_folder(path: Path, missing: list[str]) -> NoReturn:
     raise CheckpointError(f"{path} has no folder {', '.join(missing)}; {EXPECTED}")
 
 
-def _open_vae(path: Path, prefer_half: bool) -> tuple[PartFiles, VAEConfig]:
+def open_vae(path: Path, prefer_half: bool = False) -> OpenedVAE:
     """An autoencoder of its own: a file in any layout, a diffusers `vae/` folder, or a whole checkpoint's."""
     path = Path(path)
     if not path.exists():
@@ -317,9 +328,13 @@ def _open_vae(path: Path, prefer_half: bool) -> tuple[PartFiles, VAEConfig]:
     if path.is_dir():
         path = path / "vae" if (path / "vae").is_dir() else path
         settings = read_json(path / "config.json")
-        entries = read_folder(path, prefer_half)
+        entries = _tiny_repository(path) or read_folder(path, prefer_half)
     else:
         entries = read_entries(path)
+    if is_tiny(entries):
+        config, names, entries = tiny_names(entries, path)
+        # A missing parameter has no key; the error that says so then names ours.
+        return PartFiles(entries, lambda name: names.get(name, name)), config
     coder = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
     # A text encoder's names begin with "encoder." too.
     coded = {
@@ -341,7 +356,18 @@ def _open_vae(path: Path, prefer_half: bool) -> tuple[PartFiles, VAEConfig]:
     return _vae_part(PartFiles(coded, vae_namer(coded)), settings, path)
 
 
-def _vae_part(part: PartFiles, settings: Json, path: Path) -> tuple[PartFiles, VAEConfig]:
+def _tiny_repository(folder: Path) -> Entries:
+    """The tensors of TAESD's two original files, where a folder holds them."""
+    found: Entries = {}
+    for name in REPOSITORY_FILES:
+        if (folder / name).is_file():
+            prefix = name.partition(".")[0]
+            entries = read_entries(folder / name).items()
+            found |= {f"{prefix}.{key}": replace(entry, stored=key) for key, entry in entries}
+    return found
+
+
+def _vae_part(part: PartFiles, settings: Json, path: Path) -> OpenedVAE:
     _check_fixed(settings, FIXED_VAE, path / "config.json")
     config = detect_vae(
         part.shape_of(),
@@ -406,6 +432,16 @@ def _heads(settings: Json, path: Path) -> int:
             f"{path}: its levels have {sorted(heads)} heads; Stable Diffusion v1 has {LDM_HEADS} on every level"
         )
     return heads.pop()
+
+
+def _preview(path: Path) -> PreviewFactors | None:
+    """The colours of the latents, which masa's own models tell beside their parts."""
+    factors = read_json(path / "preview.json").get("factors")
+    if factors is None:
+        return None
+    if not isinstance(factors, list) or not all(isinstance(row, list) and len(row) == 3 for row in factors):
+        raise CheckpointError(f"{path / 'preview.json'} holds no factors; expected rows of three numbers, or no file")
+    return tuple(tuple(map(float, row)) for row in factors)
 
 
 def _side(sample_size: int | list[int]) -> int:

@@ -229,7 +229,7 @@ class _Active(ActiveControl):
             edits[site] = edits.get(site, PLAIN).merge(Edit(records=(record,)))
         return edits
 
-    def residuals(self, step: int, timestep: int, x: Tensor, context: Tensor, branches: Branches) -> Residuals | None:
+    def residuals(self, step: int, timestep: float, x: Tensor, context: Tensor, branches: Branches) -> Residuals | None:
         found = [control.residuals(step, timestep, x, context, branches) for control in self.shaping]
         return Residuals.total([some for some in found if some is not None])
 

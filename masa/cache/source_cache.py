@@ -115,11 +115,13 @@ class SourceCache:
 
     def start(self, latents: Tensor | None) -> Tensor | None:
         """The starting latents of a run: those asked for, whose first must be the source's, or those recorded."""
+        given: Tensor | None = restore_setting("latents", self.settings["latents"])
         if latents is not None and self.trajectory is None:
-            if latents.shape[1:] != self.latents.shape[1:] or not torch.equal(latents[:1].cpu(), self.latents[:1]):
+            recorded = self.latents[:1] if given is None else given
+            if latents.shape[1:] != recorded.shape[1:] or not torch.equal(latents[:1].cpu().float(), recorded.float()):
                 raise MasaError("the first of latents is not what the cache was recorded from; leave it out")
             return latents
-        return self.latents[:1] if self.settings["latents"] is not None else latents
+        return latents if given is None else given
 
     def check_conditions(self, asked: Sequence[str | None]) -> None:
         """MasaError unless a run's controls change the source as those did that it was recorded with."""

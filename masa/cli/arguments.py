@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 from masa import __version__
 from masa.cli.control_arguments import add_control, add_record, add_start, parse_numbers, parse_words
+from masa.cli.preview import add_preview
 from masa.cli.registered_arguments import add_fields, add_plugins, add_sampler, choose
 from masa.controls.masactrl import MasaCtrl
 from masa.inversion import METHODS
@@ -56,6 +57,8 @@ def build_parser() -> Parser:
             'masa sample "a cat sitting" "a cat standing" --record-words cat --record-queries --record-x0 -o cats',
             'masa sample "" "a running corgi" --trajectory corgi.safetensors -c v1-5-pruned-emaonly.safetensors',
             'masa sample "a cat sitting" "a cat standing" --sampler dpm++2m --steps 15 --guidance-rescale 0.7',
+            'masa sample "a cat" "a cat, ink" -c sd15/ --lora lcm.safetensors --sampler lcm --steps 4 --guidance 1.5',
+            'masa sample "a cat sitting" "a cat running" -c sd15/ --preview now.png',
             'masa sample "a cat sitting" "a cat running" -c sd15/ --lora ink.safetensors:0.8 --lora cat.safetensors',
             'masa sample "a man" "a man, arms up" -c sd15/ --t2i-adapter openpose.safetensors pose.png --tau 0.8',
         ],
@@ -153,6 +156,7 @@ def build_parser() -> Parser:
     add_tiled(group)
     add_sampler(group)
     add_fields(group)
+    add_preview(group)
     add_plugins(sdedit)
     add_model(sdedit)
     add_output(sdedit)
@@ -269,7 +273,7 @@ def add_model(parser: Parser, speed: bool = True) -> None:
     group.add_argument("-c", "--checkpoint", help=".safetensors file, diffusers folder or hub id (default: demo model)")
     group.add_argument("--device", help="cpu, cuda, cuda:1, .. (default: cuda where there is one)")
     group.add_argument("--dtype", help="fp32, fp16 or bf16 (default: the fastest that the device has)")
-    group.add_argument("--vae", help="another autoencoder's file or folder")
+    group.add_argument("--vae", help="another autoencoder's file or folder, also TAESD's")
     group.add_argument("--tokenizer", help="a tokenizer's folder (default: the checkpoint's, else CLIP's)")
     if not speed:
         return
@@ -306,6 +310,7 @@ def add_sampling(parser: Parser, steps: int | None = 50, parts: bool = True) -> 
     add_tiled(group)
     add_sampler(group)
     add_fields(group)
+    add_preview(group)
     add_plugins(parser)
 
 

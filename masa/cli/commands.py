@@ -15,6 +15,7 @@ from masa.cli.adapter_arguments import build_frame_adapters, given
 from masa.cli.arguments import build_parser
 from masa.cli.control_arguments import build_controls, build_start, build_swept, check_picture
 from masa.cli.idle_options import refuse_idle
+from masa.cli.preview import build_preview
 from masa.cli.registered_arguments import build_guidance, build_sampler, check_used, load_plugins, with_fields
 from masa.errors import MasaError
 from masa.io.files import check_folder, check_free, replacing
@@ -398,6 +399,9 @@ def sampling_settings(args: argparse.Namespace) -> dict[str, Any]:
     plain = {name: getattr(args, OPTIONS.get(name, name)) for name in names if OPTIONS.get(name, name) in args}
     pinned = {"pin_source": not args.free_source} if "free_source" in args else {}
     made = {name: with_fields(value, args.set) for name, value in made.items() if value is not None}
+    previews = build_preview(args)
+    if previews:
+        controls = {"controls": [*controls.get("controls", ()), *previews]}
     return {**plain, **pinned, **controls, **made, "progress": not args.quiet}
 
 

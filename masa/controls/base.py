@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from masa.branches import Branches
-from masa.config import UNetConfig
+from masa.config import PreviewFactors, UNetConfig
 from masa.edits import Edit, Grid, Residuals, Site, Tape
 from masa.errors import MasaError
 
@@ -40,6 +40,7 @@ class Run:
     draw_noise: Callable[[], Tensor] | None = None  # fresh noise (1, 4, h, w), which the run's seed decides
     dtype: torch.dtype = torch.float32  # of the networks
     unet: UNetConfig = UNetConfig()
+    preview: PreviewFactors | None = None  # the latents' colours, where the model tells them
     # False where a source is recorded for targets to come: one target's prompt stands in, and is the source's.
     targets_known: bool = True
 
@@ -76,7 +77,7 @@ class ActiveControl:
         """
         return {}
 
-    def residuals(self, step: int, timestep: int, x: Tensor, context: Tensor, branches: Branches) -> Residuals | None:
+    def residuals(self, step: int, timestep: float, x: Tensor, context: Tensor, branches: Branches) -> Residuals | None:
         """What is added to the network's features in this step, by row of the batch; None for nothing.
 
         x (rows, 4, h, w) and context (rows, 77, width), in the networks' dtype: what each row is predicted from.
@@ -125,7 +126,8 @@ class ActiveControl:
 class Control(Protocol):
     """A frozen, reusable value. `begin` checks it against a run and raises before any long work.
 
-    A control that also serves a run without targets says so with a class variable `needs_targets = False`.
+    A control that also serves a run without targets says so with a class variable `needs_targets = False`; one that
+    changes nothing and keeps nothing, with `only_looks = True`: settings then leave it out.
     """
 
     def begin(self, run: Run) -> ActiveControl: ...
@@ -148,6 +150,11 @@ class FileControl:
         paths = {name: getattr(self, name) for name in self.files}
         now = {name: find(path) for name, path in paths.items() if path is not None}
         return replace(self, **now)  # type: ignore[type-var]
+
+
+def only_looks(control: Control) -> bool:
+    """Whether a control has no part in the result, nor in its settings."""
+    return bool(getattr(control, "only_looks", False))
 
 
 def begin_all(controls: Sequence[Control], run: Run) -> tuple[ActiveControl, ...]:

@@ -105,7 +105,7 @@ class _Active(ActiveControl):
         self.device, self.dtype = run.device, run.dtype
         self.hints: tuple[Tensor, ...] | None = None  # of each picture, once a step has asked
 
-    def residuals(self, step: int, timestep: int, x: Tensor, context: Tensor, branches: Branches) -> Residuals | None:
+    def residuals(self, step: int, timestep: float, x: Tensor, context: Tensor, branches: Branches) -> Residuals | None:
         rows = tuple(i for i, row in enumerate(branches.rows) if self._steers(row))
         if step not in self.steps or not rows:
             return None

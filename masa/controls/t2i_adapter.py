@@ -88,7 +88,7 @@ class _Active(ActiveControl):
         self.features: tuple[tuple[Tensor, ...], ...] | None = None  # of each picture, once a step has asked
         self.of_batches: dict[Branches, Residuals | None] = {}
 
-    def residuals(self, step: int, timestep: int, x: Tensor, context: Tensor, branches: Branches) -> Residuals | None:
+    def residuals(self, step: int, timestep: float, x: Tensor, context: Tensor, branches: Branches) -> Residuals | None:
         if step >= self.steps:
             return None
         if branches not in self.of_batches:

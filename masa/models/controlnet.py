@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import cast
 
@@ -45,7 +46,7 @@ class ControlNetwork(nn.Module):
         super().__init__()
         self.config = config
         self.bgr, self.pooled = bgr, pooled
-        unet = UNet(config)
+        unet = UNet(replace(config, guidance_width=0))
         self.conv_in = unet.conv_in
         self.time_embedding = unet.time_embedding
         self.controlnet_cond_embedding = HintEncoder(config.block_out_channels[0])
@@ -59,7 +60,7 @@ class ControlNetwork(nn.Module):
         self.controlnet_mid_block = Conv2d(widths[-1], widths[-1], 1)
 
     def forward(
-        self, x: Tensor, timestep: int | Tensor, context: Tensor, hint: Tensor, backend: Backend = "auto"
+        self, x: Tensor, timestep: float | Tensor, context: Tensor, hint: Tensor, backend: Backend = "auto"
     ) -> tuple[tuple[Tensor, ...], Tensor]:
         """What is added to the UNet's skip connections, in the order of the way down, and to its middle.
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from masa.models.taesd import TinyVAE
 from masa.models.vae import VAE
 
 # In pixels. Up to LARGEST on each side a picture is one piece, and its result exact.
@@ -19,7 +20,7 @@ LARGEST = 768
 TILE, OVERLAP = 512, 128
 
 
-def encode(vae: VAE, picture: Tensor, tiled: bool | None = None) -> Tensor:
+def encode(vae: VAE | TinyVAE, picture: Tensor, tiled: bool | None = None) -> Tensor:
     """`vae.encode` of a picture (b, 3, H, W). tiled: default where a side is over 768 pixels."""
     if not _wanted(tiled, picture.shape[-2:]):
         return vae.encode(picture)
@@ -27,7 +28,7 @@ def encode(vae: VAE, picture: Tensor, tiled: bool | None = None) -> Tensor:
     return _blend(vae.encode, picture, TILE, OVERLAP, 1 / scale, step=scale)
 
 
-def decode(vae: VAE, latents: Tensor, tiled: bool | None = None) -> Tensor:
+def decode(vae: VAE | TinyVAE, latents: Tensor, tiled: bool | None = None) -> Tensor:
     """`vae.decode` of latents (b, 4, h, w). tiled: default where the picture has a side over 768 pixels."""
     scale = vae.config.downsample
     if not _wanted(tiled, torch.Size(side * scale for side in latents.shape[-2:])):

@@ -27,14 +27,17 @@ from masa.models.transformer import Transformer
 
 
 class TimestepEmbedding(nn.Module):
-    """The sinusoidal timestep through a two-layer MLP."""
+    """The sinusoidal timestep, and guidance where a model was trained with it, through a two-layer MLP."""
 
-    def __init__(self, width: int, emb_width: int) -> None:
+    def __init__(self, width: int, emb_width: int, guidance_width: int = 0) -> None:
         super().__init__()
+        self.cond_proj = nn.Linear(guidance_width, width, bias=False) if guidance_width else None
         self.linear_1 = nn.Linear(width, emb_width)
         self.linear_2 = nn.Linear(emb_width, emb_width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, guidance: Tensor | None = None) -> Tensor:
+        if guidance is not None and self.cond_proj is not None:
+            x = x + self.cond_proj(guidance)
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
@@ -74,7 +77,7 @@ class UNet(nn.Module):
             return ResnetBlock(in_channels, out_channels, emb_width, groups, eps=1e-5)
 
         self.conv_in = Conv2d(config.in_channels, channels[0], 3, padding=1)
-        self.time_embedding = TimestepEmbedding(channels[0], emb_width)
+        self.time_embedding = TimestepEmbedding(channels[0], emb_width, config.guidance_width)
 
         self.down_blocks = nn.ModuleList()
         skips = [channels[0]]  # widths of the feature maps that the way up will concatenate
@@ -180,7 +183,7 @@ class UNet(nn.Module):
     def forward(
         self,
         x: Tensor,
-        timestep: int | Tensor,
+        timestep: float | Tensor,
         context: Tensor,
         edits: Mapping[int, Edit] | None = None,
         retire: Retirement | None = None,
@@ -188,6 +191,7 @@ class UNet(nn.Module):
         checkpoint: bool = False,
         copies: RowTuple | None = None,
         residuals: Residuals | None = None,
+        guidance: Tensor | None = None,
     ) -> tuple[Tensor, Tape]:
         """Noise in x, and what the edits asked to record.
 
@@ -196,14 +200,15 @@ class UNet(nn.Module):
         only each block's input for the gradient and computes the rest again on the way back: exact.
         copies: for each row of context, its row of x, where those are fewer: two halves of guidance differ from the
         first prompt that they read on, and are one row until then. residuals: added on the way. Rows of edits, retire
-        and residuals are context's.
+        and residuals are context's. guidance (1, guidance_width): `guidance_embedding`, for a model that has a place
+        for it; None leaves it out.
         Returns eps (rows kept, 4, h, w) and the tape of this call. Nothing outlives the call. MasaError where the
         rows do not fit.
         """
         call = Call(edits or {}, {}, backend)
         add = residuals or Residuals()
         # One row for one timestep: the product would round otherwise with more.
-        emb = self.time_embedding(timestep_embedding(timestep, self.config.block_out_channels[0], x))
+        emb = self.time_embedding(timestep_embedding(timestep, self.config.block_out_channels[0], x), guidance)
         rows = BatchRows(x, emb, context, copies, retire, checkpoint)
         if self._first_block_is_edited(call, retire):
             x = rows.spread(x)
@@ -257,7 +262,7 @@ class UNet(nn.Module):
         return any(site.index in call.edits for site in before) or (retire is not None and retire.layer == 0)
 
 
-def timestep_embedding(timestep: int | Tensor, width: int, like: Tensor) -> Tensor:
+def timestep_embedding(timestep: float | Tensor, width: int, like: Tensor) -> Tensor:
     """Cosines, then sines, of the timestep at `width / 2` frequencies from 1 to 1/10000: (1 or rows, width).
 
     Computed in float32, given in the dtype and on the device of `like`.
@@ -268,3 +273,14 @@ def timestep_embedding(timestep: int | Tensor, width: int, like: Tensor) -> Tens
     t = torch.as_tensor(timestep, dtype=torch.float32, device=like.device).reshape(-1, 1)
     angles = t * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1).to(like.dtype)
+
+
+def guidance_embedding(guidance_scale: float, width: int, like: Tensor) -> Tensor:
+    """Sines, then cosines, of w = guidance_scale - 1 in thousandths, at frequencies from 1 to 1/10000: (1, width).
+
+    Computed in float32, given in the dtype and on the device of `like`. 2310.04378, section 4.2; w as published there.
+    """
+    half = width // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=like.device) / (half - 1)
+    angles = 1000.0 * (guidance_scale - 1.0) * torch.exp(-math.log(10000.0) * exponents)
+    return torch.cat([angles.sin(), angles.cos()])[None].to(like.dtype)

@@ -11,19 +11,20 @@ from weakref import WeakValueDictionary
 import torch
 from torch import nn
 
-from masa.config import UNetConfig
+from masa.config import TinyVAEConfig, UNetConfig
 from masa.edits import Site
 from masa.errors import CheckpointError, MasaError
 from masa.io.files import file_digest
 from masa.models.controlnet import ControlNetwork
 from masa.models.ip_adapter import IPAdapterNetwork
 from masa.models.t2i_adapter import T2IAdapterNetwork
+from masa.models.taesd import TinyVAE
 from masa.models.unet import UNet
 from masa.runtime.networks import LAYOUT
 from masa.weights import hub
 from masa.weights.adapters import open_adapter, open_controlnet, open_ip_adapter
 from masa.weights.checkpoint import Part, load_parts
-from masa.weights.model_files import PartFiles
+from masa.weights.model_files import PartFiles, open_vae
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -129,6 +130,16 @@ def read_ip_adapter(path: Path, unet: UNetConfig, dtype: torch.dtype, device: to
         widths = [site.width for site in in_file_order(UNet(unet).sites)]
         network = IPAdapterNetwork(opened.config, widths)
     return _filled(network, opened.part, path, "IP-Adapter for Stable Diffusion v1", dtype, device)
+
+
+def read_tiny_vae(path: Path, unet: UNetConfig, dtype: torch.dtype, device: torch.device) -> TinyVAE:
+    """TAESD, in any of its layouts. CheckpointError for another autoencoder, before any tensor is read."""
+    part, config = open_vae(path)
+    if not isinstance(config, TinyVAEConfig):
+        raise CheckpointError(f"{path} is a whole autoencoder, too slow for previews; give TAESD's file, or 'linear'")
+    with torch.device("meta"):
+        network = TinyVAE(config)
+    return _filled(network, part, path, "TAESD", dtype, device)
 
 
 def in_file_order(sites: Sequence[Site]) -> tuple[Site, ...]:

@@ -58,7 +58,7 @@ class CompiledUNet(UNet):
     def forward(
         self,
         x: Tensor,
-        timestep: int | Tensor,
+        timestep: float | Tensor,
         context: Tensor,
         edits: Mapping[int, Edit] | None = None,
         retire: Retirement | None = None,
@@ -66,10 +66,11 @@ class CompiledUNet(UNet):
         checkpoint: bool = False,
         copies: tuple[int, ...] | None = None,
         residuals: Residuals | None = None,
+        guidance: Tensor | None = None,
     ) -> tuple[Tensor, Tape]:
         """As `UNet.forward`. With a gradient to take, or masks, which index by host lists, nothing is captured."""
         # A number would be copied to the device anew, which a graph cannot do.
-        time = torch.full((1,), timestep, device=x.device) if isinstance(timestep, int) else timestep
+        time = torch.full((1,), timestep, device=x.device) if isinstance(timestep, int | float) else timestep
         graded = torch.is_grad_enabled() and any(t.requires_grad for t in (x, context))
         plain = edits or {}
         # Names of torch 2.6; later releases say recompile_limit and take these too.
@@ -77,16 +78,19 @@ class CompiledUNet(UNet):
         with limits, _compiler_at_work():
             if graded or self.capture is None or any(edit.masks_keys for edit in plain.values()):
                 with torch.set_grad_enabled(graded):  # the compiler tells the two modes apart
-                    return super().forward(x, time, context, plain, retire, backend, checkpoint, copies, residuals)
+                    return super().forward(
+                        x, time, context, plain, retire, backend, checkpoint, copies, residuals, guidance
+                    )
             numbered, keys = number_records(plain)
-            structure, tensors = split((numbered, residuals))
+            structure, tensors = split((numbered, residuals, guidance))
             inputs = (x, time, context, *tensors)
 
             def run(given: tuple[Tensor, ...]) -> tuple[Tensor, Tape]:
-                found, added = cast("tuple[dict[int, Edit], Residuals | None]", join(structure, given[3:]))
+                joined = cast("tuple[dict[int, Edit], Residuals | None, Tensor | None]", join(structure, given[3:]))
+                found, added, embedded = joined
                 x, time, context = given[:3]
                 return super(CompiledUNet, self).forward(
-                    x, time, context, found, retire, backend, copies=copies, residuals=added
+                    x, time, context, found, retire, backend, copies=copies, residuals=added, guidance=embedded
                 )
 
             with torch.no_grad():

@@ -7,15 +7,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from masa.config import ModelConfig
+from masa.config import ModelConfig, TinyVAEConfig
 from masa.models.clip import TextEncoder
+from masa.models.taesd import TinyVAE
 from masa.models.unet import UNet
 from masa.models.vae import VAE
 from masa.weights.checkpoint import Part, check_parts, load_parts
 from masa.weights.model_files import Checkpoint
 
-Network = UNet | VAE | TextEncoder
-NAMES: dict[type, str] = {UNet: "unet", VAE: "vae", TextEncoder: "text_encoder"}
+Autoencoder = VAE | TinyVAE
+Network = UNet | Autoencoder | TextEncoder
+NAMES: dict[type, str] = {UNet: "unet", VAE: "vae", TinyVAE: "vae", TextEncoder: "text_encoder"}
 
 # Of convolutions' weights, which feature maps follow. Attention reads a map as tokens without a copy; on a CPU float32
 # convolutions take fewer multiplications in it (`masa.models.winograd`), and bfloat16 ones on AMX are faster too.
@@ -24,7 +26,7 @@ LAYOUT = torch.channels_last
 
 def build_models(
     opened: Checkpoint, dtype: torch.dtype, device: torch.device, progress: bool, offload: bool = False
-) -> tuple[UNet, VAE, TextEncoder]:
+) -> tuple[UNet, Autoencoder, TextEncoder]:
     """The three networks with the checkpoint's tensors. Built on the meta device: no weight exists twice.
 
     offload: text encoder and VAE on the CPU.
@@ -62,10 +64,11 @@ def check_keys(opened: Checkpoint) -> None:
     check_parts(checkpoint_parts(opened, meta_models(opened.config)), opened.path)
 
 
-def meta_models(config: ModelConfig) -> tuple[UNet, VAE, TextEncoder]:
+def meta_models(config: ModelConfig) -> tuple[UNet, Autoencoder, TextEncoder]:
     """The three networks without memory for their weights."""
     with torch.device("meta"):
-        return UNet(config.unet), VAE(config.vae), TextEncoder(config.text)
+        vae = TinyVAE(config.vae) if isinstance(config.vae, TinyVAEConfig) else VAE(config.vae)
+        return UNet(config.unet), vae, TextEncoder(config.text)
 
 
 def checkpoint_parts(opened: Checkpoint, networks: Sequence[Network]) -> dict[str, Part]:

@@ -18,7 +18,7 @@ from masa.errors import CheckpointError, MasaError
 from masa.models.clip import TextEncoder
 from masa.models.unet import UNet
 from masa.models.vae import VAE
-from masa.runtime.networks import Network, checkpoint_parts, fill, meta_models, weight_samples
+from masa.runtime.networks import Autoencoder, Network, checkpoint_parts, fill, meta_models, weight_samples
 from masa.weights.checkpoint import check_parts
 from masa.weights.model_files import Checkpoint, open_checkpoint
 
@@ -63,7 +63,7 @@ class OffloadedNetworks:
     vae: Path | None
     prefer_half: bool
     dtype: torch.dtype
-    networks: tuple[UNet, VAE, TextEncoder]
+    networks: tuple[UNet, Autoencoder, TextEncoder]
     digests: tuple[WeightDigest, WeightDigest, WeightDigest]
 
     @staticmethod

@@ -17,12 +17,12 @@ History = tuple[Tensor, ...]
 class Levels:
     """The noise levels that a run visits, noisiest first.
 
-    timesteps: what the network is told at each of n steps. alphas: alphas_cumprod of the latents before each step,
-    and after the last one: n + 1 numbers.
+    timesteps: what the network is told at each of n steps; whole, but where a sampler goes between training's. alphas:
+    alphas_cumprod of the latents before each step, and after the last one: n + 1 numbers.
     """
 
     schedule: Schedule
-    timesteps: tuple[int, ...]
+    timesteps: tuple[float, ...]
     alphas: tuple[float, ...]
 
     @classmethod
@@ -67,6 +67,10 @@ class Sampler(Protocol):
     def levels(self, schedule: Schedule, steps: int, fixed: Levels | None = None) -> Levels:
         """The levels of a run. fixed: a trajectory's: they hold, or MasaError where the sampler asks for others."""
         return Levels.of_schedule(schedule, steps) if fixed is None else fixed
+
+    def noise_scale(self, levels: Levels) -> float:
+        """What the starting noise of a run from its first level is multiplied by."""
+        return 1.0
 
     def start(self, levels: Levels, eta: float) -> Solver:
         """The solver of a run; eta: DDIM's, 0 unless the sampler takes it."""

@@ -33,4 +33,4 @@ class _Solver(Solver):
         self, step: int, x: Tensor, eps: Tensor, x0: Tensor, history: History, noise: Tensor | None
     ) -> tuple[Tensor, History]:
         levels = self.levels
-        return levels.schedule.step(eps, x, levels.timesteps[step], levels.steps, self.eta, noise), ()
+        return levels.schedule.step(eps, x, int(levels.timesteps[step]), levels.steps, self.eta, noise), ()

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
 
-import numpy as np
 from torch import Tensor
 
-from masa.errors import MasaError
 from masa.samplers.base import History, Levels, Sampler, Solver
+from masa.samplers.grids import End, Spacing, check_grid, half_log_snr, multistep_levels, refuse_own_levels
 from masa.schedule import Schedule
 
-Spacing = Literal["leading", "trailing", "linspace"]
-End = Literal["zero", "sigma_min"]
-KARRAS_RHO = 7.0  # 2206.00364, eq. 5
 FEW_STEPS = 15  # with fewer, the last one is of first order
 
 
@@ -38,13 +31,7 @@ class DPMSolverPP(Sampler):
     end: End | None = None
 
     def __post_init__(self) -> None:
-        for name in ("sde", "karras"):
-            if not isinstance(getattr(self, name), bool):
-                raise MasaError(f"DPMSolverPP {name} is {getattr(self, name)!r}; expected True or False")
-        for name, known in (("spacing", get_args(Spacing)), ("end", get_args(End))):
-            if getattr(self, name) not in (None, *known):
-                choices = ", ".join(map(repr, known))
-                raise MasaError(f"DPMSolverPP {name} is {getattr(self, name)!r}; expected one of {choices}")
+        check_grid("DPMSolverPP", sde=self.sde, karras=self.karras, spacing=self.spacing, end=self.end)
 
     @property
     def retraces(self) -> bool:
@@ -52,20 +39,9 @@ class DPMSolverPP(Sampler):
 
     def levels(self, schedule: Schedule, steps: int, fixed: Levels | None = None) -> Levels:
         if fixed is not None:
-            asked = {"karras=True": self.karras, f"spacing={self.spacing!r}": self.spacing, "end='zero'": self.end}
-            own = [name for name, value in asked.items() if value and value != "sigma_min"]
-            if own:
-                raise MasaError(
-                    f"DPMSolverPP({', '.join(own)}) asks for noise levels of its own, and the trajectory brings those "
-                    "that it was inverted on; leave it out"
-                )
+            refuse_own_levels("DPMSolverPP", karras=self.karras, spacing=self.spacing, end=self.end)
             return fixed
-        end = schedule.alpha(0) if self.end == "sigma_min" else 1.0
-        if self.karras:
-            schedule.timesteps(steps)  # refuses a number of steps that is none
-            return _karras_levels(schedule, steps, end)
-        timesteps = spaced_timesteps(schedule, steps, self.spacing or "trailing")
-        return Levels(schedule, timesteps, (*map(schedule.alpha, timesteps), end))
+        return multistep_levels(schedule, steps, karras=self.karras, spacing=self.spacing, end=self.end)
 
     def start(self, levels: Levels, eta: float) -> Solver:
         return _Solver(levels, self.sde)
@@ -97,42 +73,3 @@ class _Solver(Solver):
             return shrink * x - math.sqrt(a_next) * math.expm1(-h) * slope, (x0,)
         moved = shrink * math.exp(-h) * x - math.sqrt(a_next) * math.expm1(-2.0 * h) * slope
         return moved + math.sqrt(1.0 - a_next) * math.sqrt(-math.expm1(-2.0 * h)) * noise, (x0,)
-
-
-def half_log_snr(a: float) -> float:
-    """lambda = ln(sqrt(a) / sqrt(1 - a)) of a cumulative alpha."""
-    return 0.5 * math.log(a / (1.0 - a))
-
-
-def spaced_timesteps(schedule: Schedule, steps: int, spacing: Spacing) -> tuple[int, ...]:
-    """`steps` timesteps, noisiest first. "leading" lies lower than DDIM's: it leaves the noisiest stride out."""
-    schedule.timesteps(steps)  # refuses a number of steps that is none
-    training = schedule.config.training_timesteps
-    if spacing == "leading":
-        stride = training // (steps + 1)
-        timesteps = tuple(stride * k + schedule.offset for k in range(steps, 0, -1))
-    elif spacing == "trailing":
-        timesteps = tuple(round(training - training * k / steps) - 1 for k in range(steps))
-    else:
-        # numpy's rounding errors are part of the published grid: at 30 steps 499.5 is taken for less.
-        timesteps = tuple(int(t) for t in np.linspace(0, training - 1, steps + 1).round()[:0:-1])
-    if timesteps[0] >= training:
-        raise MasaError(f"steps is {steps}; expected at most {training - 2} with {spacing} spacing")
-    return timesteps
-
-
-def _karras_levels(schedule: Schedule, steps: int, end: float) -> Levels:
-    """Levels evenly spaced in sigma^(1/7), from the noisiest to the cleanest that training saw."""
-    logs = [-half_log_snr(a) for a in schedule.alphas_cumprod]
-    high, low = (math.exp(log / KARRAS_RHO) for log in (logs[-1], logs[0]))
-    spaced = [high + i / max(1, steps - 1) * (low - high) for i in range(steps)]
-    sigmas = [root**KARRAS_RHO for root in spaced]
-    timesteps = tuple(_timestep_at(math.log(sigma), logs) for sigma in sigmas)
-    return Levels(schedule, timesteps, (*(1.0 / (1.0 + sigma**2) for sigma in sigmas), end))
-
-
-def _timestep_at(log_sigma: float, logs: Sequence[float]) -> int:
-    """The timestep, rounded, at which the logarithms of sigma reach a value."""
-    low = min(max(bisect_right(logs, log_sigma) - 1, 0), len(logs) - 2)
-    share = (log_sigma - logs[low]) / (logs[low + 1] - logs[low])
-    return round(low + min(max(share, 0.0), 1.0))

@@ -12,7 +12,7 @@ from masa.cache.recorder import Recorder, Recording
 from masa.cache.source_cache import SourceCache
 from masa.cache.storage import Store
 from masa.checks import as_controls, check_model, check_schedule
-from masa.controls.base import Control
+from masa.controls.base import Control, only_looks
 from masa.controls.masactrl import MasaCtrl
 from masa.errors import MasaError
 from masa.guidance import Guidance
@@ -74,7 +74,9 @@ def record(
     """
     check_model(sd)
     check_schedule(schedule)
-    chosen = as_controls(controls)
+    given = as_controls(controls)
+    looking = [control for control in given if only_looks(control)]
+    chosen = tuple(control for control in given if not only_looks(control))
     if not chosen:
         raise MasaError("record's controls are empty; give those that will read the cache")
     if latents is not None and isinstance(latents, Tensor) and len(latents) != 1:
@@ -86,13 +88,13 @@ def record(
     # A source whose two prompts are equal has one row.
     prompt = source or ("" if trajectory is None else trajectory.prompt)
     merged = prompt == negative_prompt and (trajectory is None or trajectory.context is None)
-    rows = 2 if max(guidance_scale, source_guidance or 0.0) > 1.0 and not merged else 1
+    rows = 2 if max(guidance_scale, source_guidance or 0.0) > 1.0 and not merged and not sd.embeds_guidance else 1
     recording = Recording(store, path)
     with recording.closing:
         result = sample(
             sd,
             source,
-            controls=Recorder(chosen, sd, rows, recording),
+            controls=[Recorder(chosen, sd, rows, recording), *looking],
             trajectory=trajectory,
             pin_source=pin_source,
             steps=steps,

@@ -25,6 +25,7 @@ from .denoiser import Denoiser, UNetRecipe, draw, train_unet
 from .export import export
 from .loop import Budget, save_atomically, to_device
 from .pool import FIRST_TRAINING_SEED, Pool, as_pictures, render_pool
+from .preview import write as write_preview
 from .vocabulary import write_tokenizer
 from .world import POSES, SUBJECTS
 
@@ -139,6 +140,7 @@ def train_or_load_vae(
     pictures = vae_pool(run, preset, workers).pictures.to(held_out.device)
     budget = Budget(minutes=preset.vae_minutes)
     first = None if start is None else load(start, device="cpu", dtype="fp32").vae
+    assert first is None or isinstance(first, VAE)
     vae = train_vae(
         pictures, held_out, preset.vae, preset.vae_recipe, budget, run / "vae.pt", threads=threads, start=first
     )
@@ -271,6 +273,7 @@ def main() -> None:
     export(out, vae, trained, preset.size)
     facts = {"preset": args.preset, "subjects": preset.subjects, "autoencoder_psnr_db": round(quality, 2)}
     (out / "facts.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    write_preview(out)
     print(f"wrote {out}")
 
 
