@@ -18,7 +18,7 @@ from masa.cache.source_cache import SourceCache
 from masa.cache.storage import Store, check_store
 from masa.checks import as_controls, as_prompts, check_controls, check_model, settle
 from masa.controls.anchor import FirstFrameAnchor
-from masa.controls.base import ActiveControl, Control
+from masa.controls.base import ActiveControl, Control, only_looks
 from masa.controls.conditions import PictureControl, embed, read_picture
 from masa.controls.masactrl import MasaCtrl
 from masa.controls.masks import GivenMasks
@@ -368,14 +368,15 @@ def _sample_chunk(
 def _collect(asked: RunSettings, video: Video, result: Result, made: Sequence[tuple[Picture, Tensor]]) -> Frames:
     """The frames, each with settings that make it alone, and the settings of all."""
     about = {"function": "frames", "target": list(asked.target), "targets_at_once": None}
-    controls = describe(list(asked.controls))
+    acting = [control for control in asked.controls if not only_looks(control)]
+    controls = describe(acting)
     settings = {**result.settings, **about, "controls": controls, **video.describe()}
     settings.pop("branch", None)
     images = []
     for i, (picture, _) in enumerate(made):
         shown = (i,) if video.anchor == "source" or i == 0 else (0, i)
-        of_one = [of_frames(control, shown, len(video)) for control in asked.controls]
-        each = zip(of_one, asked.controls, controls, strict=True)
+        of_one = [of_frames(control, shown, len(video)) for control in acting]
+        each = zip(of_one, acting, controls, strict=True)
         own = {
             "controls": [known if one is whole else describe(one) for one, whole, known in each],
             "conditions": [[pictures[k] for k in shown] for pictures in settings["conditions"]],
