@@ -987,10 +987,8 @@ DRAWN_POSES: dict[str, tuple[tuple[str, str], ...]] = {
 
 
 VIDEO: Mutations = {
-    "frames frames_equal_targets_however_many_at_once": [
-        ("[every[i : i + at_once] for i in range(0, len(every), at_once)]", "[every]"),
-    ],
     "frames no_call_of_the_network_takes_more_frames_than_asked": [
+        ("[every[i : i + at_once] for i in range(0, len(every), at_once)]", "[every]"),
         ("cache = _record(sd, asked, video, trajectory, store, progress) if reads else None", "cache = None"),
         ("[every[i : i + at_once - 1] for i in range(1, len(every), at_once - 1)]", "[every[1:]]"),
     ],
@@ -1014,7 +1012,7 @@ VIDEO: Mutations = {
     ],
     "frames every_form_shows_the_frames_and_runs_again": [
         ('"lossless": True, "exif": exif', '"exif": exif'),
-        ("text = text or str(picture.getexif().get(DESCRIPTION", 'text = text or str({}.get("'),
+        ('text = text or str(picture.getexif().get(DESCRIPTION, ""))', "pass"),
     ],
     "frames a_gif_has_one_palette": [('"palette": palette,', "")],
     "frames animations_run_for_ever_at_the_rate_asked": [
@@ -1027,7 +1025,7 @@ VIDEO: Mutations = {
     "frames conditions_in_every_form": [
         ("if file.suffix.lower() in PICTURES), key=_by_number)", "if file.suffix.lower() in PICTURES))")
     ],
-    "frames bad_input_is_refused_before_long_work": [
+    "frames what_only_the_whole_video_tells_is_refused_before_long_work": [
         ("    check(asked.controls, len(video))  # a mask for each frame, where there are several\n", ""),
         ("settle(sd, replace(asked, skip_steps=first_step), trajectory)\n    branches", "branches"),
     ],

@@ -139,10 +139,12 @@ def test_several_adapters_have_conditions_each(tiny, files, poses, video):
     same(video(adapter=both, conditions=[poses, lines], frames_at_once=2).latents, ref.latents[1:])
 
 
-def test_a_real_picture_is_the_source_of_all_frames(tiny, files, poses, video, trajectory):
+@pytest.mark.parametrize("pinned", [True, False])
+def test_a_real_picture_is_the_source_of_all_frames(tiny, files, poses, video, trajectory, pinned):
     controls = [CONTROL, masa.BlendedLatents(masks().source, skip=0.4)]
-    ref = as_targets(tiny, [*controls, masa.T2IAdapter(files["full"], target=poses)], trajectory=trajectory, seed=5)
-    out = video(trajectory=trajectory, controls=controls, frames_at_once=2, seed=5)
+    settings = {"trajectory": trajectory, "seed": 5, "pin_source": pinned}
+    ref = as_targets(tiny, [*controls, masa.T2IAdapter(files["full"], target=poses)], **settings)
+    out = video(controls=controls, frames_at_once=2, **settings)
     same(out.latents, ref.latents[1:])
     inside = torch.nn.functional.interpolate(masks().source[None, None], (SIDE // 8, SIDE // 8))[0, 0] > 0
     outside = [(frame - trajectory.latents[0])[:, ~inside].abs().max() for frame in out.latents]
@@ -347,6 +349,27 @@ def test_bad_input_is_refused_before_long_work(tiny, video, changes, message):
     try:
         with pytest.raises(masa.MasaError, match=message):
             video(**changes)
+    finally:
+        hook.remove()
+
+
+@dataclass(frozen=True)
+class Late:
+    """A control that leaves out the first step."""
+
+    def begin(self, run):
+        active = ActiveControl()
+        active.first_step = 1
+        return active
+
+
+def test_what_only_the_whole_video_tells_is_refused_before_long_work(tiny, video):
+    hook = tiny.unet.register_forward_pre_hook(lambda *_: pytest.fail("the network ran first"))
+    try:
+        with pytest.raises(masa.MasaError, match="3 target masks for 4"):  # as many as fit one chunk
+            video(controls=masa.MasaCtrl(1, mask=replace(masks(), target=masks().targets[:3])), frames_at_once=3)
+        with pytest.raises(masa.MasaError, match="half noisy latents"):
+            video(controls=[CONTROL, Late()])
     finally:
         hook.remove()
 
