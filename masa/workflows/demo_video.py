@@ -83,7 +83,8 @@ def sheet(picture: Image.Image, words: str, rows: Mapping[str, Sequence[Image.Im
     lines = []
     for n, (label, images) in enumerate(rows.items()):
         first = picture if n == 0 else Image.new("RGB", picture.size, "white")
-        chosen = [images[i * len(images) // SHOWN] for i in range(SHOWN)]
+        half = len(images) // 2  # of a jump, the way up
+        chosen = [images[round(i * half / (SHOWN - 1))] for i in range(SHOWN)]
         labels = [f"picture: {words}" if n == 0 else "", label, *[""] * (SHOWN - 1)]
         lines.append(label_row([enlarge(one) for one in (first, *chosen)], labels))
     return stacked(lines)
