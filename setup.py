@@ -72,6 +72,8 @@ setup(
             "peft>=0.13",
             "imageio-ffmpeg>=0.5",
             "scikit-image>=0.22",
+            "scipy>=1.10",
+            "opencv-python-headless>=4.8",
             "matplotlib>=3.8",
             "nbclient>=0.9",
             "ipykernel>=6",
@@ -80,6 +82,7 @@ setup(
         ],
         "plots": ["matplotlib>=3.8"],
         "video": ["imageio-ffmpeg>=0.5"],
+        "conditions": ["scikit-image>=0.22", "scipy>=1.10"],
     },
     entry_points={"console_scripts": ["masa = masa.cli:main"]},
 )

@@ -12,20 +12,19 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from ground_truth.cases import CALIBRATION_SEEDS, TABLE_SEEDS, Individual
+from ground_truth.cases import CALIBRATION_SEEDS, SWEEP_SEEDS, TABLE_SEEDS, Individual
 from ground_truth.drawn import drawn_cases, summarise_drawn
 from ground_truth.methods import Drawing, Method, Settings, as_arrays, masactrl
 from ground_truth.report import Row, markdown, thresholds, write_csv
-from ground_truth.runs import Store, Task, about, make, missing
+from ground_truth.runs import Store, Task, about, make
 from tqdm import tqdm
 
 import masa
-from masa.controls.base import Control
 from masa.io.files import replacing
 from masa.weights.demo.pose_classifier import load_pose_classifier
 
@@ -43,7 +42,7 @@ TITLES = {
 }
 
 
-def arguments() -> argparse.Namespace:
+def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="+", choices=("sweep", "table", "report"))
     parser.add_argument("-c", "--checkpoint", help="default: the embedded demo model")
@@ -58,15 +57,16 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("-L", "--start-layer", type=int, default=6)
     parser.add_argument("--weight", type=float, default=2.0)
     parser.add_argument("--tau", type=float, default=1.0)
+    parser.add_argument("--adapter", default="demo", help="another model's adapter of stick figures")
     parser.add_argument("--methods", nargs="+", default=[""], help="only those with one of these texts in their names")
     parser.add_argument("--individuals", type=int, default=67)
-    parser.add_argument("--sweep-individuals", type=int, default=8)
-    parser.add_argument("--sweep-weights", type=float, nargs="*", default=[0.5, 1.0, 1.5, 3.0])
-    parser.add_argument("--sweep-taus", type=float, nargs="*", default=[0.4, 0.7])
-    parser.add_argument("--sweep-starts", type=int, nargs="*", default=[0, 4, 8])
-    parser.add_argument("--sweep-guidances", type=float, nargs="*", default=[1.5, 2.5, 7.5])
+    parser.add_argument("--sweep-individuals", type=int, default=3)
+    parser.add_argument("--sweep-weights", type=float, nargs="*", default=[1.0, 1.5, 3.0])
+    parser.add_argument("--sweep-taus", type=float, nargs="*", default=[0.5])
+    parser.add_argument("--sweep-starts", type=int, nargs="*", default=[0, 6])
+    parser.add_argument("--sweep-guidances", type=float, nargs="*", default=[2.0])
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing after that")
-    return parser.parse_args()
+    return parser.parse_args(given)
 
 
 def drawn(
@@ -77,7 +77,7 @@ def drawn(
     weight, tau = args.weight if weight is None else weight, args.tau if tau is None else tau
     name, plain = masactrl(args.subject, args.start_step if start is None else start, args.start_layer)
     said = "drawn and named" if worded else "drawn"
-    method = replace(plain, drawing=Drawing(weight, tau), worded=worded, guidance_scale=guidance)
+    method = replace(plain, drawing=Drawing(weight, tau, args.adapter), worded=worded, guidance_scale=guidance)
     return f"{name}, {said}, weight {weight:g}, tau {tau:g}, guidance {guidance:g}", method
 
 
@@ -116,54 +116,65 @@ def calibration(store: Store, pairs: int = 201) -> list[Task]:
     return [Task("model", s, {what: None}) for s, what in wanted if not store.path("model", what, s).exists()]
 
 
-def sweep(sd: masa.StableDiffusion, args: argparse.Namespace, store: Store, settings: Settings) -> None:
-    """Cell by cell, since a run has one S and one guidance."""
+@dataclass(frozen=True)
+class Edits:
+    """One individual's edits by one method, to be stored under a section."""
+
+    section: str
+    name: str
+    method: Method
+    who: Individual
+
+
+def still_missing(args: argparse.Namespace, store: Store, section: str, seed: int) -> list[Edits]:
+    """What an individual still misses, of the methods asked for."""
+    sweep = section == "sweep"
     cells = sweep_cells(args)
-    count = dict.fromkeys(cells, args.sweep_individuals)
-    tasks = [task for section in ("drawn sweep", "between sweep") for task in missing(store, section, cells, count)]
-    for task in tqdm(sorted(tasks, key=lambda task: task.seed)):
-        if time.time() < args.deadline:
-            make(sd, store, settings, args.subject, task)
+    by_section = {"drawn sweep": cells, "between sweep": cells} if sweep else table_methods(args)
+    return [
+        Edits(stored, name, method, Individual.draw(seed, args.subject, stored.startswith("between")))
+        for stored, methods in by_section.items()
+        for name, method in methods.items()
+        if any(text in name for text in args.methods) and not store.path(stored, name, seed).exists()
+    ]
 
 
-def table(sd: masa.StableDiffusion, args: argparse.Namespace, store: Store, settings: Settings) -> None:
-    """Each individual's edits by all methods in one run: they share the source, and a target does not depend on others.
+def make_edits(sd: masa.StableDiffusion, store: Store, settings: Settings, todo: Sequence[Edits]) -> None:
+    """One individual's: inverted once, and one run for all of equal MasaCtrl and guidance.
 
-    Those asked for by --methods first; what they leave out may follow in a second call.
+    They share the source, and a target among others is what it is alone.
     """
-    for seed in tqdm(range(TABLE_SEEDS, TABLE_SEEDS + args.individuals)):
-        todo = [
-            (section, name, method, Individual.draw(seed, args.subject, section == "between"))
-            for section, methods in table_methods(args).items()
-            for name, method in methods.items()
-            if any(text in name for text in args.methods) and not store.path(section, name, seed).exists()
-        ]
-        if not todo or time.time() > args.deadline:
-            continue
-        prompts, sticks = [], []
-        for _, _, method, who in todo:
-            prompts += [who.prompt(pose if method.worded else None) for pose in who.target_poses]
-            size = sd.config.image_size
-            sticks += [who.stick(pose, size) if method.drawing else None for pose in who.target_poses]
-        who = Individual.draw(seed, args.subject)
-        source = who.picture(who.source_pose, sd.config.image_size)
+    size, who = sd.config.image_size, todo[0].who
+    source = who.picture(who.source_pose, size)
+    trajectory = masa.invert(sd, source, who.source_prompt, steps=settings.steps, progress=False)
+    runs: dict[object, list[Edits]] = {}
+    for edits in todo:
+        runs.setdefault((edits.method.controls, edits.method.guidance_scale), []).append(edits)
+    for together in runs.values():
+        method = together[0].method
+        prompts = [e.who.prompt(pose if e.method.worded else None) for e in together for pose in e.who.target_poses]
         out = masa.sample(
-            sd, target=prompts, controls=controls(args, sticks), guidance_scale=args.guidance, progress=False,
-            trajectory=masa.invert(sd, source, who.source_prompt, steps=settings.steps, progress=False),
+            sd, target=prompts, controls=[*method.controls, *adapters(together, size)], trajectory=trajectory,
+            guidance_scale=method.guidance_scale, progress=False,
         )  # fmt: skip
         pictures, first = as_arrays(out.images), 1
-        for section, name, _, who in todo:
-            last = first + len(who.target_poses)
-            store.save(section, name, seed, np.concatenate([pictures[:1], pictures[first:last]]))
+        for edits in together:
+            last = first + len(edits.who.target_poses)
+            store.save(edits.section, edits.name, who.seed, np.concatenate([pictures[:1], pictures[first:last]]))
             first = last
 
 
-def controls(args: argparse.Namespace, sticks: Sequence[np.ndarray | None]) -> list[Control]:
-    """MasaCtrl, and the adapter where anything is drawn."""
-    name_and_method = masactrl(args.subject, args.start_step, args.start_layer)
-    if all(stick is None for stick in sticks):
-        return [*name_and_method[1].controls]
-    return [*name_and_method[1].controls, masa.T2IAdapter("demo", target=sticks, weight=args.weight, tau=args.tau)]
+def adapters(together: Sequence[Edits], size: int) -> list[masa.T2IAdapter]:
+    """One adapter for each weight and tau, which sees the drawings of those targets alone."""
+    found = []
+    for drawing in dict.fromkeys(e.method.drawing for e in together if e.method.drawing is not None):
+        sticks = [
+            e.who.stick(pose, size) if e.method.drawing == drawing else None
+            for e in together
+            for pose in e.who.target_poses
+        ]
+        found.append(masa.T2IAdapter(drawing.adapter, target=sticks, weight=drawing.weight, tau=drawing.tau))
+    return found
 
 
 def write_report(store: Store, out: Path) -> str:
@@ -186,7 +197,8 @@ def write_report(store: Store, out: Path) -> str:
         f"An appearance is right below an error of {limit.value:.1f}, the equal error rate's threshold. A named pose "
         "is right where the classifier sees it; one between two where the nearest of 22 exact renders is its own. The "
         "pose error is how far that render's joints are from the asked ones, of the subject's size. Prompts tell "
-        'subject and direction; "named" ones tell the pose too, of one between two the first of them.\n',
+        'subject and direction; "named" ones tell the pose too, of one between two the first. The prompt alone, '
+        "on the same individuals, is in ground_truth_editing.md: MasaCtrl S=2 L=6.\n",
     ]
     for section, title in TITLES.items():
         chosen = [row for row in rows if row["section"] == section]
@@ -203,16 +215,21 @@ def write_report(store: Store, out: Path) -> str:
 
 def main() -> None:
     args = arguments()
-    args.deadline = time.time() + 60 * args.minutes
+    deadline = time.time() + 60 * args.minutes
     torch.set_num_threads(1)
     settings = Settings(args.steps, args.guidance, args.start_step, args.start_layer)
     store = Store(args.run)
     if args.sections != ["report"]:
         sd = masa.load(args.checkpoint, device="cpu", progress=False)
         store.claim(about(sd, settings, args.subject))
-        for section in args.sections:
-            if section != "report":
-                (sweep if section == "sweep" else table)(sd, args, store, settings)
+        for section, first, count in (
+            ("sweep", SWEEP_SEEDS, args.sweep_individuals),
+            ("table", TABLE_SEEDS, args.individuals),
+        ):
+            for seed in tqdm(range(first, first + count), desc=section, disable=section not in args.sections):
+                todo = still_missing(args, store, section, seed) if section in args.sections else []
+                if todo and time.time() < deadline:
+                    make_edits(sd, store, settings, todo)
         for task in calibration(store):
             make(sd, store, settings, args.subject, task)
     if "report" in args.sections:

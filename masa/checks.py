@@ -14,6 +14,7 @@ from masa.branches import Branches
 from masa.cache.recorder import Recorder
 from masa.cache.source_cache import SourceCache
 from masa.controls.base import ActiveControl, Control, Run, begin_all, check_together
+from masa.controls.steering import check_halves, steering_controls
 from masa.edits import Grid
 from masa.errors import MasaError
 from masa.guidance import ClassifierFree, Guidance, check_guidance, check_guidance_scale
@@ -117,11 +118,30 @@ def check_controls(
     *,
     size: tuple[int, int],
     first_step: int = 0,
-    real: bool = True,
-) -> tuple[ActiveControl, ...]:
-    """Let controls refuse a run, and each other, before an inversion's minutes are spent; gives them bound to it.
+    method: str | None,
+) -> tuple[Control, ...]:
+    """Let controls refuse a run, and each other, before an inversion's minutes are spent: those that take part in it.
 
-    size (height, width): of the pictures. real: whether the source is a real picture.
+    size (height, width): of the pictures. method: of the source's inversion, None where it is not a real picture.
+    """
+    active = bind_controls(sd, controls, levels, prompts, size=size, first_step=first_step, real=method is not None)
+    check_halves(method, active)
+    return () if method == "noise" else steering_controls(as_controls(controls), active)
+
+
+def bind_controls(
+    sd: StableDiffusion,
+    controls: Control | Sequence[Control],
+    levels: Levels,
+    prompts: tuple[str, ...],
+    *,
+    size: tuple[int, int],
+    first_step: int,
+    real: bool,
+) -> tuple[ActiveControl, ...]:
+    """Controls bound to a run that is still to come. MasaError where one refuses it, or another.
+
+    real: whether the source is a real picture.
     """
     grid = (size[0] // sd.config.vae.downsample, size[1] // sd.config.vae.downsample)
     info = replace(describe_run(sd, levels, prompts, grid), first_step=first_step)
@@ -145,6 +165,7 @@ def describe_run(sd: StableDiffusion, levels: Levels, prompts: tuple[str, ...], 
         device=sd.device,
         dtype=sd.dtype,
         unet=sd.config.unet,
+        base_weights=sd.without_lora().unet.state_dict() if sd.offloaded is None else None,
         preview=sd.config.preview,
         token_positions=sd.tokenizer.token_positions,
         encode=sd.tokenizer.encode,

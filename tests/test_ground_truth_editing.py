@@ -15,8 +15,9 @@ from masa.weights.demo.pose_classifier import load_pose_classifier
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
+import drawn_poses
 import ground_truth_editing
-from ground_truth.cases import CALIBRATION_SEEDS, MODEL_SEEDS, TABLE_SEEDS, Individual
+from ground_truth.cases import CALIBRATION_SEEDS, MODEL_SEEDS, SWEEP_SEEDS, TABLE_SEEDS, Individual
 from ground_truth.drawn import NEAR, candidates, drawn_cases, pose_error, seen_pose, summarise_drawn
 from ground_truth.figures import write_curves, write_grid
 from ground_truth.intervals import clustered, equal_error, share_interval, wilson
@@ -281,6 +282,26 @@ def test_drawn_poses_are_right_where_pose_and_appearance_are(classifier, tmp_pat
     assert [row["pose"] for row in rows] == [1, 0]
     assert [row["both right"] for row in rows] == [1, 0]
     assert rows[0]["pose error"] == 0 < rows[1]["pose error"]
+
+
+@pytest.mark.slow
+def test_many_edits_of_one_run_are_those_of_one_each(tiny, tmp_path):
+    adapter = save(tmp_path / "lines.safetensors", make_adapter("full", 1).state_dict())
+    args = drawn_poses.arguments(
+        ["sweep", "table", "--adapter", str(adapter), "--steps", "2", "-S", "1", "--sweep-weights", "0.5",
+         "--sweep-taus", "0.5", "--sweep-starts", "0", "--sweep-guidances", "2"]
+    )  # fmt: skip
+    settings, store = Settings(2, 4.0, 1, 6), Store(tmp_path / "run")
+    for section, seed in (("table", TABLE_SEEDS), ("sweep", SWEEP_SEEDS)):
+        todo = drawn_poses.still_missing(args, store, section, seed)
+        drawn_poses.make_edits(tiny, store, settings, todo)
+        assert not drawn_poses.still_missing(args, store, section, seed)
+        assert len({store.load(e.section, e.name, seed)[1:].tobytes() for e in todo}) == len(todo)  # no two alike
+        for edits in todo[:: 1 if section == "table" else 5]:
+            alone = Editor(tiny, edits.who, settings).edit(edits.method)
+            together = store.load(edits.section, edits.name, seed)
+            # Sums of other batches round otherwise: a grey value here and there.
+            assert np.abs(alone.astype(int) - together).max() <= 1
 
 
 # -------------------------------------------------------------------------------------------------- figures

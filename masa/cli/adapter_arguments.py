@@ -22,7 +22,10 @@ IP_OPTIONS = ("ip_source", "ip_scale", "image_encoder")
 
 
 def add_adapters(parser: argparse.ArgumentParser, frames: bool = False) -> None:
-    """frames: of a video, whose layout is a set of pictures, by default the command's own."""
+    """Options of three kinds of adapters; for a command without targets, which has the source's alone.
+
+    frames: of a video, whose layout is a set of pictures, by default the command's own.
+    """
     about = "of each frame" if frames else "by a picture (for the targets; without targets, for the source)"
     group = parser.add_argument_group(f"layout {about}")
     shape: dict[str, Any] = {"nargs": 2, "metavar": ("FILE", "PICTURE")}

@@ -11,8 +11,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from masa.cli.adapter_arguments import build_frame_adapters, given
+from masa.cli.adapter_arguments import build_adapters, build_frame_adapters, given
 from masa.cli.arguments import build_parser
+from masa.cli.condition_command import run_condition
 from masa.cli.control_arguments import build_controls, build_start, build_swept, check_picture
 from masa.cli.idle_options import refuse_idle
 from masa.cli.preview import build_preview
@@ -178,6 +179,8 @@ def run_video(args: argparse.Namespace) -> None:
         chosen = {{"invert_guidance": "guidance_scale"}.get(name, name): value for name, value in chosen.items()}
         # Null-text is fitted to the guidance that the frames have.
         chosen |= {"edit_guidance_scale": args.guidance, "steps": args.steps or 50, "tiled": args.tiled}
+        of_source = [c for c in (*adapters, *settings["controls"]) if getattr(c, "source", None) is not None]
+        chosen |= {"controls": of_source} if of_source else {}
         trajectory = masa.invert(sd, args.image, args.source, **chosen, **size_and_seed(args))
         settings |= {"steps": None, "height": None, "width": None}
     frames = masa.sample_frames(
@@ -202,6 +205,7 @@ def run_invert(args: argparse.Namespace) -> None:
         raise MasaError(f"-o {out} must end in .safetensors, the format of a trajectory")
     check_free(out, args.overwrite, "-o")
     check_picture(args.image)
+    args.target = ()  # an inversion has none: adapters' pictures are the source's
     trajectory = masa.invert(
         load_model(args),
         args.image,
@@ -210,6 +214,7 @@ def run_invert(args: argparse.Namespace) -> None:
         tiled=args.tiled,
         method=args.method,
         **given(
+            controls=build_adapters(args) or None,
             guidance_scale=args.invert_guidance,
             edit_guidance_scale=args.edit_guidance,
             inner_steps=args.inner_steps,
@@ -278,9 +283,11 @@ def run_sweep(args: argparse.Namespace) -> None:
 def run_inspect(args: argparse.Namespace) -> None:
     from masa.pipeline import locate
     from masa.runtime.networks import check_keys
+    from masa.weights.kinds import recognise
     from masa.weights.model_files import summarise
 
-    rows = summarise(locate(args.checkpoint, prefer_half=False), check=check_keys)
+    path = locate(args.checkpoint, prefer_half=False)
+    rows = recognise(path) or summarise(path, check=check_keys)
     width = max(len(label) for label, _ in rows)
     for label, text in rows:
         print(f"{label:<{width}}  {text}")
@@ -342,6 +349,7 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace], None]] = {
     "grid": run_grid,
     "sweep": run_sweep,
     "plot": run_plot,
+    "condition": run_condition,
     "inspect": run_inspect,
     "rerun": run_rerun,
 }

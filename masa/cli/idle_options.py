@@ -52,7 +52,7 @@ def refuse_idle(args: argparse.Namespace) -> None:
         "sample": (check_controls, check_adapters, check_source, check_guided, check_eta),
         "edit": (check_controls, check_adapters, check_inversion, check_guided, check_eta),
         "video": (check_controls, check_video, check_guided, check_eta),
-        "invert": (check_inversion, check_fitting),
+        "invert": (check_adapters, check_inversion, check_fitting),
         "sdedit": (check_guided,),
         "sweep": (check_sweep,),
     }
@@ -97,7 +97,8 @@ def check_adapters(args: argparse.Namespace) -> None:
     """Options of adapters where there are none, and a source's picture where it has the only one."""
     check_adapter_options(args)
     for option in ("adapter_source", "controlnet_source", "ip_source"):
-        refuse(args, option, not args.target, "without targets the first picture is the source's; give a target")
+        alone = not getattr(args, "target", ())
+        refuse(args, option, alone, "without targets the first picture is the source's; give a target")
 
 
 def check_adapter_options(args: argparse.Namespace) -> None:

@@ -24,6 +24,7 @@ from masa.controls.conditions import (
 )
 from masa.edits import Residuals
 from masa.errors import MasaError
+from masa.io.pictures import colour_patches
 from masa.models.t2i_adapter import T2IAdapterNetwork
 from masa.runtime.adapters import DEMO_ADAPTER, AdapterFile, locate_adapter, read_adapter
 
@@ -36,13 +37,14 @@ class T2IAdapter(PictureControl):
     ships with the demo model, whose pictures are stick figures, white lines on black. source, target: the source's
     picture and the targets', None for none; target also a list with one entry a target. A path, PIL picture, uint8
     array (h, w) or (h, w, 3), or float tensor (h, w), (1, h, w) or (3, h, w) in [0, 1], on black; brought to the run's
-    size. weight: of the features, 0 changes nothing; several adapters add up. tau: in [0, 1], the share of the steps,
-    from the noisiest on, in which it acts. sha256: of the file, where another one is to be refused.
+    size, and for a light adapter, which reads colours, to squares of 64 pixels. weight: of the features, 0 changes
+    nothing; several adapters add up. tau: in [0, 1], the share of the steps, from the noisiest on, in which it acts.
+    sha256: of the file, where another one is to be refused.
 
     Without any picture it is a video's (`masa.sample_frames`), and a run refuses it. Without targets it acts on the
-    source. A real source was inverted without a picture: as published it has none.
-    MasaError for a file of another kind, or a picture that is none. 2302.08453, section 3.3; tau is the published
-    code's.
+    source. As published a real source has no picture; one that it is given steers its inversion too
+    (`masa.invert(controls=..)`, `masa.edit`). MasaError for a file of another kind, or a picture that is
+    none. 2302.08453, section 3.3; tau is the published code's.
     """
 
     path: str | Path
@@ -112,6 +114,8 @@ class _Active(ActiveControl):
     def _features(self, picture: Tensor) -> tuple[Tensor, ...]:
         """The weighted features of a picture (1, 3, 8h, 8w), (1, c, ..) of each level."""
         x = picture if self.network.picture_channels == 3 else to_grey(picture)
+        if self.network.config.light:
+            x = colour_patches(x)
         return tuple(self.weight * level for level in self.network(x.to(self.device, self.dtype)))
 
 

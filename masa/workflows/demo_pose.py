@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from masa.controls.base import Control
 from masa.controls.conditions import PIXELS, load_condition
 from masa.controls.masactrl import MasaCtrl
 from masa.controls.t2i_adapter import T2IAdapter
@@ -82,7 +83,7 @@ def edit(
 ) -> Result:  # fmt: skip
     """Each drawing its own target, with the pose's name where it has one."""
     trajectory = invert(sd, picture, prompt(who, who.pose), steps=STEPS, progress=progress)
-    controls = [CONTROL, T2IAdapter("demo", target=list(drawn), weight=WEIGHT)]
+    controls: list[Control] = [CONTROL, T2IAdapter("demo", target=list(drawn), weight=WEIGHT)]
     targets = [prompt(who, pose) for pose in poses]
     return sample(
         sd, target=targets, trajectory=trajectory, controls=controls, guidance_scale=GUIDANCE, progress=progress

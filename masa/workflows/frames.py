@@ -16,7 +16,7 @@ from masa.attention import Backend
 from masa.branches import Branches
 from masa.cache.source_cache import SourceCache
 from masa.cache.storage import Store, check_store
-from masa.checks import as_controls, as_prompts, check_controls, check_model, settle
+from masa.checks import as_controls, as_prompts, bind_controls, check_model, settle
 from masa.controls.anchor import FirstFrameAnchor
 from masa.controls.base import ActiveControl, Control, only_looks
 from masa.controls.conditions import PictureControl, embed, read_picture
@@ -311,7 +311,7 @@ def _check(sd: StableDiffusion, asked: RunSettings, video: Video, trajectory: Tr
     def check(controls: Sequence[Control], frames: int) -> tuple[ActiveControl, ...]:
         prompts = (settings.source, *asked.target * frames)
         first = settings.skip_steps or 0
-        return check_controls(sd, controls, levels, prompts, size=size, first_step=first, real=real)
+        return bind_controls(sd, controls, levels, prompts, size=size, first_step=first, real=real)
 
     check(asked.controls, len(video))  # a mask for each frame, where there are several
     chunk = video.chunks()[0]

@@ -87,8 +87,15 @@ def example(seed: int, subjects: Sequence[str], between: float = 0.4) -> Example
     told = rng.random() < 0.5
     text = drawn.caption
     if way != pose or not told:
-        parts = {"colour": rng.random() < 0.7, "pattern": rng.random() < 0.7, "place": rng.random() < 0.6}
-        text = caption(drawn.appearance, None, drawn.scene, **parts, facing=told and rng.random() < 0.75)
+        text = caption(
+            drawn.appearance,
+            None,
+            drawn.scene,
+            colour=rng.random() < 0.7,
+            pattern=rng.random() < 0.7,
+            place=rng.random() < 0.6,
+            facing=told and rng.random() < 0.75,
+        )
     return Example(drawn.appearance, way, drawn.scene, text, thickness)
 
 
