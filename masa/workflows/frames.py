@@ -178,8 +178,9 @@ class Video:
 
 def as_adapters(adapter: Control | Sequence[Control]) -> tuple[Control, ...]:
     """One adapter or several, as several. MasaError for what has no place for a frame's picture, or has one already."""
-    listed = isinstance(adapter, Sequence) and not isinstance(adapter, str)
-    several: tuple[Any, ...] = tuple(adapter) if listed else (adapter,)
+    several: tuple[Any, ...] = (adapter,)
+    if isinstance(adapter, Sequence) and not isinstance(adapter, str):
+        several = tuple(adapter)
     if not several:
         raise MasaError("adapter is empty; give a masa.T2IAdapter or masa.ControlNet, which each frame gives a picture")
     for one in several:
