@@ -42,7 +42,10 @@ from masa.sampling import edit, sample
 from masa.schedule import Schedule
 from masa.settings import register
 from masa.trajectory import Trajectory
+from masa.workflows.batch import BatchReport, batch
 from masa.workflows.frames import sample_frames
+from masa.workflows.piebench import piebench
+from masa.workflows.piebench_tables import PieBench
 from masa.workflows.recording import record
 from masa.workflows.rerun import rerun
 from masa.workflows.sdedit import sdedit
@@ -51,6 +54,7 @@ from masa.workflows.sheets import grid, sweep
 __all__ = [
     "DDIM",
     "LCM",
+    "BatchReport",
     "BlendedLatents",
     "CheckpointError",
     "ClassifierFree",
@@ -68,6 +72,7 @@ __all__ = [
     "MasaCtrl",
     "MasaError",
     "ModelConfig",
+    "PieBench",
     "PlugAndPlay",
     "PromptToPrompt",
     "RecordAttention",
@@ -85,12 +90,14 @@ __all__ = [
     "Trajectory",
     "UniPC",
     "WordMasks",
+    "batch",
     "conditions",
     "edit",
     "grid",
     "invert",
     "keep_networks",
     "load",
+    "piebench",
     "plots",
     "record",
     "register",

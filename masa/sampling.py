@@ -337,7 +337,7 @@ def edit(
     )
     check_model(sd)
     check_schedule(schedule)
-    steering = _check_edit(sd, image, asked, method, steps, schedule or sd.schedule, (height, width))
+    steering = check_edit(sd, image, asked, method, steps, schedule or sd.schedule, (height, width))
     trajectory = invert(
         sd,
         image,
@@ -360,7 +360,7 @@ def edit(
     return run(sd, asked, Given(trajectory, None, generator, callback, progress))
 
 
-def _check_edit(
+def check_edit(
     sd: StableDiffusion,
     image: ImageLike,
     asked: RunSettings,

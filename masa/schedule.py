@@ -63,10 +63,9 @@ class Schedule:
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
             raise MasaError(f"steps is {steps!r}; expected a whole number from 1 to {last}")
         stride = self.stride(steps)
-        timesteps = tuple(stride * k + self.offset for k in reversed(range(steps)))
-        if stride < 1 or timesteps[0] > last:
+        if stride < 1 or stride * (steps - 1) + self.offset > last:
             raise MasaError(f"steps is {steps}; expected at most {last} (training has {last + 1} timesteps)")
-        return timesteps
+        return tuple(stride * k + self.offset for k in reversed(range(steps)))
 
     def step(
         self, eps: Tensor, x: Tensor, timestep: int, steps: int, eta: float = 0.0, noise: Tensor | None = None

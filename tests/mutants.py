@@ -203,7 +203,7 @@ RUN: Mutations = {
         ('"schedule": (schedule, trajectory.schedule)', '"schedule": (schedule, sd.schedule)'),
     ],
     "sampling an_unguided_inversion_costs_one_row_a_step": [
-        ("guided=guidance_scale > 1.0 and not torch.equal(uncond, cond)", "guided=not torch.equal(uncond, cond)"),
+        ("guided=guidance_scale > 1.0 and differ", "guided=differ"),
     ],
     "sampling what_controls_set_may_depend_on_the_pictures_size": [
         ("return fitted.shape[2], fitted.shape[3]", "return fitted.shape[2], fitted.shape[2]"),
@@ -324,7 +324,7 @@ GUIDANCE_AND_SAMPLERS: Mutations = {
         ("device=like.device) / (half - 1)", "device=like.device) / half"),
     ],
     "lcm an_inversion_is_told_its_guidance": [
-        ("copies=rows.copies, guidance=embedded", "copies=rows.copies"),
+        ("residuals=residuals,\n            guidance=embedded,", "residuals=residuals,"),
     ],
     "lcm what_needs_two_halves_is_refused": [
         ("if guidance not in (None, ClassifierFree()):", "if False:"),
@@ -434,7 +434,7 @@ ROUND_TRIPS: Mutations = {
         ("if str(sd.dtype) != f\"torch.{settings['dtype']}\":", "if False:"),
     ],
     "result pictures_are_saved_together_or_not_at_all": [
-        ("temporaries = [stack.enter_context(replacing(path)) for path in paths]", "temporaries = paths"),
+        ("picture.save(stage / name)", "picture.save(folder / name)"),
     ],
     "result what_is_no_saved_result_is_named": [
         ('!= settings | {"branch": branch}:', "is None:"),
@@ -896,6 +896,30 @@ SEAMS: Mutations = {
     ],
 }
 
+CONDITIONS: Mutations = {
+    "condition_pictures canny_is_its_definition": [
+        ("across, down = ay < ax * TANGENT,", "across, down = ay <= ax,"),
+        ("falling = (dx ^ dy) >= 0", "falling = (dx ^ dy) < 0"),
+        ("labels, _ = ndimage.label(candidates, structure=np.ones((3, 3)))", "labels, _ = ndimage.label(candidates)"),
+    ],
+    "condition_pictures openpose_has_the_published_colours_and_leaves_out_what_is_not_seen": [
+        ("canvas[inside] = (1.0 - OPENPOSE_OPACITY) * canvas[inside] +", "canvas[inside] ="),
+    ],
+    "condition_pictures larger_photographs_are_scaled_down_first": [
+        ("if short_side is not None and short > short_side:", "if short_side is not None and short < short_side:"),
+    ],
+    "conditioned_inversion each_control_takes_part_in_its_own_steps": [
+        ("step, rows = self.timesteps.index(timestep), x.expand", "step, rows = 0, x.expand"),
+    ],
+    "conditioned_inversion an_edit_inverts_with_the_sources_condition_alone": [
+        ('return () if method == "noise" else steering_controls', "return () if method else steering_controls"),
+    ],
+    "controlnet differences_are_to_the_model_before_any_lora": [
+        ("base_weights=sd.without_lora().unet.state_dict()", "base_weights=sd.unet.state_dict()"),
+        ("if name in base:  # what the UNet", "if name not in base:  # what the UNet"),
+    ],
+}
+
 LORA: Mutations = {
     "lora every_layout_equals_diffusers": [
         ("loras[i].weights[layer[0]] * change.scale * delta", "change.scale * delta"),
@@ -950,6 +974,125 @@ LORA: Mutations = {
         ("inverter = sd.without_lora().with_loras(find_loras(made_from, picture))", "pass"),
     ],
     "lora peft_settings_that_mean_more_are_refused": [('"bias": ("none",),', "")],
+}
+
+PIEBENCH: Mutations = {
+    "metrics noise_error_and_similarity_equal_torchmetrics": [
+        ("-10.0 * math.log10(error)", "-20.0 * math.log10(error)"),
+        ("astype(np.float32) / 255.0 * mask", "astype(np.float32) / 256.0 * mask"),
+        ("SIGMA, WINDOW = 1.5, 11", "SIGMA, WINDOW = 1.5, 13"),
+        ("similarity / ((mean_x**2 + mean_y**2 + C1)", "similarity / ((mean_x**2 + mean_y**2 + C2)"),
+    ],
+    "metrics similarity_of_2023_leaves_the_border_out": [
+        ('border = WINDOW // 2 if libraries == "2023" else 0', "border = 0"),
+    ],
+    "metrics structure_distance_equals_the_published_hook": [
+        ('if name.split(".")[-1] in ("k_proj", "key")]', 'if name.split(".")[-1] in ("q_proj", "query")]'),
+        ("projections[-1].register", "projections[0].register"),
+        ("antialias=smooth,", "antialias=True,"),
+        ("x / 255.0 if divided else x,", "x / 255.0,"),
+    ],
+    "metrics prompt_similarity_equals_torchmetrics": [
+        ("Image.Resampling.BICUBIC\n    )\n    left, top", "Image.Resampling.BILINEAR\n    )\n    left, top"),
+        ("(resized.width - size) // 2, (resized.height - size) // 2", "0, 0"),
+    ],
+    "metrics prompt_similarity_is_not_below_zero": [("max(0.0, 100.0 * float((image", "(100.0 * float((image")],
+    "metrics means_leave_nan_out": [("x = x[~np.isnan(x)]", "x = x")],
+    "metrics a_torchvision_that_fails_to_import_is_named": [("if broken is not None:", "if False:")],
+    "piebench masks_equal_the_published_decoder": [
+        ("mask[[0, -1], :] = 1", "pass"),
+        ("mask[:, [0, -1]] = 1", "pass"),
+        ("if start > height * width]", "if start >= height * width]"),
+    ],
+    "piebench a_broken_entry_is_named": [("if not image.resolve().is_relative_to(pictures):", "if False:")],
+    "piebench where_all_may_change_what_is_kept_has_no_score": [("if kept.any() else math.nan", "")],
+    "piebench scores_are_those_of_the_metrics": [
+        ('edited = mask if name == "clip_similarity_target_image_edit_part" else None', "edited = None"),
+        ('divided = name == "structure_distance_divided"', "divided = False"),
+    ],
+    "piebench every_method_and_inverter_makes_edits_of_its_own": [
+        ('"ddim": ("ddim", False),', '"ddim": ("ddim", True),')
+    ],
+    "piebench edits_made_otherwise_are_not_mixed_in": [
+        ("apart = [name for name, value in settings.items() if before", "apart = [name for name in () if before"),
+    ],
+    "piebench a_run_that_was_cut_off_goes_on": [("if name not in scores]\n", "]\n")],
+    "piebench tables_have_the_published_units_and_rows": [
+        ("scale * row.scores.get(metric, math.nan)", "row.scores.get(metric, math.nan)"),
+    ],
+    "piebench the_command_edits_measures_and_prints": [
+        ("controls = build_controls(args) if names_controls(args) else None", "controls = None"),
+    ],
+}
+
+
+BATCH: Mutations = {
+    "folders": [
+        ("if rename is not None and rename(HERE", "if rename is None and rename(HERE"),
+        ("gone = {*names, *dropped}", "gone = {*names}"),
+        ("if entry.name not in gone:\n                    _link", "if entry.name in gone:\n                    _link"),
+        ("os.replace(stage / names[-1], folder / names[-1])", "pass"),
+        ("return own and not worked_in and not folder.is_mount()", "return own and not folder.is_mount()"),
+        ("fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass"),
+        ("    return _is_named(handle, path)\n", "    return True\n"),
+        ("for path in missing if made else ():", "for path in ():"),
+        ("shutil.rmtree(stage, ignore_errors=True)", "pass"),
+    ],
+    "result a_full_disk_leaves_no_truncated_picture": [
+        ("temporary.write_bytes(encoded.getbuffer())", "temporary.write_bytes(encoded.getbuffer()[:1000])"),
+        ("if isinstance(error, WriteError) or error.errno not in NO_ROOM:", "if True:"),
+    ],
+    "result an_older_result_is_replaced_only_when_asked": [
+        ("if present and not overwrite:", "if False:"),
+        ("return settings if whole else None", "return settings"),
+    ],
+    "batch results_are_those_of_single_runs": [
+        ("if key is None or self.sources[key] < 2:", "if True:"),
+        ("len(self.unit) > 1:", "len(self.unit) > 9:"),
+    ],
+    "batch a_second_call_does_what_is_left": [
+        ("if not is_done(job, out):\n", "if True:\n"),
+    ],
+    "batch jobs_that_share_a_source_stay_beside_each_other": [
+        ('else (*OF_TARGETS, "seed")', "else OF_TARGETS"),
+        ('names += ("guidance_scale",) if', "names += () if"),
+        ('names = OF_INVERSION + (("seed",) if drawn else ())', "names = OF_INVERSION"),
+        ('if (seeded and "seed" not in self.given) or', "if"),
+    ],
+    "batch the_report_survives_what_a_kill_leaves": [
+        ('if file.read(1) != b"\\n":', "if False:"),
+        ("known = {name: rows[name] for name in self.order if name in rows}", "known = {}"),
+    ],
+    "batch bad_jobs_do_not_stop_the_rest": [
+        ('told = f"{type(error).__name__}: {told}"', "pass"),
+        ("            check_with_model(sd, job)\n", ""),
+    ],
+    "batch ids_name_folders_inside_the_output_folder": [
+        ('unicodedata.normalize("NFC", job.id).casefold()', "job.id"),
+        ("> LONGEST_ID:", "> 2 * LONGEST_ID:"),
+    ],
+    "batch settings_that_changed_are_noticed": [
+        ('rows.get(job.id, {}).get("job", job.digest) != job.digest', "False"),
+    ],
+    "batch a_full_disk_ends_the_batch": [
+        ("isinstance(error, OSError) and error.errno in FULL", "False"),
+    ],
+    "batch two_processes_do_no_job_twice": [
+        ("        if claim is None:\n            return None\n", ""),
+    ],
+    "batch one_inversion_and_one_source_are_held_at_a_time": [
+        ("return [jobs[i] for *_, i in sorted(places)]", "return list(jobs)"),
+    ],
+    "batch shards_are_parts_that_make_the_whole": [
+        ("(part - 1) * len(jobs) // parts :", "(part - 1) * (len(jobs) // parts) :"),
+    ],
+    "cli sigterm_cleans_up_like_ctrl_c": [
+        ("return 143 if terminated else 130", "return 130"),
+        ("        signal.signal(signal.SIGTERM, before)\n", "        pass\n"),
+    ],
+    "cli two_runs_do_not_share_a_folder": [
+        ("reserved(folder, new=args.out is None)", "reserved(folder)"),
+    ],
 }
 
 
@@ -1052,8 +1195,11 @@ def mutants() -> list[Mutant]:
         FILES_AND_COMMANDS,
         SEAMS,
         LORA,
+        CONDITIONS,
         DRAWN_POSES,
         VIDEO,
+        BATCH,
+        PIEBENCH,
     )
     for key, mutations in ((key, mutations) for part in parts for key, mutations in part.items()):
         module, *names = key.split(" ")

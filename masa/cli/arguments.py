@@ -16,6 +16,8 @@ from masa.controls.masactrl import MasaCtrl
 from masa.inversion import METHODS
 from masa.settings import registered
 from masa.workflows.frames import ANCHORS
+from masa.workflows.piebench_methods import INVERTERS, OTHER_NAMES
+from masa.workflows.piebench_methods import METHODS as PIE_METHODS
 from masa.workflows.sheets import parameters_of
 
 PLOTS = ("word-maps", "self-attention", "masks", "queries", "predictions")
@@ -210,6 +212,48 @@ def build_parser() -> Parser:
     add_model(sweep)
     add_output(sweep)
 
+    batch = add(
+        commands,
+        "batch",
+        "run thousands of edits from a file, resumable",
+        [
+            "masa batch jobs.jsonl -o out -c v1-5-pruned-emaonly.safetensors",
+            "masa batch jobs.jsonl -o out -c sd15/ --shard 2/4",
+            "torchrun --nproc-per-node 4 -m masa batch jobs.jsonl -o out -c sd15/",
+            "masa batch jobs.jsonl -o out -c sd15/ --ray",
+        ],
+    )
+    batch.add_argument("jobs", help="a file with one JSON object a line: id, and arguments of masa.edit or masa.sample")
+    group = batch.add_argument_group("processes")
+    text = "run the I-th of N parts, I from 1 (default: what torchrun's RANK and WORLD_SIZE say, else all)"
+    group.add_argument("--shard", type=parse_shard, metavar="I/N", help=text)
+    group.add_argument("--ray", action="store_true", help="by Ray, one worker a GPU; needs masa[ray]")
+    group.add_argument("--workers", type=int, metavar="N", help="of --ray (default: one a GPU, without GPUs one)")
+    add_plugins(batch)
+    add_model(batch)
+    add_output(batch, "the folder with a folder for each job, and report.jsonl; a second call goes on there")
+
+    piebench = add(
+        commands,
+        "piebench",
+        "make and measure PIE-Bench's edits; tables beside the published ones",
+        [
+            "masa piebench PIE-Bench/ --method p2p --inverter pinned -c sd14/ -o p2p",
+            "masa piebench PIE-Bench/ --method masactrl --start-layer 8 --types 5 --limit 20 -c sd14/",
+            "masa piebench PIE-Bench/ --pictures results/ --metrics psnr_unedit_part,ssim_unedit_part",
+        ],
+    )
+    piebench.add_argument("folder", help="with mapping_file.json and annotation_images/")
+    add_piebench(piebench)
+    add_control(piebench)
+    add_fields(piebench.add_argument_group("fields of controls"))
+    add_plugins(piebench)
+    add_model(piebench)
+    group = piebench.add_argument_group("output")
+    text = "the folder to write into; a second call goes on there (default: one in masa-out/ named after the method)"
+    group.add_argument("-o", "--out", help=text)
+    group.add_argument("-q", "--quiet", action="store_true", help="no progress bars")
+
     plot = add(
         commands,
         "plot",
@@ -350,6 +394,29 @@ def add_inversion(parser: Parser, default: str | None = "ddim") -> argparse._Arg
     return group
 
 
+def add_piebench(parser: Parser) -> None:
+    parser.set_defaults(target=["the benchmark's"])  # there are targets for controls to act on
+    group = parser.add_argument_group("edits")
+    text = "with the published settings (default: masactrl); controls that are given below replace its own"
+    group.add_argument("--method", choices=[*PIE_METHODS], help=text)
+    text = "of real pictures (default: pinned, which is also called direct)"
+    group.add_argument("--inverter", choices=[*INVERTERS, *OTHER_NAMES], help=text)
+    group.add_argument("--pictures", metavar="FOLDER", help="measure these results made elsewhere instead")
+    group.add_argument("--types", type=parse_words, metavar="LIST", help="editing types, 0 to 9 (default: all)")
+    group.add_argument("--limit", type=int, metavar="N", help="the first N edits only")
+    group.add_argument("--steps", type=int, help="denoising steps (default: 50)")
+    group.add_argument("--guidance", type=float, help="classifier-free guidance (default: 7.5)")
+    group.add_argument("--seed", type=int, help="of edit-friendly and SDEdit's noise (default: 1234)")
+    backends = ("auto", "triton", "sdpa", "reference")
+    group.add_argument("--backend", choices=backends, default="auto", help="of controlled attention (default: auto)")
+    group = parser.add_argument_group("metrics")
+    group.add_argument("--metrics", type=parse_words, metavar="LIST", help="by the published names (default: all)")
+    group.add_argument("--dino", help="hub id or folder of DINO ViT-B/8 (default: facebook/dino-vitb8)")
+    group.add_argument("--clip", help="hub id or folder of CLIP (default: openai/clip-vit-large-patch14)")
+    text = "resize and SSIM as in torchvision and torchmetrics now, or as in 2023 (default: current)"
+    group.add_argument("--libraries", choices=("current", "2023"), help=text)
+
+
 def add_profile(parser: Parser) -> None:
     parser.add_argument("--profile", metavar="FILE", help="write a chrome trace (.json) and print what takes longest")
 
@@ -385,6 +452,14 @@ def parse_lora(text: str) -> tuple[str, float | tuple[float, float]]:
     if not path or len(numbers) not in (1, 2):
         return text, 1.0
     return path, numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """ "2/4" -> (2, 4)."""
+    part, _, parts = text.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 1 to N, such as 2/4")
+    return int(part), int(parts)
 
 
 def parse_control(text: str) -> str:
