@@ -1231,6 +1231,58 @@ DRAWN_POSES: dict[str, tuple[tuple[str, str], ...]] = {
 }
 
 
+VIDEO: Mutations = {
+    "frames no_call_of_the_network_takes_more_frames_than_asked": [
+        ("[every[i : i + at_once] for i in range(0, len(every), at_once)]", "[every]"),
+        ("cache = _record(sd, asked, video, trajectory, store, progress) if reads else None", "cache = None"),
+        ("[every[i : i + at_once - 1] for i in range(1, len(every), at_once - 1)]", "[every[1:]]"),
+    ],
+    "frames several_adapters_have_conditions_each": [
+        ("    else:\n        sets = conditions\n", "    else:\n        sets = [conditions[0]] * len(adapters)\n"),
+    ],
+    "frames a_real_picture_is_the_source_of_all_frames": [("asked = replace(asked, skip_steps=first_step)", "pass")],
+    "frames behind_the_first_frame_the_others_read_it": [
+        ("read = tuple(s if lead else f for lead, s, f", "read = tuple(f if lead else s for lead, s, f"),
+    ],
+    "frames both_lies_between_and_follows_the_union_s_weight": [
+        ("Part(source, weight=self.weight), *beside, *own", "Part(source), *beside, *own"),
+        ("(Part(others, weight=self.weight),) if not all(leads)", "(Part(others),) if not all(leads)"),
+    ],
+    "frames masks_of_the_first_frame_restrict_what_others_read_of_it": [
+        ("masks = [control.mask.targets[i] for i in frames]", "masks = control.mask.targets[: len(frames)]"),
+    ],
+    "frames one_frame_s_picture_runs_again_alone": [
+        ("shown = (i,) if video.anchor == ", "shown = (i,) if True or video.anchor == "),
+        ("[[pictures[k] for k in shown] for pictures in settings", "[list(pictures) for pictures in settings"),
+    ],
+    "frames every_form_shows_the_frames_and_runs_again": [
+        ('"lossless": True, "exif": exif', '"exif": exif'),
+        ('text = text or str(picture.getexif().get(DESCRIPTION, ""))', "pass"),
+    ],
+    "frames a_gif_has_one_palette": [('"palette": palette,', "")],
+    "frames animations_run_for_ever_at_the_rate_asked": [
+        ('{"save_all": True, "loop": 0,', '{"save_all": True, "loop": 1,'),
+        ("max(2, round(100.0 / fps)) * 10", "100"),
+    ],
+    "frames a_shorter_video_leaves_no_frame_of_a_longer_one": [
+        ("path.unlink(missing_ok=True)\n        return [fol", "return [fol")
+    ],
+    "frames conditions_in_every_form": [
+        ("if file.suffix.lower() in PICTURES), key=_by_number)", "if file.suffix.lower() in PICTURES))")
+    ],
+    "frames what_only_the_whole_video_tells_is_refused_before_long_work": [
+        ("    check(asked.controls, len(video))  # a mask for each frame, where there are several\n", ""),
+        ("settle(sd, replace(asked, skip_steps=first_step), trajectory)\n    branches", "branches"),
+    ],
+    "video_demo a_paw_stays_down_while_the_body_passes_and_is_carried_ahead": [
+        ("return -STEP * math.cos(math.pi * swung)", "return STEP * math.cos(math.pi * swung)"),
+    ],
+    "video_demo a_jump_crouches_leaves_the_ground_and_comes_back": [
+        ('Between("standing", "lying", CROUCH', 'Between("standing", "jumping", CROUCH'),
+    ],
+}
+
+
 def mutants() -> list[Mutant]:
     """All of them."""
     found = []
@@ -1248,6 +1300,7 @@ def mutants() -> list[Mutant]:
         CHECKPOINTS,
         CONDITIONS,
         DRAWN_POSES,
+        VIDEO,
         BATCH,
         PIEBENCH,
     )

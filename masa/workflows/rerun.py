@@ -16,7 +16,8 @@ from masa.errors import MasaError
 from masa.inversion import invert
 from masa.io.files import file_digest, find_near
 from masa.null_text import INNER_STEPS
-from masa.output.result import Result, read_settings
+from masa.output.frames import Frames, read_run
+from masa.output.result import Result
 from masa.pipeline import StableDiffusion, choose_device, load
 from masa.runtime.embeddings import Embedding
 from masa.runtime.lora import Lora
@@ -24,6 +25,7 @@ from masa.sampling import Given, run
 from masa.settings import RunSettings, restore, restore_schedule, unpack
 from masa.trajectory import Trajectory
 from masa.weights.lora import lora_digest
+from masa.workflows.frames import Video, run_frames
 
 
 def rerun(
@@ -36,8 +38,10 @@ def rerun(
     vae: str | Path | None = None,
     tokenizer: str | Path | None = None,
     progress: bool = True,
-) -> Result:
-    """Run again what made a PNG saved by masa: the same pictures, on the same device and library version.
+) -> Result | Frames:
+    """Run again what made a file saved by masa: the same pictures, on the same device and library version.
+
+    picture: a PNG, or of a video also the animation, film or folder that it was saved as (then Frames come back).
 
     sd: the model, by default loaded as the settings say; checkpoint, device, dtype, vae and tokenizer, as `load`
     takes them, replace what these name. Weights that are not named here must be those that made the picture. A
@@ -48,8 +52,8 @@ def rerun(
     given = [name for name, value in others.items() if value is not None]
     if sd is not None and given:
         raise MasaError(f"sd and {' and '.join(given)} both say which model to run; leave one out")
-    settings = read_settings(picture)
-    if settings["function"] != "sample":
+    settings, picture = read_run(picture)
+    if settings["function"] not in ("sample", "frames"):
         raise MasaError(
             f"{picture} is a sheet of many runs; repeat it with masa {settings['function']} and the settings inside it"
         )
@@ -59,6 +63,9 @@ def rerun(
         warnings.warn(f"a callback took part in making {picture}; it is not repeated", stacklevel=2)
     asked = RunSettings.restored(settings)
     asked = replace(asked, controls=tuple(find_weights(control, picture) for control in asked.controls))
+    video = Video.restored(settings) if settings["function"] == "frames" else None
+    if video is not None:
+        video = replace(video, adapters=tuple(find_weights(adapter, picture) for adapter in video.adapters))
     if sd is None:
         find_loras(settings, picture)  # before the model's minutes
         find_embeddings(settings, picture)
@@ -79,6 +86,8 @@ def rerun(
     generator = restore_generator(asked.generator_state)
     if generator is not None:
         asked = replace(asked, seed=None)
+    if video is not None:
+        return run_frames(sd, asked, video, trajectory, progress=progress)
     return run(sd, asked, Given(trajectory, generator=generator, progress=progress))
 
 
