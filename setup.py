@@ -15,6 +15,7 @@ FOLDERS = {
     "masa.controls": "masa/controls",
     "masa.io": "masa/io",
     "masa.kernels": "kernels",
+    "masa.metrics": "masa/metrics",
     "masa.models": "masa/models",
     "masa.output": "masa/output",
     "masa.runtime": "masa/runtime",
@@ -72,12 +73,15 @@ setup(
             "diffusers>=0.30",
             "accelerate>=0.30",
             "peft>=0.13",
+            "imageio-ffmpeg>=0.5",
             "scikit-image>=0.22",
             "scipy>=1.10",
-            "opencv-python-headless>=4.8",
+            "opencv-python-headless>=4.8.0.74",
             "matplotlib>=3.8",
+            "ray>=2.40",
             "nbclient>=0.9",
             "ipykernel>=6",
+            "torchmetrics>=1.5",  # the first whose SSIM counts the border in
             "ruff>=0.17,<0.18",
             "mypy>=2.4,<2.5",
         ],
@@ -85,6 +89,11 @@ setup(
         "app": ["gradio>=6.31,<7"],
         # Beside "test", and a chromium on the PATH. Apart because gradio wants a newer huggingface_hub than masa.
         "test-app": ["gradio>=6.31,<7", "playwright>=1.45"],
+        "video": ["imageio-ffmpeg>=0.5"],
+        "ray": ["ray>=2.40"],
+        # LPIPS wants torchvision too. That one must come from where torch came: a build of another kind, which a plain
+        # requirement may bring, fails to import, and transformers with it.
+        "bench": ["torchmetrics>=1.5"],
         "conditions": ["scikit-image>=0.22", "scipy>=1.10"],
     },
     entry_points={"console_scripts": ["masa = masa.cli:main"]},

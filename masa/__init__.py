@@ -28,6 +28,7 @@ from masa.guidance import ClassifierFree, Guidance, GuidanceInterval, RescaledGu
 from masa.inversion import invert
 from masa.io import condition_pictures as conditions
 from masa.output import plots
+from masa.output.frames import Frames
 from masa.output.result import Result
 from masa.pipeline import StableDiffusion, load
 from masa.runtime.adapters import keep_networks
@@ -41,6 +42,10 @@ from masa.sampling import edit, sample
 from masa.schedule import Schedule
 from masa.settings import register
 from masa.trajectory import Trajectory
+from masa.workflows.batch import BatchReport, batch
+from masa.workflows.frames import sample_frames
+from masa.workflows.piebench import piebench
+from masa.workflows.piebench_tables import PieBench
 from masa.workflows.recording import record
 from masa.workflows.rerun import rerun
 from masa.workflows.sdedit import sdedit
@@ -49,12 +54,14 @@ from masa.workflows.sheets import grid, sweep
 __all__ = [
     "DDIM",
     "LCM",
+    "BatchReport",
     "BlendedLatents",
     "CheckpointError",
     "ClassifierFree",
     "ControlNet",
     "DPMSolverPP",
     "Euler",
+    "Frames",
     "FreeU",
     "GivenMasks",
     "Guidance",
@@ -65,6 +72,7 @@ __all__ = [
     "MasaCtrl",
     "MasaError",
     "ModelConfig",
+    "PieBench",
     "PlugAndPlay",
     "PromptToPrompt",
     "RecordAttention",
@@ -82,17 +90,20 @@ __all__ = [
     "Trajectory",
     "UniPC",
     "WordMasks",
+    "batch",
     "conditions",
     "edit",
     "grid",
     "invert",
     "keep_networks",
     "load",
+    "piebench",
     "plots",
     "record",
     "register",
     "rerun",
     "sample",
+    "sample_frames",
     "sdedit",
     "sweep",
 ]

@@ -241,11 +241,8 @@ def collect(prepared: Prepared, x: Tensor) -> Result:
     settings = {
         "function": "sample",
         "version": __version__,
-        "checkpoint": sd.origin.checkpoint,
-        "vae": sd.origin.vae,
+        **sd.origin.describe(),
         "decoder": "TAESD" if isinstance(sd.vae, TinyVAE) else "VAE",
-        "tokenizer": sd.origin.tokenizer,
-        "lora": [lora.describe() for lora in sd.origin.lora],
         "fingerprint": sd.fingerprint,
         "device": str(sd.device),
         "dtype": str(sd.dtype).removeprefix("torch."),
@@ -337,7 +334,7 @@ def edit(
     )
     check_model(sd)
     check_schedule(schedule)
-    steering = _check_edit(sd, image, asked, method, steps, schedule or sd.schedule, (height, width))
+    steering = check_edit(sd, image, asked, method, steps, schedule or sd.schedule, (height, width))
     trajectory = invert(
         sd,
         image,
@@ -360,7 +357,7 @@ def edit(
     return run(sd, asked, Given(trajectory, None, generator, callback, progress))
 
 
-def _check_edit(
+def check_edit(
     sd: StableDiffusion,
     image: ImageLike,
     asked: RunSettings,

@@ -203,7 +203,7 @@ RUN: Mutations = {
         ('"schedule": (schedule, trajectory.schedule)', '"schedule": (schedule, sd.schedule)'),
     ],
     "sampling an_unguided_inversion_costs_one_row_a_step": [
-        ("guided=guidance_scale > 1.0 and not torch.equal(uncond, cond)", "guided=not torch.equal(uncond, cond)"),
+        ("guided=guidance_scale > 1.0 and differ", "guided=differ"),
     ],
     "sampling what_controls_set_may_depend_on_the_pictures_size": [
         ("return fitted.shape[2], fitted.shape[3]", "return fitted.shape[2], fitted.shape[2]"),
@@ -324,7 +324,7 @@ GUIDANCE_AND_SAMPLERS: Mutations = {
         ("device=like.device) / (half - 1)", "device=like.device) / half"),
     ],
     "lcm an_inversion_is_told_its_guidance": [
-        ("copies=rows.copies, guidance=embedded", "copies=rows.copies"),
+        ("            guidance=embedded,\n        )", "        )"),
     ],
     "lcm what_needs_two_halves_is_refused": [
         ("if guidance not in (None, ClassifierFree()):", "if False:"),
@@ -434,7 +434,7 @@ ROUND_TRIPS: Mutations = {
         ("if str(sd.dtype) != f\"torch.{settings['dtype']}\":", "if False:"),
     ],
     "result pictures_are_saved_together_or_not_at_all": [
-        ("temporaries = [stack.enter_context(replacing(path)) for path in paths]", "temporaries = paths"),
+        ("picture.save(stage / name)", "picture.save(folder / name)"),
     ],
     "result what_is_no_saved_result_is_named": [
         ('!= settings | {"branch": branch}:', "is None:"),
@@ -896,6 +896,30 @@ SEAMS: Mutations = {
     ],
 }
 
+CONDITIONS: Mutations = {
+    "condition_pictures canny_is_its_definition": [
+        ("across, down = ay < ax * TANGENT,", "across, down = ay <= ax,"),
+        ("falling = (dx ^ dy) >= 0", "falling = (dx ^ dy) < 0"),
+        ("labels, _ = ndimage.label(candidates, structure=np.ones((3, 3)))", "labels, _ = ndimage.label(candidates)"),
+    ],
+    "condition_pictures openpose_has_the_published_colours_and_leaves_out_what_is_not_seen": [
+        ("canvas[inside] = (1.0 - OPENPOSE_OPACITY) * canvas[inside] +", "canvas[inside] ="),
+    ],
+    "condition_pictures larger_photographs_are_scaled_down_first": [
+        ("if short_side is not None and short > short_side:", "if short_side is not None and short < short_side:"),
+    ],
+    "conditioned_inversion each_control_takes_part_in_its_own_steps": [
+        ("step, rows = self.timesteps.index(timestep), x.expand", "step, rows = 0, x.expand"),
+    ],
+    "conditioned_inversion an_edit_inverts_with_the_sources_condition_alone": [
+        ('return () if method == "noise" else steering_controls', "return () if method else steering_controls"),
+    ],
+    "controlnet differences_are_to_the_model_before_any_lora": [
+        ("base_weights=sd.without_lora().unet.state_dict()", "base_weights=sd.unet.state_dict()"),
+        ("if name in base:  # what the UNet", "if name not in base:  # what the UNet"),
+    ],
+}
+
 LORA: Mutations = {
     "lora every_layout_equals_diffusers": [
         ("loras[i].weights[layer[0]] * change.scale * delta", "change.scale * delta"),
@@ -928,8 +952,8 @@ LORA: Mutations = {
         ("loras = (*self.origin.lora, *loras)", "loras = (*loras,)"),
     ],
     "lora what_is_unchanged_is_shared_and_the_first_model_stays": [
-        ("twin = copy.deepcopy(network, shared)", "twin = network"),
-        ("twin = copy.deepcopy(network, shared)", "twin = copy.deepcopy(network)"),
+        ("twin = sharing_copy(network)", "twin = network"),
+        ("return copy.deepcopy(network, shared)", "return copy.deepcopy(network)"),
         ("torch.empty_like(weight).copy_(total)", "total.to(weight.dtype).contiguous()"),
     ],
     "lora a_weight_of_nought_leaves_the_very_bits": [("if any(lora.weights.values()):", "if True:")],
@@ -947,9 +971,230 @@ LORA: Mutations = {
         ("((compiler or loras) and choose", "(compiler and choose"),
     ],
     "lora a_picture_inverted_without_is_inverted_without_again": [
-        ("inverter = sd.without_lora().with_loras(find_loras(made_from, picture))", "pass"),
+        ("sd = sd.without_lora().with_loras(find_loras(made_from, picture))", "pass"),
     ],
     "lora peft_settings_that_mean_more_are_refused": [('"bias": ("none",),', "")],
+}
+
+CHECKPOINTS: Mutations = {
+    "variants every_kind_of_file_gives_the_same_model": [
+        ("if not found or any(key.startswith(usual) for key in entries):", "if True:"),
+        (
+            "replace(entry, stored=entry.stored or key) for key, entry in entries.items()}",
+            "entry for key, entry in []}",
+        ),
+        ("key=lambda prefix: (layouts[prefix], len(prefix))", "key=lambda prefix: len(prefix)"),
+        ("key=lambda prefix: (layouts[prefix], len(prefix))", "key=lambda prefix: layouts[prefix]"),
+    ],
+    "variants a_merge_without_autoencoder_takes_one_of_its_own": [
+        ("entries = unwrapped_vae(read_entries(path))", "entries = read_entries(path)"),
+    ],
+    "variants plain_or_averaged_weights_are_taken_as_asked": [
+        ("replace(entries[name], stored=entries[name].stored or name)", "replace(entries[name], stored=name)"),
+        ("entries = averaged(entries, path) if wanted.ema else entries", "pass"),
+        ("beside = bool(averaged_names(entries)) and not wanted.ema", "beside = False"),
+        ("beside = bool(averaged_names(entries)) and not wanted.ema", "beside = bool(averaged_names(entries))"),
+    ],
+    "variants a_file_without_averages_cannot_give_them": [
+        ("missing = [key for key in wanted if key not in names]", "missing = []"),
+    ],
+    "variants clip_skip_equals_the_transformer_written_out": [
+        ("states[self.config.layers - self.config.clip_skip]", "states[self.config.layers - 1]"),
+        ("return self._final_norm(states[", "return (states["),
+    ],
+    "variants clip_skip_is_part_of_a_model_and_of_its_runs": [
+        ("if self.config.text.clip_skip or self.config.unet.velocity:", "if self.config.unet.velocity:"),
+        ('clip_skip=settings.get("clip_skip", 0),', ""),
+        ('if "clip_skip" in made_from and now != then:', "if False:"),
+    ],
+    "variants what_a_file_predicts_is_read_of_its_marks": [
+        ('if "v_pred" in entries:', "if False:"),
+        ('"v": "v_prediction", ', ""),
+        ('return asked == "v_prediction", "as asked"', "pass"),
+    ],
+    "variants what_a_folder_predicts_is_read_of_its_scheduler": [
+        ("velocity=schedule if velocity else None", "velocity=ScheduleConfig() if velocity else None"),
+    ],
+    "variants zero_terminal_snr_is_refused_by_name_whatever_is_asked": [
+        ('"ztsnr" in entries', "False"),
+        ('"zero_terminal_snr" in key and', "False and"),
+    ],
+    "variants each_row_of_the_network_s_output_is_turned": [
+        ("x, alphas = take(x, rows), emb_of(alphas, rows)", "x = take(x, rows)"),
+        ("for rows in (copies, None if retire is None else retire.staying):", "for rows in (copies,):"),
+        ("a_t.sqrt() * v.float() + (1.0 - a_t).sqrt()", "a_t.sqrt() * v.float() - (1.0 - a_t).sqrt()"),
+    ],
+    "variants a_model_of_the_velocity_is_another_model_for_reruns_and_caches": [
+        ("if self.config.text.clip_skip or self.config.unet.velocity:", "if self.config.text.clip_skip:"),
+        ('prediction_type=settings.get("prediction_type"),', ""),
+    ],
+    "variants a_decoding_that_overflows_is_repeated_in_float32_and_said": [
+        ("again = compute(self.exact, given.float())", "again = found"),
+        ("self.exact = copy.deepcopy(self.network).float()", "self.exact = self.network.float()"),
+    ],
+    "embeddings prompts_are_embedded_as_diffusers_does": [
+        ("others = F.embedding((ids - count).clamp(min=0)", "others = F.embedding((ids - count - 1).clamp(min=0)"),
+        ("return torch.where((ids >= count)[..., None], others, known)", "return known"),
+    ],
+    "embeddings the_longest_word_is_found_first_and_whole": [
+        ("longest_first = sorted(words, key=len, reverse=True)", "longest_first = sorted(words, key=len)"),
+        ("re.compile(phrase_pattern(word), re.IGNORECASE)", "re.compile(phrase_pattern(word))"),
+        ("if all(end <= other_start or start >= other_end", "if True or all(end <= other_start"),
+    ],
+    "embeddings spans_and_positions_are_of_the_whole_word": [
+        ("spans += [(first + begin, last + begin) for first, last in places]", "spans += places"),
+    ],
+    "embeddings a_word_cut_in_half_is_named": [
+        ("and spans[room] == spans[room - 1]:", "and False:"),
+        ("ids[room] >= self.vocab_size and spans[room] == spans[room - 1]:", "ids[room] >= self.vocab_size:"),
+    ],
+    "embeddings a_word_cut_in_half_is_refused_before_an_inversion": [
+        ("        sd.tokenizer.check_words(prompt)\n", "        pass\n"),
+    ],
+    "embeddings words_beside_a_lora": [
+        ("own = {key: entry for key, entry in entries.items() if not beside or key in beside}", "own = entries"),
+        ("base=None if self.base is None else self.base._knowing(embeddings),", ""),
+        ("words = [word for word in found.words if word not in set(known)]", "words = found.words"),
+    ],
+    "embeddings nameless_vectors_are_called_as_their_file": [
+        ("path.stem if key in NAMELESS else key", "key"),
+    ],
+    "embeddings two_words_of_one_name_are_refused": [('key = " ".join(fold(word).split())', "key = word")],
+    "embeddings the_fingerprint_tells_files_and_names_apart": [
+        ('digest.update(f"{embedding.sha256} {embedding.name}".encode())', "pass"),
+        ('digest.update(f"{embedding.sha256} {embedding.name}".encode())', "digest.update(embedding.sha256.encode())"),
+    ],
+    "embeddings offloaded_it_is_the_same": [
+        ("networks=(*offloaded.networks[:2], text_encoder)", "networks=offloaded.networks"),
+    ],
+    "embeddings a_run_is_repeated_with_its_embeddings": [
+        ("(word.name, word.path) if word.name else word.path for word in", "word.path for word in"),
+        ('if file_digest(path) != told["sha256"]:', "if False:"),
+        ("if embedding.sha256 not in (None, found.sha256):", "if False:"),
+    ],
+    "embeddings a_picture_inverted_without_is_inverted_without_again": [
+        ("sd = sd.without_embeddings().with_embeddings(find_embeddings(made_from, picture))", "pass"),
+    ],
+}
+
+
+PIEBENCH: Mutations = {
+    "metrics noise_error_and_similarity_equal_torchmetrics": [
+        ("-10.0 * math.log10(error)", "-20.0 * math.log10(error)"),
+        ("astype(np.float32) / 255.0 * mask", "astype(np.float32) / 256.0 * mask"),
+        ("SIGMA, WINDOW = 1.5, 11", "SIGMA, WINDOW = 1.5, 13"),
+        ("similarity / ((mean_x**2 + mean_y**2 + C1)", "similarity / ((mean_x**2 + mean_y**2 + C2)"),
+    ],
+    "metrics similarity_of_2023_leaves_the_border_out": [
+        ('border = WINDOW // 2 if libraries == "2023" else 0', "border = 0"),
+    ],
+    "metrics structure_distance_equals_the_published_hook": [
+        ('if name.split(".")[-1] in ("k_proj", "key")]', 'if name.split(".")[-1] in ("q_proj", "query")]'),
+        ("projections[-1].register", "projections[0].register"),
+        ("antialias=smooth,", "antialias=True,"),
+        ("x / 255.0 if divided else x,", "x / 255.0,"),
+    ],
+    "metrics prompt_similarity_equals_torchmetrics": [
+        ("Image.Resampling.BICUBIC\n    )\n    left, top", "Image.Resampling.BILINEAR\n    )\n    left, top"),
+        ("(resized.width - size) // 2, (resized.height - size) // 2", "0, 0"),
+    ],
+    "metrics prompt_similarity_is_not_below_zero": [("max(0.0, 100.0 * float((image", "(100.0 * float((image")],
+    "metrics means_leave_nan_out": [("x = x[~np.isnan(x)]", "x = x")],
+    "metrics a_torchvision_that_fails_to_import_is_named": [("if broken is not None:", "if False:")],
+    "piebench masks_equal_the_published_decoder": [
+        ("mask[[0, -1], :] = 1", "pass"),
+        ("mask[:, [0, -1]] = 1", "pass"),
+        ("if start > height * width]", "if start >= height * width]"),
+    ],
+    "piebench a_broken_entry_is_named": [("if not image.resolve().is_relative_to(pictures):", "if False:")],
+    "piebench where_all_may_change_what_is_kept_has_no_score": [("if kept.any() else math.nan", "")],
+    "piebench scores_are_those_of_the_metrics": [
+        ('edited = mask if name == "clip_similarity_target_image_edit_part" else None', "edited = None"),
+        ('divided = name == "structure_distance_divided"', "divided = False"),
+    ],
+    "piebench every_method_and_inverter_makes_edits_of_its_own": [
+        ('"ddim": ("ddim", False),', '"ddim": ("ddim", True),')
+    ],
+    "piebench edits_made_otherwise_are_not_mixed_in": [
+        ("apart = [name for name, value in settings.items() if before", "apart = [name for name in () if before"),
+    ],
+    "piebench a_run_that_was_cut_off_goes_on": [("if name not in scores]\n", "]\n")],
+    "piebench tables_have_the_published_units_and_rows": [
+        ("scale * row.scores.get(metric, math.nan)", "row.scores.get(metric, math.nan)"),
+    ],
+    "piebench the_command_edits_measures_and_prints": [
+        ("controls = build_controls(args) if names_controls(args) else None", "controls = None"),
+    ],
+}
+
+
+BATCH: Mutations = {
+    "folders": [
+        ("if rename is not None and rename(HERE", "if rename is None and rename(HERE"),
+        ("gone = {*names, *dropped}", "gone = {*names}"),
+        ("if entry.name not in gone:\n                    _link", "if entry.name in gone:\n                    _link"),
+        ("os.replace(stage / names[-1], folder / names[-1])", "pass"),
+        ("return own and not worked_in and not folder.is_mount()", "return own and not folder.is_mount()"),
+        ("fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass"),
+        ("    return _is_named(handle, path)\n", "    return True\n"),
+        ("for path in missing if made else ():", "for path in ():"),
+        ("shutil.rmtree(stage, ignore_errors=True)", "pass"),
+    ],
+    "result a_full_disk_leaves_no_truncated_picture": [
+        ("temporary.write_bytes(encoded.getbuffer())", "temporary.write_bytes(encoded.getbuffer()[:1000])"),
+        ("if isinstance(error, WriteError) or error.errno not in NO_ROOM:", "if True:"),
+    ],
+    "result an_older_result_is_replaced_only_when_asked": [
+        ("if present and not overwrite:", "if False:"),
+        ("return settings if whole else None", "return settings"),
+    ],
+    "batch results_are_those_of_single_runs": [
+        ("if key is None or self.sources[key] < 2:", "if True:"),
+        ("len(self.unit) > 1:", "len(self.unit) > 9:"),
+    ],
+    "batch a_second_call_does_what_is_left": [
+        ("if not is_done(job, out):\n", "if True:\n"),
+    ],
+    "batch jobs_that_share_a_source_stay_beside_each_other": [
+        ('else (*OF_TARGETS, "seed")', "else OF_TARGETS"),
+        ('names += ("guidance_scale",) if', "names += () if"),
+        ('names = OF_INVERSION + (("seed",) if drawn else ())', "names = OF_INVERSION"),
+        ('if (seeded and "seed" not in self.given) or', "if"),
+    ],
+    "batch the_report_survives_what_a_kill_leaves": [
+        ('if file.read(1) != b"\\n":', "if False:"),
+        ("known = {name: rows[name] for name in self.order if name in rows}", "known = {}"),
+    ],
+    "batch bad_jobs_do_not_stop_the_rest": [
+        ('told = f"{type(error).__name__}: {told}"', "pass"),
+        ("            check_with_model(sd, job)\n", ""),
+    ],
+    "batch ids_name_folders_inside_the_output_folder": [
+        ('unicodedata.normalize("NFC", job.id).casefold()', "job.id"),
+        ("> LONGEST_ID:", "> 2 * LONGEST_ID:"),
+    ],
+    "batch settings_that_changed_are_noticed": [
+        ('rows.get(job.id, {}).get("job", job.digest) != job.digest', "False"),
+    ],
+    "batch a_full_disk_ends_the_batch": [
+        ("isinstance(error, OSError) and error.errno in FULL", "False"),
+    ],
+    "batch two_processes_do_no_job_twice": [
+        ("        if claim is None:\n            return None\n", ""),
+    ],
+    "batch one_inversion_and_one_source_are_held_at_a_time": [
+        ("return [jobs[i] for *_, i in sorted(places)]", "return list(jobs)"),
+    ],
+    "batch shards_are_parts_that_make_the_whole": [
+        ("(part - 1) * len(jobs) // parts :", "(part - 1) * (len(jobs) // parts) :"),
+    ],
+    "cli sigterm_cleans_up_like_ctrl_c": [
+        ("return 143 if terminated else 130", "return 130"),
+        ("        signal.signal(signal.SIGTERM, before)\n", "        pass\n"),
+    ],
+    "cli two_runs_do_not_share_a_folder": [
+        ("reserved(folder, new=args.out is None)", "reserved(folder)"),
+    ],
 }
 
 
@@ -1039,6 +1284,58 @@ DRAWN_POSES: dict[str, tuple[tuple[str, str], ...]] = {
 }
 
 
+VIDEO: Mutations = {
+    "frames no_call_of_the_network_takes_more_frames_than_asked": [
+        ("[every[i : i + at_once] for i in range(0, len(every), at_once)]", "[every]"),
+        ("cache = _record(sd, asked, video, trajectory, store, progress) if reads else None", "cache = None"),
+        ("[every[i : i + at_once - 1] for i in range(1, len(every), at_once - 1)]", "[every[1:]]"),
+    ],
+    "frames several_adapters_have_conditions_each": [
+        ("    else:\n        sets = conditions\n", "    else:\n        sets = [conditions[0]] * len(adapters)\n"),
+    ],
+    "frames a_real_picture_is_the_source_of_all_frames": [("asked = replace(asked, skip_steps=first_step)", "pass")],
+    "frames behind_the_first_frame_the_others_read_it": [
+        ("read = tuple(s if lead else f for lead, s, f", "read = tuple(f if lead else s for lead, s, f"),
+    ],
+    "frames both_lies_between_and_follows_the_union_s_weight": [
+        ("Part(source, weight=self.weight), *beside, *own", "Part(source), *beside, *own"),
+        ("(Part(others, weight=self.weight),) if not all(leads)", "(Part(others),) if not all(leads)"),
+    ],
+    "frames masks_of_the_first_frame_restrict_what_others_read_of_it": [
+        ("masks = [control.mask.targets[i] for i in frames]", "masks = control.mask.targets[: len(frames)]"),
+    ],
+    "frames one_frame_s_picture_runs_again_alone": [
+        ("shown = (i,) if video.anchor == ", "shown = (i,) if True or video.anchor == "),
+        ("[[pictures[k] for k in shown] for pictures in settings", "[list(pictures) for pictures in settings"),
+    ],
+    "frames every_form_shows_the_frames_and_runs_again": [
+        ('"lossless": True, "exif": exif', '"exif": exif'),
+        ('text = text or str(picture.getexif().get(DESCRIPTION, ""))', "pass"),
+    ],
+    "frames a_gif_has_one_palette": [('"palette": palette,', "")],
+    "frames animations_run_for_ever_at_the_rate_asked": [
+        ('{"save_all": True, "loop": 0,', '{"save_all": True, "loop": 1,'),
+        ("max(2, round(100.0 / fps)) * 10", "100"),
+    ],
+    "frames a_shorter_video_leaves_no_frame_of_a_longer_one": [
+        ("path.unlink(missing_ok=True)\n        return [fol", "return [fol")
+    ],
+    "frames conditions_in_every_form": [
+        ("if file.suffix.lower() in PICTURES), key=_by_number)", "if file.suffix.lower() in PICTURES))")
+    ],
+    "frames what_only_the_whole_video_tells_is_refused_before_long_work": [
+        ("    check(asked.controls, len(video))  # a mask for each frame, where there are several\n", ""),
+        ("settle(sd, replace(asked, skip_steps=first_step), trajectory)\n    branches", "branches"),
+    ],
+    "video_demo a_paw_stays_down_while_the_body_passes_and_is_carried_ahead": [
+        ("return -STEP * math.cos(math.pi * swung)", "return STEP * math.cos(math.pi * swung)"),
+    ],
+    "video_demo a_jump_crouches_leaves_the_ground_and_comes_back": [
+        ('Between("standing", "lying", CROUCH', 'Between("standing", "jumping", CROUCH'),
+    ],
+}
+
+
 def mutants() -> list[Mutant]:
     """All of them."""
     found = []
@@ -1054,7 +1351,12 @@ def mutants() -> list[Mutant]:
         SEAMS,
         LORA,
         PAGE,
+        CHECKPOINTS,
+        CONDITIONS,
         DRAWN_POSES,
+        VIDEO,
+        BATCH,
+        PIEBENCH,
     )
     for key, mutations in ((key, mutations) for part in parts for key, mutations in part.items()):
         module, *names = key.split(" ")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +15,11 @@ import torch
 from PIL import Image
 
 import masa
+from masa.cli import commands
 from masa.cli.arguments import PLOTS, build_parser
 from masa.cli.commands import COMMANDS, choose_folder, main
 from masa.cli.control_arguments import build_controls, parse_numbers
+from masa.io.folders import reserved
 from masa.output.result import file_names
 from masa.workflows.sheets import comparison
 
@@ -163,6 +169,11 @@ MODEL = ["-c", "m", "--device", "cpu", "--dtype", "fp32", "--vae", "v", "--token
 MODEL += ["--lora", "a.safetensors:0.5", "--lora", "b"]
 LOADED = {"device": "cpu", "dtype": "fp32", "vae": "v", "tokenizer": "words", "offload": True, "progress": False}
 LOADED |= {"lora": [("a.safetensors", 0.5), ("b", 1.0)]}
+NOT_AGAIN = ("offload", "lora", "embeddings", "clip_skip", "prediction_type", "ema")  # a rerun has them of its settings
+MODEL += ["--embedding", "<cat>=c.safetensors", "--embedding", "d", "--clip-skip", "1", "--ema"]
+MODEL += ["--prediction-type", "v_prediction"]
+LOADED |= {"embeddings": [("<cat>", "c.safetensors"), "d"], "clip_skip": 1, "ema": True}
+LOADED |= {"prediction_type": "v_prediction"}
 SHARED = ["--height", "128", "--width", "192", "--seed", "4", "--backend", "sdpa", "--steps", "7", "-q"]
 SHARED_GIVEN = {"height": 128, "width": 192, "seed": 4, "backend": "sdpa", "steps": 7, "progress": False}
 GUIDED = ["--guidance", "3", "--negative-prompt", "blurry", "--guidance-rule", "RescaledGuidance"]
@@ -287,7 +298,7 @@ def test_a_rerun_s_options_reach_the_library(home, monkeypatch):
     monkeypatch.setattr("masa.output.result.read_settings", lambda path: {"target": []})
     model = MODEL[: MODEL.index("--offload")]  # what follows is in the settings
     assert main(["rerun", "photo.jpg", *model, "-q"]) == 2
-    given = {name: value for name, value in LOADED.items() if name not in ("offload", "lora")}
+    given = {name: value for name, value in LOADED.items() if name not in NOT_AGAIN}
     assert seen == [(("photo.jpg",), given | {"checkpoint": "m"})]
 
 
@@ -392,6 +403,59 @@ def test_interrupting_leaves_no_file(home, tiny_folder, monkeypatch, capsys):
     assert main(["sample", "a cat", "-c", str(tiny_folder), "-o", "out", *PLAIN]) == 130
     assert "interrupted" in capsys.readouterr().err
     assert not Path("out").exists()
+
+
+def test_sigterm_cleans_up_like_ctrl_c(home, tiny_folder, monkeypatch, capsys):
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(masa.pipeline.StableDiffusion, "decode_latents", lambda *_, **__: signal.raise_signal(15))
+    assert main(["sample", "a cat", "-c", str(tiny_folder), *PLAIN]) == 143
+    assert capsys.readouterr().err == "\nmasa: terminated; nothing unfinished was written\n"
+    assert [p.name for p in home.iterdir()] == ["photo.jpg"]
+    assert signal.getsignal(signal.SIGTERM) == handler
+
+
+def test_two_runs_do_not_share_a_folder(home, tiny_folder, capsys, monkeypatch):
+    argv = ["sample", "a cat", "-c", str(tiny_folder), *PLAIN]
+    with reserved(home / "out"):
+        assert "out is being written to by another run; give another -o" in mistake(capsys, *argv, "-o", "out")
+    # Two that look for the next number at once see the same.
+    numbers = iter([1, 1, 2])
+    monkeypatch.setattr(commands, "choose_folder", lambda *_: Path(f"masa-out/{next(numbers):04d}"))
+    assert main(argv) == 0
+    assert main(argv) == 0
+    assert sorted(p.name for p in Path("masa-out").iterdir()) == ["0001", "0002"]
+    assert Path("masa-out/0002/source.png").is_file()
+
+
+@pytest.mark.parametrize("command", ["sample", "invert"])
+def test_what_cannot_be_saved_is_put_elsewhere(home, tiny_folder, capsys, monkeypatch, command):
+    """A disk that takes no file of more than 1 kB, but for the folder of temporary files."""
+    kept = home / "temporary"
+    kept.mkdir()
+    monkeypatch.setattr(commands.tempfile, "gettempdir", lambda: str(kept))
+    original = masa.io.files.os.replace
+
+    def full(source, target):
+        if kept not in Path(target).parents:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(source, target)
+
+    monkeypatch.setattr(masa.io.files.os, "replace", full)
+    argv = {"sample": ["a cat", "-o", "out"], "invert": ["photo.jpg", "-o", "t.safetensors"]}[command]
+    error = mistake(capsys, command, *argv, "-c", str(tiny_folder), *PLAIN)
+    assert "could not be written (No space left on device); make room there, or save elsewhere; what was made" in error
+    place = Path(re.search(r"what was made is in (\S+) instead", error)[1])
+    if command == "sample":
+        assert masa.Result.load(place).settings["source"] == "a cat"
+    else:
+        assert masa.Trajectory.load(place).steps == 3
+    assert sorted(p.name for p in home.iterdir()) == ["photo.jpg", "temporary"]
+    # Where nothing takes it, there is one line, and no file.
+    monkeypatch.setattr(commands.tempfile, "gettempdir", lambda: str(home))
+    monkeypatch.setattr(Path, "home", lambda: home)
+    error = mistake(capsys, command, *argv, "-c", str(tiny_folder), *PLAIN)
+    assert "what was made" not in error
+    assert sorted(p.name for p in home.iterdir()) == ["photo.jpg", "temporary"]
 
 
 def test_next_free_folder(home):

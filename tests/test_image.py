@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from masa import MasaError
-from masa.io.pictures import load_image, load_mask, to_pil
+from masa.io.pictures import fitted_size, load_image, load_mask, to_pil
 
 
 @pytest.fixture
@@ -33,6 +33,19 @@ def test_a_picture_of_the_right_size_keeps_its_pixels(generator):
     pixels = torch.randint(0, 256, (64, 128, 3), generator=generator, dtype=torch.uint8).numpy()
     x = load_image(pixels, short_side=64)
     assert np.array_equal(np.asarray(to_pil(x)[0]), pixels)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("given", [{}, {"height": 128}, {"width": 64}])
+def test_a_file_s_head_tells_the_size_that_it_is_fitted_to(tmp_path, orientation, given):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", (100, 200)).save(tmp_path / "p.jpg", exif=exif)
+    expected = load_image(tmp_path / "p.jpg", short_side=64, **given).shape[2:]
+    assert fitted_size(tmp_path / "p.jpg", short_side=64, **given) == tuple(expected)
+    (tmp_path / "p.jpg").write_bytes(b"no picture")
+    with pytest.raises(MasaError, match=r"p\.jpg cannot be read as a picture"):
+        fitted_size(tmp_path / "p.jpg", short_side=64)
 
 
 @pytest.mark.parametrize(

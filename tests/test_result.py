@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import random
+import resource
 import shutil
+import signal
+import time
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -13,7 +19,8 @@ from safetensors.torch import save_file
 
 import masa
 from masa.cli.commands import main
-from masa.output.result import Picture, read_settings, wrap
+from masa.io.files import WriteError
+from masa.output.result import Picture, file_names, read_saved, read_settings, wrap
 from masa.settings import describe, restore
 
 SETTINGS = {"steps": 3, "height": 64, "width": 64, "progress": False}
@@ -304,10 +311,10 @@ def test_an_older_results_further_targets_are_removed(out, tmp_path):
     one = replace(out, images=out.images[:2], settings={**out.settings, "target": ["a cat"]})
     one = replace(one, images=[Picture.of(p, one.settings | {"branch": i}) for i, p in enumerate(one.images)])
     out.save(tmp_path)
-    one.save(tmp_path)
+    one.save(tmp_path, overwrite=True)
     assert folder_names(tmp_path) == ["grid.png", "result.safetensors", "source.png", "target_0.png"]
     assert masa.Result.load(tmp_path).settings == one.settings
-    out.save(tmp_path)
+    out.save(tmp_path, overwrite=True)
     assert len(masa.Result.load(tmp_path).targets) == 2
 
 
@@ -325,7 +332,7 @@ def test_what_no_older_result_wrote_stays(out, tmp_path, record):
         for name in ("target_0.png", "target_1.png"):
             Image.new("RGB", (8, 8)).save(tmp_path / name)
     (tmp_path / "target_2.png").write_bytes(b"mine")
-    alone.save(tmp_path)
+    alone.save(tmp_path, overwrite=True)
     assert {"target_0.png", "target_1.png", "target_2.png"} <= set(folder_names(tmp_path))
 
 
@@ -337,9 +344,83 @@ def test_a_failed_save_loses_nothing_of_an_older_result(out, tmp_path, monkeypat
     alone = replace(out, images=out.images[:1], settings={**out.settings, "target": []})
     monkeypatch.setattr("masa.output.result.save_tensors", fail)
     with pytest.raises(OSError, match="disk full"):
-        alone.save(tmp_path)
+        alone.save(tmp_path, overwrite=True)
     assert masa.Result.load(tmp_path).settings == out.settings
     assert len(folder_names(tmp_path)) == 5
+
+
+def test_an_older_result_is_replaced_only_when_asked(out, tmp_path):
+    one = replace(out, images=out.images[:1], settings={**out.settings, "target": []})
+    out.save(tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    with pytest.raises(masa.MasaError, match=r"out already holds source\.png, .*overwrite=True"):
+        one.save(tmp_path / "out")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert read_saved(tmp_path / "out") == out.settings
+    one.save(tmp_path / "out", overwrite=True)
+    assert read_saved(tmp_path / "out") == one.settings
+    (tmp_path / "out" / "grid.png").unlink()
+    assert read_saved(tmp_path / "out") is None
+    assert read_saved(tmp_path) is None
+
+
+def test_a_killed_save_leaves_the_older_result_or_the_new_one(out, tmp_path):
+    """SIGKILL at 25 random moments of a process that saves two results in turn."""
+    alone = replace(out, images=out.images[:1], settings={**out.settings, "target": []})
+    alone = replace(alone, images=[Picture.of(alone.source, alone.settings | {"branch": 0})])
+    alone.save(tmp_path / "out")
+    chance = random.Random(0)
+    found = set()
+    for _ in range(25):
+        child = os.fork()
+        if child == 0:
+            while True:
+                out.save(tmp_path / "out", overwrite=True)
+                alone.save(tmp_path / "out", overwrite=True)
+        time.sleep(chance.uniform(0.01, 0.2))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        found.add(len(masa.Result.load(tmp_path / "out").targets))
+        names = [path.name for path in (tmp_path / "out").iterdir()]
+        assert sorted(names) == sorted(file_names(names.count("target_0.png") + names.count("target_1.png")))
+    assert found == {0, 2}  # both were met
+
+
+@contextmanager
+def disk_of(size):
+    """No file may grow beyond so many bytes, as on a disk that is nearly full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("name", ["p.jpg", "p.png", "p.webp", "p.tiff"])
+@pytest.mark.parametrize("less", [1, 100, 5000])
+def test_a_full_disk_leaves_no_truncated_picture(out, tmp_path, name, less):
+    noise = torch.randint(0, 256, (96, 96, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    picture = Picture.of(Image.fromarray(noise.numpy()), {"a": 1})
+    picture.save(tmp_path / "whole" / name)
+    size = (tmp_path / "whole" / name).stat().st_size
+    with Image.open(tmp_path / "whole" / name) as whole:
+        whole.load()
+    with disk_of(size - less), pytest.raises(WriteError, match=r"could not be written .*; make room there, or save"):
+        picture.save(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["whole"]
+
+
+def test_on_a_full_disk_nothing_is_saved_and_the_result_can_be_saved_elsewhere(out, tmp_path):
+    with disk_of(1000), pytest.raises(WriteError, match=r"source\.png could not be written"):
+        out.save(tmp_path / "full")
+    pictures = max((tmp_path / "sizes" / path.name).stat().st_size for path in out.save(tmp_path / "sizes")[:-1])
+    large = replace(out, attention={0: {"a": torch.rand(pictures)}})
+    with disk_of(2 * pictures), pytest.raises(WriteError, match=r"result\.safetensors could not be written"):
+        large.save(tmp_path / "full")
+    assert [path.name for path in tmp_path.iterdir()] == ["sizes"]
+    large.save(tmp_path / "elsewhere")
+    assert masa.Result.load(tmp_path / "elsewhere").settings == out.settings
 
 
 def test_other_formats_save_without_settings(out, tmp_path):
@@ -430,8 +511,8 @@ def test_saving_keeps_the_picture_that_was_edited_and_survives_damaged_neighbour
     masa.sample(tiny, "a cat", ["a dog", "a bird", "a horse"], controls=[], **settings).save(tmp_path)
     (tmp_path / "target_2.png").write_bytes(b"\x89PNG damaged")
     edit = {name: settings[name] for name in ("steps", "guidance_scale", "progress", "height", "width")}
-    masa.edit(tiny, tmp_path / "target_1.png", "a dog", controls=[], **edit).save(tmp_path)
+    masa.edit(tiny, tmp_path / "target_1.png", "a dog", controls=[], **edit).save(tmp_path, overwrite=True)
     assert {path.name for path in tmp_path.glob("target_*.png")} == {"target_0.png", "target_1.png", "target_2.png"}
-    masa.sample(tiny, "a cat", ["a dog", "a bird"], controls=[], **settings).save(tmp_path)
-    masa.sample(tiny, "a cat", "a dog", controls=[], **settings).save(tmp_path)
+    masa.sample(tiny, "a cat", ["a dog", "a bird"], controls=[], **settings).save(tmp_path, overwrite=True)
+    masa.sample(tiny, "a cat", "a dog", controls=[], **settings).save(tmp_path, overwrite=True)
     assert not (tmp_path / "target_1.png").exists()

@@ -4,46 +4,58 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
+import tempfile
+import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
-from masa.cli.adapter_arguments import build_adapters, given
+from masa.cli.adapter_arguments import build_adapters, build_frame_adapters, given
 from masa.cli.app_command import run_app
 from masa.cli.arguments import build_parser
 from masa.cli.condition_command import run_condition
 from masa.cli.control_arguments import build_controls, build_start, build_swept, check_picture
-from masa.cli.idle_options import refuse_idle
+from masa.cli.idle_options import names_controls, refuse_idle
 from masa.cli.preview import build_preview
 from masa.cli.registered_arguments import build_guidance, build_sampler, check_used, load_plugins, with_fields
 from masa.errors import MasaError
 from masa.io.files import check_folder, check_free, replacing
-from masa.output.result import file_names
+from masa.io.folders import reserved
+from masa.output.result import Result, file_names
 from masa.settings import RunSettings
+from masa.workflows.piebench_tables import TABLES
 from masa.workflows.sheets import comparison
 
 OUT = Path("masa-out")
+SHOWN = 5  # failed jobs whose errors are printed; the report has all
+Saved = TypeVar("Saved")
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a run as Ctrl-C does: what is unfinished is cleaned up."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 2 for bad input (one line on stderr), 130 after Ctrl-C."""
+    """Run a command; returns the exit code: 0, 2 for bad input (one line on stderr), 130 after Ctrl-C, 143 on SIGTERM.
+
+    `masa batch` also returns 1, where some of its jobs failed.
+    """
     warnings.formatwarning = lambda message, *_: f"masa: {message}\n"
     try:
-        load_plugins(sys.argv[1:] if argv is None else argv)
-        parser = build_parser()
-        if not (sys.argv[1:] if argv is None else argv):
-            parser.print_help()
-            return 0
-        args = parser.parse_args(argv)
-        refuse_idle(args)
-        run(args)
+        with ending_on_sigterm():
+            return parse_and_run(sys.argv[1:] if argv is None else argv)
     except (Exception, KeyboardInterrupt) as error:
-        if interrupted(error):
-            print("\nmasa: interrupted; nothing unfinished was written", file=sys.stderr)
-            return 130
+        if (interruption := find_interruption(error)) is not None:
+            terminated = isinstance(interruption, Terminated)
+            how = "terminated" if terminated else "interrupted"
+            print(f"\nmasa: {how}; nothing unfinished was written", file=sys.stderr)
+            return 143 if terminated else 130
         if "out of memory" in str(error).lower():
             print(
                 "masa: out of memory; use a smaller --height and --width or a half-precision --dtype", file=sys.stderr
@@ -53,10 +65,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             raise
         return 2
-    return 0
 
 
-def run(args: argparse.Namespace) -> None:
+def parse_and_run(argv: Sequence[str]) -> int:
+    """What the command line says, without a catch."""
+    load_plugins(argv)
+    parser = build_parser()
+    if not argv:
+        parser.print_help()
+        return 0
+    args = parser.parse_args(argv)
+    refuse_idle(args)
+    with ExitStack() as args.closing:
+        return run(args) or 0
+
+
+def run(args: argparse.Namespace) -> int | None:
     """The command, profiled where it has --profile and that is given."""
     command = COMMANDS[args.command]
     if getattr(args, "profile", None) is None:
@@ -67,11 +91,28 @@ def run(args: argparse.Namespace) -> None:
         return command(args)
 
 
-def interrupted(error: BaseException | None) -> bool:
-    """Whether Ctrl-C is at the root of an error; libraries that import lazily turn it into others."""
+@contextmanager
+def ending_on_sigterm() -> Iterator[None]:
+    """Terminated is raised inside where the process gets SIGTERM."""
+    if threading.current_thread() is not threading.main_thread():  # only that one hears of signals
+        yield
+        return
+
+    def terminate(*_: Any) -> NoReturn:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def find_interruption(error: BaseException | None) -> KeyboardInterrupt | None:
+    """Ctrl-C or SIGTERM at the root of an error; libraries that import lazily turn it into others."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
-    return error is not None
+    return error
 
 
 # ----------------------------------------------------------------------------------------------- commands
@@ -83,7 +124,10 @@ def run_demo(args: argparse.Namespace) -> None:
     if args.pose:
         run_pose_demo(args)
         return
-    folder = choose_folder(args.out, ["synthesis.png", "editing.png", "picture.png"], args.overwrite)
+    if args.video:
+        run_video_demo(args)
+        return
+    folder = take_folder(args, ["synthesis.png", "editing.png", "picture.png"])
     for path in demo.run(folder, seed=args.seed, progress=not args.quiet):
         print(path)
     print(
@@ -104,7 +148,7 @@ def run_pose_demo(args: argparse.Namespace) -> None:
     from masa.workflows import demo_pose
 
     drawing = None if args.pose is True else args.pose
-    folder = choose_folder(args.out, demo_pose.file_names(drawing), args.overwrite)
+    folder = take_folder(args, demo_pose.file_names(drawing))
     if drawing is not None:
         check_picture(drawing)
     for path in demo_pose.run(folder, drawing, seed=args.seed, progress=not args.quiet):
@@ -117,29 +161,82 @@ Next, draw a pose of your own, white lines on black, or change one of those in {
         )
 
 
+def run_video_demo(args: argparse.Namespace) -> None:
+    from masa.workflows import demo_video
+
+    folder = take_folder(args, demo_video.FILES)
+    report(demo_video.run(folder, args.video, seed=args.seed, progress=not args.quiet))
+    print(
+        f"""
+Next, with the demo model:
+  masa rerun {folder / demo_video.ANIMATIONS[0]} -o frames
+With Stable Diffusion v1.5 and an adapter for it, such as a folder of poses and t2iadapter_openpose_sd14v1.safetensors:
+  masa video "a man" "a man walking" poses/ --t2i-adapter t2iadapter_openpose_sd14v1.safetensors -c sd15/ -o walk.gif"""
+    )
+
+
 def run_sample(args: argparse.Namespace) -> None:
     import masa
 
     check_prompts(args)
-    folder = choose_folder(args.out, file_names(len(args.target)), args.overwrite)
+    folder = take_folder(args, file_names(len(args.target)))
     settings = sampling_settings(args)
     trajectory = masa.Trajectory.load(args.trajectory) if args.trajectory else None
     result = masa.sample(load_model(args), args.source, args.target, trajectory=trajectory, **settings)
-    report(result.save(folder), args)
+    report(save(result, folder, args), args)
 
 
 def run_edit(args: argparse.Namespace) -> None:
     import masa
 
     check_prompts(args)
-    folder = choose_folder(args.out, file_names(len(args.target)), args.overwrite)
+    folder = take_folder(args, file_names(len(args.target)))
     settings = sampling_settings(args)
     check_picture(args.image)
     inversion = given(invert_guidance_scale=args.invert_guidance, inner_steps=args.inner_steps)
     result = masa.edit(
         load_model(args), args.image, args.target, args.source, method=args.method, **inversion, **settings
     )
-    report(result.save(folder), args)
+    report(save(result, folder, args), args)
+
+
+def run_video(args: argparse.Namespace) -> None:
+    import masa
+    from masa.output.frames import check_form, check_fps
+    from masa.workflows.frames import read_conditions
+
+    out = Path(args.out) if args.out else take_folder(args, []) / "frames.gif"
+    check_form(out, args.overwrite)
+    check_fps(8.0 if args.fps is None else args.fps)
+    adapters, conditions = build_frame_adapters(args)
+    sets: Any = conditions[0] if len(conditions) == 1 else conditions
+    read_conditions(sets, adapters)  # what cannot be read is refused before the model's minutes
+    settings = sampling_settings(args)
+    trajectory = masa.Trajectory.load(args.trajectory) if args.trajectory else None
+    if args.image:
+        check_picture(args.image)
+    sd = load_model(args)
+    if args.image:
+        chosen = given(invert_guidance=args.invert_guidance, inner_steps=args.inner_steps, method=args.method)
+        chosen = {{"invert_guidance": "guidance_scale"}.get(name, name): value for name, value in chosen.items()}
+        # Null-text is fitted to the guidance that the frames have.
+        chosen |= {"edit_guidance_scale": args.guidance, "steps": args.steps or 50, "tiled": args.tiled}
+        of_source = [c for c in (*adapters, *settings["controls"]) if getattr(c, "source", None) is not None]
+        chosen |= {"controls": of_source} if of_source else {}
+        trajectory = masa.invert(sd, args.image, args.source, **chosen, **size_and_seed(args))
+        settings |= {"steps": None, "height": None, "width": None}
+    frames = masa.sample_frames(
+        sd,
+        args.source,
+        args.target,
+        sets,
+        adapter=adapters,
+        anchor=args.anchor,
+        frames_at_once=args.frames_at_once,
+        trajectory=trajectory,
+        **settings,
+    )
+    report(or_elsewhere(lambda place: frames.save(place, overwrite=args.overwrite, **given(fps=args.fps)), out))
 
 
 def run_invert(args: argparse.Namespace) -> None:
@@ -166,7 +263,7 @@ def run_invert(args: argparse.Namespace) -> None:
         ),
         **size_and_seed(args),
     )
-    trajectory.save(out)
+    or_elsewhere(trajectory.save, out)
     report([out], args)
 
 
@@ -174,18 +271,18 @@ def run_sdedit(args: argparse.Namespace) -> None:
     import masa
 
     check_prompts(args)
-    folder = choose_folder(args.out, file_names(len(args.target)), args.overwrite)
+    folder = take_folder(args, file_names(len(args.target)))
     check_picture(args.image)
     settings = sampling_settings(args)
     result = masa.sdedit(load_model(args), args.image, args.target, args.strength, **settings)
-    report(result.save(folder), args)
+    report(save(result, folder, args), args)
 
 
 def run_grid(args: argparse.Namespace) -> None:
     import masa
 
     check_prompts(args)
-    folder = choose_folder(args.out, ["grid.png"], args.overwrite)
+    folder = take_folder(args, ["grid.png"])
     check_picture(args.image)
     sheet = masa.grid(
         load_model(args),
@@ -198,7 +295,7 @@ def run_grid(args: argparse.Namespace) -> None:
         guidance_scale=args.guidance,
         **size_and_seed(args),
     )
-    sheet.save(folder / "grid.png")
+    or_elsewhere(sheet.save, folder / "grid.png")
     report([folder / "grid.png"], args)
 
 
@@ -206,7 +303,7 @@ def run_sweep(args: argparse.Namespace) -> None:
     import masa
 
     check_prompts(args)
-    folder = choose_folder(args.out, ["sweep.png"], args.overwrite)
+    folder = take_folder(args, ["sweep.png"])
     if args.image is not None:
         check_picture(args.image)
     control = build_swept(args)
@@ -221,7 +318,7 @@ def run_sweep(args: argparse.Namespace) -> None:
         **given(method=args.method, steps=args.steps, guidance_scale=args.guidance),
         **size_and_seed(args),
     )
-    sheet.save(folder / "sweep.png")
+    or_elsewhere(sheet.save, folder / "sweep.png")
     report([folder / "sweep.png"], args)
 
 
@@ -244,10 +341,14 @@ def run_inspect(args: argparse.Namespace) -> None:
 
 def run_rerun(args: argparse.Namespace) -> None:
     import masa
-    from masa.output.result import read_settings
+    from masa.output.frames import check_form, read_run
 
-    settings = read_settings(args.picture)
-    folder = choose_folder(args.out, file_names(len(settings.get("target", []))), args.overwrite)
+    settings, _ = read_run(args.picture)
+    if settings["function"] == "frames":
+        out = Path(args.out) if args.out else take_folder(args, [])
+        check_form(out, args.overwrite)
+    else:
+        out = take_folder(args, file_names(len(settings.get("target", []))))
     result = masa.rerun(
         args.picture,
         checkpoint=args.checkpoint,
@@ -257,7 +358,10 @@ def run_rerun(args: argparse.Namespace) -> None:
         tokenizer=args.tokenizer,
         progress=not args.quiet,
     )
-    report(result.save(folder))
+    if isinstance(result, masa.Frames):
+        report(or_elsewhere(lambda place: result.save(place, overwrite=args.overwrite), out))
+    else:
+        report(save(result, out, args))
 
 
 def run_plot(args: argparse.Namespace) -> None:
@@ -284,10 +388,57 @@ def run_plot(args: argparse.Namespace) -> None:
     report([out])
 
 
-COMMANDS: Mapping[str, Callable[[argparse.Namespace], None]] = {
+def run_batch(args: argparse.Namespace) -> int:
+    import masa
+
+    if args.out is None:
+        raise MasaError("masa batch needs -o, the folder that a second call goes on in")
+    report = masa.batch(
+        args.jobs,
+        args.out,
+        partial(load_in_worker, place_rank(args)),
+        shard=args.shard or shard_of_rank(os.environ),
+        overwrite=args.overwrite,
+        ray=args.ray,
+        workers=args.workers,
+        progress=not args.quiet,
+    )
+    for name, error in list(report.failed.items())[:SHOWN]:
+        print(f"masa: {name}: {error}", file=sys.stderr)
+    others = f", {len(report.elsewhere)} in the hands of other runs" if report.elsewhere else ""
+    print(f"{len(report.done)} done, {len(report.failed)} failed{others}: {report.path}")
+    return int(bool(report.failed or report.elsewhere))
+
+
+def run_piebench(args: argparse.Namespace) -> int:
+    import masa
+    from masa.workflows.piebench_layout import read_layout
+
+    read_layout(args.folder, args.types)  # before the model's minutes
+    controls = build_controls(args) if names_controls(args) else None
+    check_used(args.set, controls or [])
+    found = masa.piebench(
+        args.folder,
+        None if args.pictures else load_model(args),
+        backend=args.backend,
+        progress=not args.quiet,
+        **given(
+            **{name: getattr(args, name) for name in ("method", "inverter", "pictures", "types", "limit", "metrics")},
+            **{name: getattr(args, name) for name in ("dino", "clip", "libraries", "steps", "seed", "out")},
+            guidance_scale=args.guidance,
+            controls=controls,
+        ),
+    )
+    print(found.markdown(), end="")
+    report([] if found.folder is None else [found.folder / name for name in TABLES], None if args.pictures else args)
+    return int(bool(found.failed))
+
+
+COMMANDS: Mapping[str, Callable[[argparse.Namespace], int | None]] = {
     "demo": run_demo,
     "sample": run_sample,
     "edit": run_edit,
+    "video": run_video,
     "invert": run_invert,
     "sdedit": run_sdedit,
     "grid": run_grid,
@@ -297,6 +448,8 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace], None]] = {
     "condition": run_condition,
     "inspect": run_inspect,
     "rerun": run_rerun,
+    "batch": run_batch,
+    "piebench": run_piebench,
 }
 
 
@@ -331,10 +484,40 @@ def load_model(args: argparse.Namespace):  # type: ignore[no-untyped-def]
         tokenizer=args.tokenizer,
         vae=args.vae,
         lora=args.lora,
+        embeddings=args.embedding,
+        clip_skip=args.clip_skip,
+        prediction_type=args.prediction_type,
+        ema=args.ema,
         offload=args.offload,
         progress=not args.quiet,
     )
     return sd.compile() if args.compile else sd
+
+
+def load_in_worker(args: argparse.Namespace):  # type: ignore[no-untyped-def]
+    """The model in a process that has not parsed the command line itself."""
+    new = [file for file in args.plugin if f"masa_plugin_{Path(file).stem}" not in sys.modules]
+    load_plugins([part for file in new for part in ("--plugin", file)])
+    return load_model(args)
+
+
+def shard_of_rank(environment: Mapping[str, str]) -> tuple[int, int]:
+    """Which part is this process's: torchrun tells its processes by RANK and WORLD_SIZE."""
+    try:
+        return int(environment.get("RANK", "0")) + 1, int(environment.get("WORLD_SIZE", "1"))
+    except ValueError as error:
+        raise MasaError(f"RANK or WORLD_SIZE is no number ({error}); give --shard I/N") from error
+
+
+def place_rank(args: argparse.Namespace) -> argparse.Namespace:
+    """The options, with the GPU that torchrun's LOCAL_RANK means where none is named."""
+    import torch
+
+    plain = {name: value for name, value in vars(args).items() if name != "closing"}  # picklable, for workers
+    rank = os.environ.get("LOCAL_RANK")
+    if args.device is None and rank is not None and torch.cuda.is_available():
+        plain["device"] = f"cuda:{rank}"
+    return argparse.Namespace(**plain)
 
 
 # The options that are a run's settings under another name, or in another sense.
@@ -383,6 +566,43 @@ def choose_folder(out: str | None, names: Sequence[str], overwrite: bool) -> Pat
     for name in taken:
         check_free(folder / name, overwrite, "-o")
     return folder
+
+
+def take_folder(args: argparse.Namespace, names: Sequence[str]) -> Path:
+    """The folder of `choose_folder`, the command's alone until it ends; where it stays empty it vanishes again."""
+    while True:
+        folder = choose_folder(args.out, names, args.overwrite)
+        try:
+            args.closing.enter_context(reserved(folder, new=args.out is None))
+            return folder
+        except FileExistsError:
+            if args.out is not None:
+                raise
+            # Another run was faster to take this number.
+
+
+def save(result: Result, folder: Path, args: argparse.Namespace) -> list[Path]:
+    """Save a finished result, elsewhere where the folder does not take it."""
+    return or_elsewhere(lambda place: result.save(place, args.overwrite), folder)
+
+
+def or_elsewhere(write: Callable[[Path], Saved], path: Path) -> Saved:
+    """Write what took minutes to make; where that fails, somewhere else. MasaError, which says where, then too."""
+    try:
+        return write(path)
+    except (MasaError, OSError) as error:
+        for place in (Path(tempfile.gettempdir()), Path.home()):
+            kept = None
+            try:
+                kept = Path(tempfile.mkdtemp(prefix="masa-", dir=place))
+                write(kept / path.name)
+            except (MasaError, OSError):
+                with suppress(OSError):
+                    if kept is not None:
+                        kept.rmdir()
+                continue
+            raise MasaError(f"{error}; what was made is in {kept / path.name} instead") from error
+        raise
 
 
 def report(paths: Sequence[Path], args: argparse.Namespace | None = None) -> None:

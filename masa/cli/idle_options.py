@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from masa.cli.adapter_arguments import ADAPTER_OPTIONS, CONTROLNET_OPTIONS, IP_OPTIONS
@@ -31,6 +32,9 @@ OWNERS: Mapping[str, tuple[str, ...]] = {
     "attention_steps": ("plug-and-play",),
 }
 
+# Options that bring a control of their own.
+CONTROLS_BESIDE = ("local_blend", "blend", "t2i_adapter", "controlnet", "ip_adapter")
+
 # A sweep's own options, and the parameter that each fixes.
 FIXED = {
     "start_step": "start_step",
@@ -50,9 +54,11 @@ def refuse_idle(args: argparse.Namespace) -> None:
     checks: Mapping[str, tuple[Callable[[argparse.Namespace], None], ...]] = {
         "sample": (check_controls, check_adapters, check_source, check_guided, check_eta),
         "edit": (check_controls, check_adapters, check_inversion, check_guided, check_eta),
+        "video": (check_controls, check_video, check_guided, check_eta),
         "invert": (check_adapters, check_inversion, check_fitting),
         "sdedit": (check_guided,),
         "sweep": (check_sweep,),
+        "piebench": (check_piebench,),
     }
     for check in checks.get(args.command, ()):
         check(args)
@@ -79,17 +85,33 @@ def check_controls(args: argparse.Namespace) -> None:
     refuse(args, "cross_steps", only_weights, "--p2p-edit none changes only what --reweight names; add it")
 
 
+def check_video(args: argparse.Namespace) -> None:
+    """Options of adapters, of an inversion and of a real source where there are none."""
+    check_adapter_options(args)
+    refuse(args, "fps", bool(args.out) and not Path(args.out).suffix, f"-o {args.out} is a folder of pictures")
+    for option in ("method", "invert_guidance", "inner_steps"):
+        refuse(args, option, args.image is None, "it inverts a picture; give --image")
+    real = args.image is not None or args.trajectory is not None
+    refuse(args, "free_source", not real, "only a real source is pinned; give --image or --trajectory")
+    if args.image is not None:
+        check_inversion(args)
+
+
 def check_adapters(args: argparse.Namespace) -> None:
     """Options of adapters where there are none, and a source's picture where it has the only one."""
+    check_adapter_options(args)
+    for option in ("adapter_source", "controlnet_source", "ip_source"):
+        alone = not getattr(args, "target", ())
+        refuse(args, option, alone, "without targets the first picture is the source's; give a target")
+
+
+def check_adapter_options(args: argparse.Namespace) -> None:
     for option in ADAPTER_OPTIONS:
         refuse(args, option, not args.t2i_adapter, "it is a T2I-Adapter's; give --t2i-adapter FILE PICTURE")
     for option in CONTROLNET_OPTIONS:
         refuse(args, option, not args.controlnet, "it is a ControlNet's; give --controlnet FILE PICTURE")
     for option in IP_OPTIONS:
         refuse(args, option, not args.ip_adapter, "it is an IP-Adapter's; give --ip-adapter FILE PICTURE")
-    for option in ("adapter_source", "controlnet_source", "ip_source"):
-        alone = not getattr(args, "target", ())
-        refuse(args, option, alone, "without targets the first picture is the source's; give a target")
 
 
 def check_source(args: argparse.Namespace) -> None:
@@ -126,6 +148,23 @@ def check_inversion(args: argparse.Namespace) -> None:
 
 def check_fitting(args: argparse.Namespace) -> None:
     refuse(args, "edit_guidance", args.method != "null-text", "only --method null-text fits to it")
+
+
+def check_piebench(args: argparse.Namespace) -> None:
+    """Options of edits where the pictures were made elsewhere; of controls as for an edit."""
+    made = args.pictures is not None
+    for option in ("method", "inverter", "steps", "guidance", "seed", "checkpoint", "control"):
+        refuse(args, option, made, "the results of --pictures were made already; leave one out")
+    if names_controls(args):
+        refuse(args, "pictures", True, "controls make edits, and these were made already; leave one out")
+        check_controls(args)
+        check_adapters(args)
+
+
+def names_controls(args: argparse.Namespace) -> bool:
+    """Whether an option says which controls to use; an empty list of them says so too."""
+    options = (*OWNERS, *CONTROLS_BESIDE, *ADAPTER_OPTIONS, *CONTROLNET_OPTIONS, *IP_OPTIONS)
+    return args.control is not None or any(is_given(args, option) for option in options)
 
 
 def check_sweep(args: argparse.Namespace) -> None:

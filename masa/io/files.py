@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import secrets
@@ -15,26 +16,52 @@ from torch import Tensor
 
 from masa.errors import MasaError
 
+# What a write fails with where there is no room, or nothing may be written.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
+
+class WriteError(MasaError, OSError):
+    """A file could not be written: the disk is full, or read-only."""
+
+
+@contextmanager
+def told_plainly(path: str | Path) -> Iterator[None]:
+    """WriteError, naming the file, where a full or read-only disk ends what is inside."""
+    try:
+        yield
+    except SafetensorError as error:  # which says in words what the system said
+        if "os error" not in str(error):
+            raise
+        raise WriteError(f"{path} could not be written ({error}); make room there, or save elsewhere") from error
+    except OSError as error:
+        if isinstance(error, WriteError) or error.errno not in NO_ROOM:
+            raise
+        raise WriteError(
+            f"{path} could not be written ({error.strerror}); make room there, or save elsewhere"
+        ) from error
+
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary name beside `path` to write to; it takes `path`'s place at the end, or vanishes on an error.
 
-    The folder is made if need be; the temporary name keeps the suffix, by which writers tell the format.
+    The folder is made if need be; the temporary name keeps the suffix, by which writers tell the format. WriteError
+    where the disk is full or read-only.
     """
     path = Path(path)
     if path.is_dir():
         raise MasaError(f"{path} is a folder; expected a file's name")
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # what the user's umask gives; some writers make private files instead
-        yield temporary
-        temporary.chmod(mode)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with told_plainly(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.touch()
+            mode = temporary.stat().st_mode  # what the user's umask gives; some writers make private files instead
+            yield temporary
+            temporary.chmod(mode)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def check_folder(folder: Path, option: str) -> None:

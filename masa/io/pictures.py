@@ -16,6 +16,7 @@ from masa.errors import MasaError
 # A path, a PIL picture, a uint8 array (h, w, 3) or (h, w), or a float tensor (3, h, w) in [-1, 1].
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
 
+ORIENTATION = 0x0112  # EXIF's tag; 5 to 8 lie on their side
 MULTIPLE = 64  # the VAE divides each side by 8, the UNet by another 8
 
 
@@ -63,6 +64,20 @@ def load_image(image: ImageLike, *, short_side: int, height: int | None = None, 
         picture = ImageOps.fit(picture, (target[1], target[0]), Image.Resampling.LANCZOS)
     array = np.asarray(picture, dtype=np.float32) / 127.5 - 1.0
     return torch.from_numpy(array).permute(2, 0, 1)[None].contiguous()
+
+
+def fitted_size(
+    path: str | Path, *, short_side: int, height: int | None = None, width: int | None = None
+) -> tuple[int, int]:
+    """(height, width) of what `load_image` makes of a file; only its head is read. MasaError for what is no picture."""
+    check_size(height, width)
+    try:
+        with Image.open(path) as picture:
+            turned = picture.getexif().get(ORIENTATION, 1) >= 5
+            h, w = picture.size if turned else picture.size[::-1]
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise MasaError(f"{path} cannot be read as a picture ({error}); expected PNG, JPEG, WebP, ..") from error
+    return target_size(h, w, short_side, height, width)
 
 
 def check_size(height: int | None, width: int | None) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from masa.errors import MasaError
 from masa.io.files import load_tensors, replacing, save_tensors
+from masa.io.folders import writing_together
 from masa.output.labels import label_font
 from masa.output.notebook import picture_html, png, shorten, table_html
 
@@ -43,20 +44,32 @@ class Picture(Image.Image):
         return picture
 
     def save(self, fp: Any, format: str | None = None, **params: Any) -> None:
-        """PIL's save. PNGs carry the settings; a file is written under another name and then renamed."""
+        """PIL's save. PNGs carry the settings; a file is written under another name and then renamed.
+
+        WriteError, and no file, where the disk is full.
+        """
         is_path = isinstance(fp, str | Path)
         named_png = is_path and Path(fp).suffix.lower() == ".png"
         if (format or "").upper() == "PNG" or (format is None and named_png):
-            chunks = PngInfo()
-            text = json.dumps(self.settings)  # ASCII: as many bytes as characters
-            for i, start in enumerate(range(0, len(text), CHUNK)):
-                chunks.add_itxt(f"{KEY}.{i}" if i else KEY, text[start : start + CHUNK], zip=True)
-            params.setdefault("pnginfo", chunks)
+            params.setdefault("pnginfo", png_info(self.settings))
         if not is_path:
             super().save(fp, format, **params)
             return
+        encoded = io.BytesIO()
+        encoded.name = str(fp)  # by which Pillow tells the format
+        # In memory first: Pillow takes no notice of a disk that takes only a part of the last block.
+        super().save(encoded, format, **params)
         with replacing(fp) as temporary:
-            super().save(temporary, format, **params)
+            temporary.write_bytes(encoded.getbuffer())
+
+
+def png_info(settings: Mapping[str, Any]) -> PngInfo:
+    """Settings as the text chunks of a PNG."""
+    chunks = PngInfo()
+    text = json.dumps(dict(settings))  # ASCII: as many bytes as characters
+    for i, start in enumerate(range(0, len(text), CHUNK)):
+        chunks.add_itxt(f"{KEY}.{i}" if i else KEY, text[start : start + CHUNK], zip=True)
+    return chunks
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
@@ -73,8 +86,13 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     pieces = [texts[KEY]]
     while (name := f"{KEY}.{len(pieces)}") in texts:
         pieces.append(texts[name])
+    return parse_settings("".join(pieces), path, remedy)
+
+
+def parse_settings(text: str, path: str | Path, remedy: str) -> dict[str, Any]:
+    """Settings from the text that a file carries. MasaError where it is damaged, or none of masa's."""
     try:
-        settings = json.loads("".join(pieces))
+        settings = json.loads(text)
     except json.JSONDecodeError as error:
         raise MasaError(f"{path} carries damaged masa settings; {remedy}") from error
     if not isinstance(settings, dict) or "function" not in settings:
@@ -132,30 +150,33 @@ class Result:
         """All pictures side by side, each under its prompt."""
         return Picture.of(label_row(self.images, self.labels), self.settings)
 
-    def save(self, folder: str | Path) -> list[Path]:
+    def save(self, folder: str | Path, overwrite: bool = False) -> list[Path]:
         """Write source.png, target_0.png, .., grid.png and result.safetensors. Returns their paths.
 
         All carry the settings; the last holds everything else for `Result.load`, maps of more than 2**20 numbers
-        as float16. Either all files are there at the end, or none. The pictures of an older result's further
-        targets are removed then; files that it did not write stay.
+        as float16. The files appear together or not at all, also where the process is killed or the disk is full:
+        they are written into a hidden folder beside, which then takes the folder's place (`writing_together`).
+        A folder that cannot be moved, such as the working folder or a mount point, gets them one by one instead,
+        result.safetensors last: without it, or beside pictures of another run, `load` finds no result there.
+
+        overwrite: replace an older result, and remove the pictures of its further targets; all other files of the
+        folder stay. MasaError, and nothing is changed, where files would be replaced unasked; WriteError, a MasaError
+        and an OSError, where the disk is full: save elsewhere then.
         """
-        paths = [Path(folder) / name for name in file_names(len(self.targets))]
+        folder, names = Path(folder), file_names(len(self.targets))
         edited = (self.settings.get("trajectory") or {}).get("image")
         surplus = [
-            path
-            for path in _surplus(Path(folder), len(self.targets))
+            path.name
+            for path in (_surplus(folder, len(self.targets)) if overwrite else ())
             if edited is None or path.resolve() != Path(edited).resolve()  # the picture that this very run edited stays
         ]
-        with ExitStack() as stack:  # all are written before the first takes its name
-            temporaries = [stack.enter_context(replacing(path)) for path in paths]
-            for temporary, picture in zip(temporaries[:-1], [*self.images, self.grid()], strict=True):
-                picture.save(temporary)
+        with writing_together(folder, names, overwrite=overwrite, dropped=surplus) as stage:
+            for name, picture in zip(names[:-1], [*self.images, self.grid()], strict=True):
+                picture.save(stage / name)
             kept = self._kept()
             about = {"format": FORMAT, "settings": json.dumps(self.settings), "order": json.dumps(list(kept))}
-            save_tensors(temporaries[-1], {"latents": self.latents} | kept, about)
-        for path in surplus:
-            path.unlink(missing_ok=True)
-        return paths
+            save_tensors(stage / TENSORS, {"latents": self.latents} | kept, about)
+        return [folder / name for name in names]
 
     @classmethod
     def load(cls, folder: str | Path) -> Result:
@@ -199,6 +220,21 @@ class Result:
                     key = "/".join(map(str, (kind, control, *parts)))
                     tensors[key] = tensor.to(torch.float16) if half else tensor
         return tensors
+
+
+def read_saved(folder: str | Path) -> dict[str, Any] | None:
+    """The settings of the result that a folder holds whole, or None. Only the head of a file is read."""
+    try:
+        with safe_open(Path(folder) / TENSORS, framework="pt") as file:
+            metadata = file.metadata() or {}
+        if metadata.get("format") != FORMAT:
+            return None
+        settings = json.loads(metadata["settings"])
+        names = file_names(len(settings["target"]))
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        return None
+    whole = isinstance(settings, dict) and all((Path(folder) / name).is_file() for name in names)
+    return settings if whole else None
 
 
 def _surplus(folder: Path, targets: int) -> list[Path]:
