@@ -364,6 +364,8 @@ def test_the_share_weighs_phases_by_their_rows():
     for _ in range(9):  # more than was planned
         ticket.count()
     assert ticket.progress().share < 1.0
+    ticket.stop.set()
+    assert ticket.progress().text == "stopping"
 
 
 def test_cancel_acts_within_a_step_and_leaves_nothing(desk, session):

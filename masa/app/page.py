@@ -322,7 +322,7 @@ class Page:
             [*told, *outcome],
             **QUEUED,
         )
-        self.cancel.click(self._cancel, None, self.progress, **QUIET)
+        self.cancel.click(self._cancel, None, None, **QUIET)
         self.show_mask.click(
             self._find_mask,
             inputs,
@@ -391,8 +391,9 @@ class Page:
             self.masks: figures(masks),
         }
 
-    def _cancel(self, request: gr.Request) -> Any:
-        return _said("Stopping.") if self.desk.sessions.of(_tab(request)).cancel() else gr.skip()
+    def _cancel(self, request: gr.Request) -> None:
+        """The run itself says that it stops: an answer of this might come after its last word."""
+        self.desk.sessions.of(_tab(request)).cancel()
 
     def _find_mask(self, request: gr.Request, *values: Any) -> Iterator[dict[Any, Any]]:
         try:

@@ -100,6 +100,8 @@ class Ticket:
         share = min(0.99, done / total) if total else 0.0
         spent = time.monotonic() - self.began
         left = spent / share * (1.0 - share) if share > 0.0 else None
+        if self.stop.is_set():
+            return Progress(share, "stopping", None, self.seen)
         text = f"{now.name}, step {min(max(1, self.calls), now.calls)} of {now.calls}" if now.calls else now.name
         return Progress(share, text, left, self.seen)
 
