@@ -44,7 +44,9 @@ setup(
         "masa": ["py.typed"],
         "masa.output": data("masa.output", "fonts/*"),
         "masa.weights": data("masa.weights", "clip/*"),
-        "masa.weights.demo": data("masa.weights.demo", "*.md", "*.png", "*.json", "*.safetensors", "model/**/*.*"),
+        "masa.weights.demo": data(
+            "masa.weights.demo", "*.md", "*.png", "*.json", "*.safetensors", "model/**/*.*", "adapter/*.*"
+        ),
     },
     # .ci/versions runs the suite's core with all lower bounds at once, and with the newest releases. torch is bounded
     # above because the compiler's private names change with it.
@@ -69,6 +71,8 @@ setup(
             "accelerate>=0.30",
             "peft>=0.13",
             "scikit-image>=0.22",
+            "scipy>=1.10",
+            "opencv-python-headless>=4.8",
             "matplotlib>=3.8",
             "ray>=2.40",
             "nbclient>=0.9",
@@ -78,6 +82,7 @@ setup(
         ],
         "plots": ["matplotlib>=3.8"],
         "ray": ["ray>=2.40"],
+        "conditions": ["scikit-image>=0.22", "scipy>=1.10"],
     },
     entry_points={"console_scripts": ["masa = masa.cli:main"]},
 )

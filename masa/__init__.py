@@ -26,9 +26,11 @@ from masa.controls.t2i_adapter import T2IAdapter
 from masa.errors import CheckpointError, MasaError
 from masa.guidance import ClassifierFree, Guidance, GuidanceInterval, RescaledGuidance
 from masa.inversion import invert
+from masa.io import condition_pictures as conditions
 from masa.output import plots
 from masa.output.result import Result
 from masa.pipeline import StableDiffusion, load
+from masa.runtime.adapters import keep_networks
 from masa.samplers.base import Sampler
 from masa.samplers.ddim import DDIM
 from masa.samplers.dpm_solver import DPMSolverPP
@@ -83,9 +85,11 @@ __all__ = [
     "UniPC",
     "WordMasks",
     "batch",
+    "conditions",
     "edit",
     "grid",
     "invert",
+    "keep_networks",
     "load",
     "plots",
     "record",

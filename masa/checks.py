@@ -14,6 +14,7 @@ from masa.branches import Branches
 from masa.cache.recorder import Recorder
 from masa.cache.source_cache import SourceCache
 from masa.controls.base import Control, Run, begin_all, check_together
+from masa.controls.steering import check_halves, steering_controls
 from masa.edits import Grid
 from masa.errors import MasaError
 from masa.guidance import ClassifierFree, Guidance, check_guidance, check_guidance_scale
@@ -117,21 +118,23 @@ def check_controls(
     *,
     size: tuple[int, int],
     first_step: int = 0,
-    real: bool = True,
-) -> None:
-    """Let controls refuse a run, and each other, before an inversion's minutes are spent.
+    method: str | None,
+) -> tuple[Control, ...]:
+    """Let controls refuse a run, and each other, before an inversion's minutes are spent: those that take part in it.
 
-    size (height, width): of the pictures. real: whether the source is a real picture.
+    size (height, width): of the pictures. method: of the source's inversion, None where it is not a real picture.
     """
     grid = (size[0] // sd.config.vae.downsample, size[1] // sd.config.vae.downsample)
     info = replace(describe_run(sd, levels, prompts, grid), first_step=first_step)
-    if real:
+    if method is not None:
         latents = torch.zeros(1, sd.config.unet.in_channels, *grid, device=sd.device)
         info = replace(info, source_latents=latents, draw_noise=lambda: latents)
     active = begin_all(as_controls(controls), info)
     # Which prompts share a row does not matter to what controls set.
     rows = [Branches.build(len(prompts) - 1, guided=True)] * levels.steps
     check_together(active, first_step, rows, sd.unet.sites)
+    check_halves(method, active)
+    return () if method == "noise" else steering_controls(as_controls(controls), active)
 
 
 def describe_run(sd: StableDiffusion, levels: Levels, prompts: tuple[str, ...], grid: Grid) -> Run:
@@ -144,6 +147,7 @@ def describe_run(sd: StableDiffusion, levels: Levels, prompts: tuple[str, ...], 
         device=sd.device,
         dtype=sd.dtype,
         unet=sd.config.unet,
+        base_weights=sd.without_lora().unet.state_dict() if sd.offloaded is None else None,
         preview=sd.config.preview,
         token_positions=sd.tokenizer.token_positions,
         encode=sd.tokenizer.encode,

@@ -15,7 +15,9 @@ from tqdm.auto import tqdm
 
 from masa.attention import Backend, check_backend
 from masa.branches import Branches
-from masa.checks import check_embedded, check_model, check_schedule, check_tiled
+from masa.checks import as_controls, check_embedded, check_model, check_schedule, check_tiled, describe_run
+from masa.controls.base import Control
+from masa.controls.steering import NO_STEERING, Steering, begin_steering, check_halves, without_targets
 from masa.errors import MasaError
 from masa.guidance import ClassifierFree, check_guidance_scale, guide
 from masa.io.files import file_digest
@@ -23,8 +25,9 @@ from masa.io.pictures import ImageLike, load_image
 from masa.noise import Noise
 from masa.null_text import INNER_STEPS, MAX_STEPS, null_text
 from masa.pipeline import StableDiffusion
+from masa.samplers.base import Levels
 from masa.schedule import Schedule
-from masa.settings import describe_schedule
+from masa.settings import describe, describe_schedule
 from masa.trajectory import EDIT_FRIENDLY_ETA, Method, Trajectory
 
 # Peak signal to noise ratio, dB, of what an autoencoder rebuilds: the demo's world has 24 to 30, photographs 12 to 22.
@@ -47,6 +50,7 @@ def invert(
     method: str = "ddim",
     edit_guidance_scale: float = 7.5,
     inner_steps: int = INNER_STEPS,
+    controls: Control | Sequence[Control] = (),
     height: int | None = None,
     width: int | None = None,
     seed: int | None = None,
@@ -61,7 +65,9 @@ def invert(
     image: a path, PIL picture, uint8 array (h, w, 3) or float tensor (3, h, w) in [-1, 1]; size by default its
     own, scaled to the model's training size on the short side. prompt: the picture's own. guidance_scale: of
     the inversion; 1 inverts best, above 1 it is guided away from the empty prompt (no effect where both halves
-    have one prompt: the empty one, or "negative-prompt"). schedule: default the model's. tiled: encode in overlapping
+    have one prompt: the empty one, or "negative-prompt"). controls: those with a condition for the source, such as
+    masa.T2IAdapter(path, source=..), which then steer its way to noise as they will steer its way back; targets'
+    conditions have no say here. schedule: default the model's. tiled: encode in overlapping
     tiles, which takes less memory and changes the latents a little; default where a side is over 768 pixels.
 
     method:
@@ -95,12 +101,25 @@ def invert(
     if method == "negative-prompt":
         uncond = cond
     embedded = sd.embed_guidance(guidance_scale)
+    steering = _steering(sd, as_controls(controls), prompt, schedule, steps, picture, method)
     # Where both halves would be the same row, or the unconditional one has no say, one is enough.
-    rows = Branches.build(0, guided=guidance_scale > 1.0 and not torch.equal(uncond, cond) and not sd.embeds_guidance)
+    differ = steering.tells_halves_apart or not torch.equal(uncond, cond)
+    rows = Branches.build(0, guided=guidance_scale > 1.0 and differ and not sd.embeds_guidance)
     context = rows.contexts(uncond, cond)
 
     def predict(x: Tensor, timestep: int) -> Tensor:
-        eps, _ = sd.unet(x.to(sd.dtype), timestep, context, backend=backend, copies=rows.copies, guidance=embedded)
+        latents = x.to(sd.dtype)
+        edits, residuals = steering.edits(timestep, rows), steering.residuals(timestep, latents, context, rows)
+        eps, _ = sd.unet(
+            latents,
+            timestep,
+            context,
+            edits,
+            backend=backend,
+            copies=rows.copies,
+            residuals=residuals,
+            guidance=embedded,
+        )
         return guide(rows, eps.float(), ClassifierFree(), 0, guidance_scale)
 
     z0 = sd.encode_image(picture, height=picture.shape[2], width=picture.shape[3], tiled=tiled)
@@ -120,7 +139,7 @@ def invert(
     elif method == "null-text":
         embeddings = null_text(
             sd, latents, uncond, cond, schedule=schedule, guidance_scale=edit_guidance_scale,
-            inner_steps=inner_steps, progress=progress,
+            inner_steps=inner_steps, progress=progress, steering=steering,
         )  # fmt: skip
     is_file = isinstance(image, str | Path)
     settings = {
@@ -135,6 +154,8 @@ def invert(
         "method": method,
         "edit_guidance_scale": edit_guidance_scale if method == "null-text" else None,
         "inner_steps": int(inner_steps) if method == "null-text" else None,
+        "controls": [describe(without_targets(control)) for control in as_controls(controls)],
+        "source_conditions": steering.source_conditions,
         "seed": noise.seed,
         "generator_state": noise.generator_state,
         "schedule": describe_schedule(schedule),
@@ -145,6 +166,31 @@ def invert(
     }
     own = None if type(schedule) is Schedule else schedule
     return Trajectory(latents.cpu(), prompt, settings, embeddings, added, own)
+
+
+def _steering(
+    sd: StableDiffusion,
+    controls: tuple[Control, ...],
+    prompt: str,
+    schedule: Schedule,
+    steps: int,
+    picture: Tensor,
+    method: str,
+) -> Steering:
+    """The controls bound to the inversion of a picture (1, 3, 8h, 8w). MasaError where the method has no place for one.
+
+    They act at a timestep as they will in the step of sampling that starts there.
+    """
+    if not controls:
+        return NO_STEERING
+    if method == "noise":
+        raise MasaError("method 'noise' predicts nothing that controls could steer; leave them out, or use 'ddim'")
+    scale = sd.config.vae.downsample
+    grid = (picture.shape[2] // scale, picture.shape[3] // scale)
+    run = describe_run(sd, Levels.of_schedule(schedule, steps), (prompt,), grid)
+    steering = begin_steering(controls, run, schedule.timesteps(steps))
+    check_halves(method, steering.controls)
+    return steering
 
 
 def _warn_of_photograph(sd: StableDiffusion, picture: Tensor, z0: Tensor) -> None:

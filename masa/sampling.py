@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -45,6 +46,7 @@ from masa.noise import Noise
 from masa.null_text import INNER_STEPS
 from masa.output.result import Picture, Result
 from masa.pipeline import StableDiffusion
+from masa.runtime.adapters import keep_networks
 from masa.samplers import choose_sampler
 from masa.samplers.base import Levels, Sampler
 from masa.schedule import Schedule
@@ -280,6 +282,7 @@ def _decode_all(
     return dict(zip(latents, pictures.chunk(len(latents)), strict=True))
 
 
+@keep_networks()
 def edit(
     sd: StableDiffusion,
     image: ImageLike,
@@ -312,7 +315,8 @@ def edit(
     """Edit a real picture: `invert` it with the source prompt, then `sample` the targets from its trajectory.
 
     guidance_scale is the sampling's, to which null-text is fitted; invert_guidance_scale the inversion's. seed or
-    generator: of the inversion's noise, then of the sampling's. Everything else as in `invert` and `sample`.
+    generator: of the inversion's noise, then of the sampling's. controls with a condition for the source (T2IAdapter,
+    ControlNet, IPAdapter) steer its inversion too. Everything else as in `invert` and `sample`.
     MasaCtrl section 4.
     """
     asked = RunSettings(
@@ -333,7 +337,7 @@ def edit(
     )
     check_model(sd)
     check_schedule(schedule)
-    check_edit(sd, image, asked, method, steps, schedule or sd.schedule, (height, width))
+    steering = check_edit(sd, image, asked, method, steps, schedule or sd.schedule, (height, width))
     trajectory = invert(
         sd,
         image,
@@ -343,6 +347,7 @@ def edit(
         method=method,
         edit_guidance_scale=guidance_scale,
         inner_steps=inner_steps,
+        controls=steering,
         height=height,
         width=width,
         seed=seed,
@@ -363,8 +368,8 @@ def check_edit(
     steps: int,
     schedule: Schedule,
     asked_size: tuple[int | None, int | None],
-) -> None:
-    """Refuse an edit before its inversion's minutes are spent."""
+) -> tuple[Control, ...]:
+    """Refuse an edit before its inversion's minutes are spent; the controls that take part in that."""
     assert asked.sampler is not None
     if not asked.target:
         raise MasaError("edit needs at least one target prompt")
@@ -376,7 +381,8 @@ def check_edit(
         check_embedded(asked.negative_prompt, asked.guidance, method)
     free = not asked.pin_source
     levels = choose_levels(asked.sampler, schedule, steps, method=method, eta=asked.eta, free=free)
-    check_controls(sd, asked.controls, levels, (asked.source, *asked.target), size=size, first_step=first_step)
+    prompts = (asked.source, *asked.target)
+    return check_controls(sd, asked.controls, levels, prompts, size=size, first_step=first_step, method=method)
 
 
 def _begin(
@@ -396,6 +402,7 @@ def _begin(
         source_pinned=trajectory is not None and bool(settings.pin_source),
     )
     active = begin_all(settings.controls, info)
+    _warn_of_other_conditions(trajectory, active)
     first_step = max(settings.skip_steps, *(control.first_step for control in active), 0)
     late = [control.name for control in active if control.first_step > settings.skip_steps]
     if late and trajectory is None and settings.latents is None:
@@ -404,6 +411,26 @@ def _begin(
             "(masa.invert) or latents"
         )
     return active, first_step
+
+
+def _warn_of_other_conditions(trajectory: Trajectory | None, controls: Sequence[ActiveControl]) -> None:
+    """A warning where a real picture was inverted with other conditions than the run gives to its source."""
+    if trajectory is None or trajectory.method == "noise":
+        return
+    inverted = sorted(trajectory.settings.get("source_conditions", ()))
+    given = sorted(one for control in controls for one in control.source_conditions)
+    if inverted == given:
+        return
+
+    def names(conditions: Sequence[str]) -> str:
+        return " and ".join(sorted({one.partition("(")[0] for one in conditions})) or "no condition"
+
+    of_others = " of another picture, file or weight" if names(inverted) == names(given) else ""
+    warnings.warn(
+        f"the source was inverted with {names(inverted)}, and the run gives it {names(given)}{of_others}: they should "
+        "be the same; invert with controls=.. (masa.edit does), or give the source the same condition",
+        stacklevel=2,
+    )
 
 
 def _pass_over_drawn(noise: Noise, trajectory: Trajectory | None, shape: tuple[int, ...]) -> None:

@@ -11,7 +11,45 @@ from published import Oracle
 from safetensors.torch import save_file
 from torch import Tensor
 
+import masa
+
+SOURCE, TARGETS = "a photo of a sitting cat", ["a photo of a running cat", "a red cat in the snow"]
+STEPS = 4
+# Float32 rounding, grown over a trajectory and by guidance: a fraction of the latents' standard deviation.
+TOLERANCE = 5e-4
+# The same of two runs of ours whose rows are batched, or compiled, otherwise: 2e-5 is the most seen.
+ROUNDING = 1e-4
+USUAL = {"steps": STEPS, "height": 128, "width": 192, "guidance_scale": 5.0, "progress": False}
+CPU = torch.device("cpu")
+
+
 WIDTHS = (32, 64, 64, 64)  # the tiny UNet's
+
+
+def same(out, ref, tolerance=TOLERANCE):
+    error = (out - ref).abs().max() / ref.std()
+    assert error < tolerance, f"error {error:.2e} of the latents' standard deviation"
+
+
+def differs(out, ref, least=20 * TOLERANCE):
+    assert (out - ref).abs().max() / ref.std() > least
+
+
+def run(sd, controls, targets=TARGETS, **settings):
+    start = {} if {"latents", "trajectory", "cache"} & {*settings} else {"seed": 3}
+    return masa.sample(sd, SOURCE, targets, controls=controls, **(USUAL | start | settings)).latents
+
+
+def seen_steps(sd, control):
+    """The steps of a run in which a control adds anything."""
+    from masa.branches import Branches
+    from masa.checks import describe_run
+    from masa.samplers.base import Levels
+
+    active = control.begin(describe_run(sd, Levels.of_schedule(sd.schedule, STEPS), (SOURCE, "a dog"), (16, 24)))
+    x, context, branches = torch.zeros(4, 4, 16, 24), torch.zeros(4, 77, 32), Branches.build(1, guided=True)
+    with torch.no_grad():
+        return [i for i in range(STEPS) if active.residuals(i, 1, x, context, branches) is not None]
 
 
 def make_adapter(kind: str, channels: int = 3, seed: int = 0, widths: Sequence[int] = WIDTHS) -> T2IAdapter:
@@ -63,6 +101,17 @@ def original_adapter_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
             parts[1] = str(2 * int(parts[1]))
         renamed[".".join(parts)] = tensor
     return renamed
+
+
+def in_patches(shown: Tensor, side: int = 64) -> Tensor:
+    """A picture (3, h, w) as the published code brings it to a colour adapter: cubic down by 64, nearest back.
+
+    A patch's middle lies between pixels: of the four around it on each axis the cubic takes -3/32, 19/32, 19/32, -3/32.
+    """
+    cubic = torch.tensor([-3.0, 19.0, 19.0, -3.0]) / 32.0
+    blocks = shown.unflatten(2, (-1, side)).unflatten(1, (-1, side))[:, :, 30:34, :, 30:34]
+    patches = torch.einsum("cyaxb,a,b->cyx", blocks, cubic, cubic).clamp(0.0, 1.0)
+    return patches.repeat_interleave(side, 1).repeat_interleave(side, 2)
 
 
 def save(path: Path, state: dict[str, Tensor]) -> Path:

@@ -203,7 +203,7 @@ RUN: Mutations = {
         ('"schedule": (schedule, trajectory.schedule)', '"schedule": (schedule, sd.schedule)'),
     ],
     "sampling an_unguided_inversion_costs_one_row_a_step": [
-        ("guided=guidance_scale > 1.0 and not torch.equal(uncond, cond)", "guided=not torch.equal(uncond, cond)"),
+        ("guided=guidance_scale > 1.0 and differ", "guided=differ"),
     ],
     "sampling what_controls_set_may_depend_on_the_pictures_size": [
         ("return fitted.shape[2], fitted.shape[3]", "return fitted.shape[2], fitted.shape[2]"),
@@ -324,7 +324,7 @@ GUIDANCE_AND_SAMPLERS: Mutations = {
         ("device=like.device) / (half - 1)", "device=like.device) / half"),
     ],
     "lcm an_inversion_is_told_its_guidance": [
-        ("copies=rows.copies, guidance=embedded", "copies=rows.copies"),
+        ("residuals=residuals,\n            guidance=embedded,", "residuals=residuals,"),
     ],
     "lcm what_needs_two_halves_is_refused": [
         ("if guidance not in (None, ClassifierFree()):", "if False:"),
@@ -896,6 +896,30 @@ SEAMS: Mutations = {
     ],
 }
 
+CONDITIONS: Mutations = {
+    "condition_pictures canny_is_its_definition": [
+        ("across, down = ay < ax * TANGENT,", "across, down = ay <= ax,"),
+        ("falling = (dx ^ dy) >= 0", "falling = (dx ^ dy) < 0"),
+        ("labels, _ = ndimage.label(candidates, structure=np.ones((3, 3)))", "labels, _ = ndimage.label(candidates)"),
+    ],
+    "condition_pictures openpose_has_the_published_colours_and_leaves_out_what_is_not_seen": [
+        ("canvas[inside] = (1.0 - OPENPOSE_OPACITY) * canvas[inside] +", "canvas[inside] ="),
+    ],
+    "condition_pictures larger_photographs_are_scaled_down_first": [
+        ("if short_side is not None and short > short_side:", "if short_side is not None and short < short_side:"),
+    ],
+    "conditioned_inversion each_control_takes_part_in_its_own_steps": [
+        ("step, rows = self.timesteps.index(timestep), x.expand", "step, rows = 0, x.expand"),
+    ],
+    "conditioned_inversion an_edit_inverts_with_the_sources_condition_alone": [
+        ('return () if method == "noise" else steering_controls', "return () if method else steering_controls"),
+    ],
+    "controlnet differences_are_to_the_model_before_any_lora": [
+        ("base_weights=sd.without_lora().unet.state_dict()", "base_weights=sd.unet.state_dict()"),
+        ("if name in base:  # what the UNet", "if name not in base:  # what the UNet"),
+    ],
+}
+
 LORA: Mutations = {
     "lora every_layout_equals_diffusers": [
         ("loras[i].weights[layer[0]] * change.scale * delta", "change.scale * delta"),
@@ -1022,6 +1046,38 @@ BATCH: Mutations = {
     ],
 }
 
+DRAWN_POSES: dict[str, tuple[tuple[str, str], ...]] = {
+    "demo_stick_figure": (
+        ("pixels = max(1, round(width * self.thickness * self._side))", "pixels = max(1, round(width * self._side))"),
+        ("self._line([*outline, *outline[:2]], LIMB)", "pass"),
+        (
+            "self._line([(n.u, n.v) for n in curve(nodes)], TRUNK)",
+            "super().coat(nodes, colour, pattern, colour, marks)",
+        ),
+    ),
+    "demo_world between_two_poses_lie_further_ones": (("return a + (b - a) * amount", "return a + (b - a) * 0.5"),),
+    "demo_adapter examples_are_of_all_poses_and_captions_leave_them_out": (
+        ("if way != pose or not told:", "if not told:"),
+    ),
+    "demo_adapter the_right_stick_beats_a_wrong_one_and_none": (
+        ("others = Pool(pool.latents, pool.sticks.roll(1, 0), pool.ids)", "others = pool"),
+    ),
+    "demo_adapter the_file_is_an_ordinary_adapters": (
+        ('parts = ["body", str(blocks * int(parts[1]) + int(parts[3])), *parts[4:]]', "pass"),
+    ),
+    "demo_adapter each_setting_of_the_recipe_matters": (
+        ("torch.where(silent[:, None], empty, pool.ids[rows])", "pool.ids[rows]"),
+    ),
+    "demo_adapter demo_is_a_path_and_a_run_with_it_is_repeated": (
+        (
+            "return self if locate_adapter(self.path) == DEMO_ADAPTER else super().found(find)",
+            "return super().found(find)",
+        ),
+        ('str(path) == "demo" and not found.exists() else found', 'str(path) == "demo" else found'),
+    ),
+    "demo_adapter demo_pose_takes_a_drawing": (("facing=pose is not None)", "facing=True)"),),
+}
+
 
 def mutants() -> list[Mutant]:
     """All of them."""
@@ -1038,6 +1094,8 @@ def mutants() -> list[Mutant]:
         SEAMS,
         LORA,
         BATCH,
+        CONDITIONS,
+        DRAWN_POSES,
     )
     for key, mutations in ((key, mutations) for part in parts for key, mutations in part.items()):
         module, *names = key.split(" ")

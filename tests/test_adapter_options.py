@@ -69,6 +69,29 @@ def test_the_command_equals_the_library_and_is_repeated(home, tiny_folder, capsy
     assert Path("again/target_0.png").read_bytes() == Path("out/target_0.png").read_bytes()
 
 
+def test_an_inversion_takes_the_sources_picture(home, tiny_folder, capsys):
+    model = ["-c", str(tiny_folder), "--dtype", "fp32", "-q"]
+    usual = ["--steps", "2", "--height", "64", "--width", "64", "--prompt", "a cat"]
+    options = ["--t2i-adapter", "adapter.safetensors", "b.png", "--tau", "0.5", "--adapter-weight", "0.7"]
+    assert main(["invert", "a.png", "-o", "t.safetensors", *usual, *options, *model]) == 0
+    sd = masa.load(tiny_folder, dtype="fp32")
+    control = masa.T2IAdapter("adapter.safetensors", source="b.png", weight=0.7, tau=0.5)
+    size = {"steps": 2, "height": 64, "width": 64, "progress": False}
+    ref = masa.invert(sd, "a.png", "a cat", controls=control, **size)
+    found = masa.Trajectory.load("t.safetensors")
+    assert found.latents.equal(ref.latents)
+    assert found.settings["source_conditions"] == ref.settings["source_conditions"]
+    assert not found.latents.equal(masa.invert(sd, "a.png", "a cat", **size).latents)
+    capsys.readouterr()
+    for more, message in (
+        (["--tau", "0.5"], "--tau 0.5 would do nothing"),
+        ([*options, "--adapter-source", "a.png"], "without targets the first picture is the source's"),
+        ([*options, "--method", "noise"], "'noise' predicts nothing"),
+    ):
+        assert main(["invert", "a.png", "-o", "u.safetensors", *usual, *more, *model]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_mistakes_are_one_line(home, tiny_folder, capsys):
     model = ["-c", str(tiny_folder), "-q", "--steps", "2", "--height", "64", "--width", "64", "--no-control"]
     for options, message in (

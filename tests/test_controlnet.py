@@ -7,21 +7,26 @@ from dataclasses import replace
 
 import pytest
 import torch
-from adapter_cases import SteeredOracle, controlnet_residuals, make_adapter, make_controlnet, picture, save
-from fake_checkpoints import key_list, write_sparse
-from published import MutualAttention
-from test_t2i_adapter import (
+from adapter_cases import (
     CPU,
     ROUNDING,
     SOURCE,
     STEPS,
     TARGETS,
     USUAL,
+    SteeredOracle,
+    controlnet_residuals,
     differs,
+    make_adapter,
+    make_controlnet,
+    picture,
     run,
     same,
+    save,
     seen_steps,
 )
+from fake_checkpoints import key_list, write_sparse
+from published import MutualAttention
 
 import masa
 from masa.config import UNetConfig
@@ -144,7 +149,6 @@ REFUSED = {
     "SD 2": (lambda: wider(1024), "ControlNet for a Stable Diffusion 2.x model"),
     "SDXL": (lambda: wider(2048), "ControlNet for an SDXL model"),
     "SDXL's classes": (lambda: with_key("control_model.label_emb.0.0.weight"), "conditioned on classes"),
-    "difference": (lambda: with_key("difference"), "holds differences to its base model"),
     "Control-LoRA": (lambda: with_key("lora_controlnet"), "is a Control-LoRA"),
     "LLLite": (lambda: {"lllite_unet_input_blocks": ([1], "F32")}, "is a ControlNet-LLLite"),
     "LoRA": (lambda: key_list("lora_sd15_rank4")[next(iter(key_list("lora_sd15_rank4")))], "is a LoRA"),
@@ -190,6 +194,37 @@ def test_a_folders_configuration_holds(tiny, tmp_path):
         assert torch.equal(r, r[:, :, :1, :1].expand_as(r))
     save(tmp_path / "control_shuffle.safetensors", make_controlnet(0).state_dict())
     assert read_controlnet(tmp_path / "control_shuffle.safetensors", tiny.config.unet, torch.float32, CPU).pooled
+
+
+@pytest.mark.parametrize("prefix", ["", "control_model."])
+def test_differences_are_to_the_model_before_any_lora(tiny, nets, files, tmp_path, prefix):
+    """What the UNet has too is given as differences to it, all else as it stands."""
+    base = tiny.unet.state_dict()
+    state = nets[0].state_dict()
+    deltas = {name: tensor - base[name] if name in base else tensor for name, tensor in state.items()}
+    assert 100 < sum(name in base for name in state) < len(state)
+    if prefix:
+        deltas = {f"{prefix}{original_controlnet_name(name, 2)}": tensor for name, tensor in deltas.items()}
+    path = save(tmp_path / "difference.safetensors", deltas | {"difference": torch.zeros(1)})
+    assert open_controlnet(path, 4, 16).difference
+    assert open_controlnet(path, 4, 16).unused == 0
+    ref = run(tiny, masa.ControlNet(files[0], target=picture(0)))
+    same(run(tiny, masa.ControlNet(path, target=picture(0))), ref, ROUNDING)
+
+    changed = copy.deepcopy(tiny.unet)  # as a LoRA changes it
+    with torch.no_grad():
+        changed.conv_in.weight *= 1.1
+    lora = replace(tiny, unet=changed, base=tiny)
+    ref = run(lora, masa.ControlNet(files[0], target=picture(0)))
+    same(run(lora, masa.ControlNet(path, target=picture(0))), ref, ROUNDING)
+    other = replace(tiny, unet=changed)  # a model of its own: the same differences are another ControlNet
+    assert (run(other, masa.ControlNet(path, target=picture(0))) - ref).abs().max() / ref.std() > 10 * ROUNDING
+
+
+def test_differences_need_the_base_models_weights(tiny, tiny_folder, nets, tmp_path):
+    path = save(tmp_path / "net.safetensors", nets[0].state_dict() | {"difference": torch.zeros(1)})
+    with pytest.raises(masa.MasaError, match=r"holds differences .* offloaded on a CPU does not keep"):
+        run(masa.load(tiny_folder, dtype="fp32", offload=True), masa.ControlNet(path, target=picture(0)))
 
 
 # ------------------------------------------------------------------------------------------------- equal to diffusers
@@ -301,12 +336,13 @@ def test_a_source_of_one_prompt_keeps_two_halves_where_they_differ(tiny, files):
 
 def test_a_pinned_source_and_a_source_cache_serve(tiny, files, steered):
     image = torch.rand(3, 128, 192, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    trajectory = masa.invert(tiny, image, SOURCE, steps=STEPS, progress=False)
+    trajectory = masa.invert(tiny, image, SOURCE, controls=steered[1], steps=STEPS, progress=False)
     pinned = run(tiny, steered, trajectory=trajectory)
     same(run(tiny, steered, trajectory=trajectory, targets_at_once=1), pinned, ROUNDING)
     usual = {k: v for k, v in USUAL.items() if k not in ("height", "width")}
     for guess_mode in (False, True):
         controls = [steered[0], replace(steered[1], guess_mode=guess_mode)]
+        trajectory = masa.invert(tiny, image, SOURCE, controls=controls[1], steps=STEPS, progress=False)
         cache = masa.record(tiny, "", controls=controls, trajectory=trajectory, **usual)
         ref = run(tiny, controls, trajectory=trajectory)
         out = masa.sample(tiny, target=TARGETS, cache=cache, controls=controls, progress=False).latents
@@ -314,6 +350,7 @@ def test_a_pinned_source_and_a_source_cache_serve(tiny, files, steered):
         other = [controls[0], replace(controls[1], source=picture(7))]
         with pytest.raises(masa.MasaError, match="ControlNet changes what the source is"):
             masa.sample(tiny, target=TARGETS, cache=cache, controls=other, progress=False)
+    trajectory = masa.invert(tiny, image, SOURCE, steps=STEPS, progress=False)
     plain = masa.record(tiny, SOURCE, controls=steered[0], trajectory=trajectory, **usual)
     free = [steered[0], replace(steered[1], source=None)]
     out = masa.sample(tiny, target=TARGETS, cache=plain, controls=free, progress=False).latents

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from masa.models.tokenizer import Tokenizer
-from masa.weights.demo.figures import COLOURS
+from masa.weights.demo.figures import COLOURS, JOINTED
 from masa.weights.demo.scenery import draw_scene
+from masa.weights.demo.stick_figure import stick_figure
 from masa.weights.demo.vocabulary import write_tokenizer
-from masa.weights.demo.world import POSES, SUBJECTS, WORDS, caption, render, sample, turned
+from masa.weights.demo.world import POSES, SUBJECTS, WORDS, Between, caption, render, sample, turned
 
 
 def grown(mask, by):
@@ -154,3 +155,37 @@ def test_vocabulary_loads_with_transformers_and_pads_with_the_end_token(tokenize
     ids = theirs(prompts, padding="max_length", max_length=77, truncation=True).input_ids
     assert ids == ours(prompts).tolist()
     assert ids[1] == [ours.start_id] + [ours.end_id] * 76
+
+
+@pytest.mark.parametrize("subject", JOINTED)
+def test_between_two_poses_lie_further_ones(subject):
+    drawn = sample(9, [subject])
+
+    def mask(pose):
+        return render(drawn.appearance, pose, drawn.scene)[1]
+
+    for first in POSES[subject]:
+        for second in POSES[subject]:
+            for amount, end in ((0.0, first), (1.0, second)):
+                pose = Between(first, second, amount)
+                for exact, one in (
+                    (render(drawn.appearance, end, drawn.scene)[0], render(drawn.appearance, pose, drawn.scene)[0]),
+                    (stick_figure(subject, end, drawn.scene), stick_figure(subject, pose, drawn.scene)),
+                ):
+                    # a + (b - a) may differ from b by a rounding, and so by a pixel of the large picture
+                    assert np.abs(exact.astype(int) - one).mean() < 0.02
+            if first != second:
+                half = mask(Between(first, second, 0.5))
+                apart = (mask(first) ^ mask(second)).mean()
+                assert 0 < (half ^ mask(first)).mean() < 1.1 * apart
+                assert 0 < (half ^ mask(second)).mean() < 1.1 * apart
+
+
+def test_what_nothing_lies_between_is_refused():
+    drawn = sample(0, ["bird"])
+    with pytest.raises(ValueError, match="nothing lies between 'standing' and 'flying'"):
+        render(drawn.appearance, Between("standing", "flying", 0.5), drawn.scene)
+    with pytest.raises(ValueError, match=r"amount is 1.5; expected 0"):
+        Between("standing", "sitting", 1.5)
+    with pytest.raises(ValueError, match="has no pose 'swimming'"):
+        render(drawn.appearance, Between("standing", "swimming", 0.5), drawn.scene)

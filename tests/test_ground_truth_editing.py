@@ -7,19 +7,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from adapter_cases import make_adapter, save
 
+from masa.weights.demo.between import Between
 from masa.weights.demo.pool import FIRST_TRAINING_SEED
 from masa.weights.demo.pose_classifier import load_pose_classifier
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
+import drawn_poses
 import ground_truth_editing
-from ground_truth.cases import CALIBRATION_SEEDS, MODEL_SEEDS, TABLE_SEEDS, Individual
+from ground_truth.cases import CALIBRATION_SEEDS, MODEL_SEEDS, SWEEP_SEEDS, TABLE_SEEDS, Individual
+from ground_truth.drawn import NEAR, candidates, drawn_cases, pose_error, seen_pose, summarise_drawn
 from ground_truth.figures import write_curves, write_grid
 from ground_truth.intervals import clustered, equal_error, share_interval, wilson
 from ground_truth.measures import against_source, against_truth, appearance_error, palette_distance, psnr
-from ground_truth.methods import GROUPS, Editor, Method, Settings, fits_pairs, real_methods, synthesise
-from ground_truth.report import Outcome, summarise
+from ground_truth.methods import GROUPS, Drawing, Editor, Method, Settings, fits_pairs, real_methods, synthesise
+from ground_truth.report import Outcome, Threshold, summarise
 from ground_truth.runs import Store, Task, calibration_pair, estimate, missing
 
 SETTINGS = Settings(steps=20, guidance_scale=7.5, start_step=2, start_layer=8)
@@ -175,17 +179,24 @@ def test_the_table_holds_every_method_and_says_its_setting():
         for inversion in ("negative-prompt", "null-text", "edit-friendly")
         for control in ("", ", MasaCtrl S=2 L=8", ", Prompt-to-Prompt")
     }
-    assert plain | variants | others | inverted | {"Prompt-to-Prompt, pose reweighted by 2"} == set(real)
+    drawn = {f"MasaCtrl S=2 L=8, {said} pose" for said in ("drawn", "drawn and named")}
+    drawn |= {"fixed seed, drawn and named pose"}
+    assert plain | variants | others | inverted | drawn | {"Prompt-to-Prompt, pose reweighted by 2"} == set(real)
     pairs = {name for name, method in real.items() if fits_pairs(method)}
     assert {"fixed seed", "MasaCtrl S=2 L=8", "Plug-and-Play"} < pairs
-    assert not any(word in name for name in pairs for word in ("SDEdit", "null-text", "free", "Blended"))
+    assert not any(word in name for name in pairs for word in ("SDEdit", "null-text", "free", "Blended", "drawn"))
 
 
 @pytest.mark.slow
-def test_every_method_edits_and_no_two_alike(tiny):
+def test_every_method_edits_and_no_two_alike(tiny, tmp_path):
     settings = Settings(steps=2, guidance_scale=4.0, start_step=1, start_layer=8)
     editor = Editor(tiny, WHO, settings)
-    made = {name: editor.edit(method) for name, method in real_methods(settings, "cat").items()}
+    adapter = save(tmp_path / "lines.safetensors", make_adapter("full", 1).state_dict())  # the shipped one is wider
+    methods = {
+        name: method if method.drawing is None else replace(method, drawing=Drawing(adapter=str(adapter)))
+        for name, method in real_methods(settings, "cat").items()
+    }
+    made = {name: editor.edit(method) for name, method in methods.items()}
     assert {pictures.shape for pictures in made.values()} == {(4, 128, 128, 3)}
     names = {pictures[1:].tobytes(): name for name, pictures in made.items()}
     assert set(made) == set(names.values()), "some edits are the same"
@@ -223,6 +234,74 @@ def test_summary_counts_both_only_where_both_are_right(classifier):
     assert row["both right low"] <= 0.25 <= row["both right high"]
     assert row["appearance"] == 10
     assert row["appearance_as_seen"] == 0
+
+
+# ---------------------------------------------------------------------------------------------- drawn poses
+
+
+def test_poses_between_are_two_of_those_that_the_source_does_not_show():
+    who = Individual.draw(TABLE_SEEDS, between=True)
+    assert who.appearance == WHO.appearance
+    assert len(who.target_poses) == 3
+    for pose in who.target_poses:
+        assert {pose.first, pose.second} < set(WHO.target_poses)
+        assert who.prompt(pose) == who.prompt(pose.first)
+    assert "," in WHO.prompt(None)
+    assert not any(pose in WHO.prompt(None) for pose in (WHO.source_pose, *WHO.target_poses))
+
+
+def test_the_nearest_render_tells_the_pose():
+    for pose in (POSE, Between("sitting", "lying", 0.5), Between("standing", "jumping", 0.25)):
+        exact = WHO.picture(pose, 128)
+        noisy = np.clip(exact.astype(int) + np.random.default_rng(0).integers(-30, 31, exact.shape), 0, 255)
+        assert seen_pose(WHO, noisy.astype(np.uint8)) == pose
+    assert pose_error("cat", POSE, POSE) == 0
+    ends = pose_error("cat", "sitting", "lying")
+    assert pose_error("cat", "sitting", Between("sitting", "lying", 0.25)) == pytest.approx(ends / 4)
+    apart = [pose_error("cat", a, b) for a in candidates("cat") for b in candidates("cat") if a != b]
+    assert min(apart) > NEAR
+
+
+def test_a_drawn_pose_is_the_targets_own():
+    control = Drawing(weight=1.5, tau=0.5).control(WHO, 128)
+    assert (control.weight, control.tau, str(control.path)) == (1.5, 0.5, "demo")
+    for shown, pose in zip(control.target, WHO.target_poses, strict=True):
+        assert np.array_equal(shown, WHO.stick(pose, 128))
+
+
+def test_drawn_poses_are_right_where_pose_and_appearance_are(classifier, tmp_path):
+    store, who = Store(tmp_path), Individual.draw(TABLE_SEEDS, between=True)
+    truth = np.stack([who.picture(pose, 128) for pose in (who.source_pose, *who.target_poses)])
+    store.save("between", "exact", TABLE_SEEDS, truth)
+    store.save("between", "swapped", TABLE_SEEDS, truth[[0, 2, 3, 1]])
+    limit = Threshold(17.0, 0.0, 0.0, 10)
+    rows = [
+        summarise_drawn("between", name, drawn_cases(store, classifier, "between", name, "cat", limit))
+        for name in ("exact", "swapped")
+    ]
+    assert [row["pose"] for row in rows] == [1, 0]
+    assert [row["both right"] for row in rows] == [1, 0]
+    assert rows[0]["pose error"] == 0 < rows[1]["pose error"]
+
+
+@pytest.mark.slow
+def test_many_edits_of_one_run_are_those_of_one_each(tiny, tmp_path):
+    adapter = save(tmp_path / "lines.safetensors", make_adapter("full", 1).state_dict())
+    args = drawn_poses.arguments(
+        ["sweep", "table", "--adapter", str(adapter), "--steps", "2", "-S", "1", "--sweep-weights", "0.5",
+         "--sweep-taus", "0.5", "--sweep-starts", "0", "--sweep-guidances", "2"]
+    )  # fmt: skip
+    settings, store = Settings(2, 4.0, 1, 6), Store(tmp_path / "run")
+    for section, seed in (("table", TABLE_SEEDS), ("sweep", SWEEP_SEEDS)):
+        todo = drawn_poses.still_missing(args, store, section, seed)
+        drawn_poses.make_edits(tiny, store, settings, todo)
+        assert not drawn_poses.still_missing(args, store, section, seed)
+        assert len({store.load(e.section, e.name, seed)[1:].tobytes() for e in todo}) == len(todo)  # no two alike
+        for edits in todo[:: 1 if section == "table" else 5]:
+            alone = Editor(tiny, edits.who, settings).edit(edits.method)
+            together = store.load(edits.section, edits.name, seed)
+            # Sums of other batches round otherwise: a grey value here and there.
+            assert np.abs(alone.astype(int) - together).max() <= 1
 
 
 # -------------------------------------------------------------------------------------------------- figures

@@ -6,12 +6,23 @@ from dataclasses import replace
 
 import pytest
 import torch
-from adapter_cases import picture, save
+from adapter_cases import (
+    CPU,
+    ROUNDING,
+    SOURCE,
+    STEPS,
+    TARGETS,
+    USUAL,
+    differs,
+    picture,
+    run,
+    same,
+    save,
+)
 from diffusers import UNet2DConditionModel
 from fake_checkpoints import key_list, write_sparse
 from PIL import Image
 from published import Oracle
-from test_t2i_adapter import CPU, ROUNDING, SOURCE, STEPS, TARGETS, USUAL, differs, run, same
 
 import masa
 from masa.config import IPAdapterConfig, UNetConfig
@@ -235,7 +246,7 @@ def test_a_source_cache_keeps_to_its_own_picture(tiny, prompted):
 
 def test_a_pinned_source_and_a_compiled_model_serve(tiny, prompted):
     image = torch.rand(3, 128, 192, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    trajectory = masa.invert(tiny, image, SOURCE, steps=STEPS, progress=False)
+    trajectory = masa.invert(tiny, image, SOURCE, controls=prompted[1], steps=STEPS, progress=False)
     pinned = run(tiny, prompted, trajectory=trajectory)
     same(run(tiny, prompted, trajectory=trajectory, targets_at_once=1), pinned, ROUNDING)
     sd = replace(tiny, unet=CompiledUNet(tiny.unet, "eager", None))
@@ -303,6 +314,60 @@ def test_a_run_is_repeated_from_its_picture(tiny, files, encoder_folder, tmp_pat
     save(encoder / "model.safetensors", {"changed": torch.zeros(1)})
     with pytest.raises(masa.MasaError, match="encoder has changed since"):
         masa.rerun(png, tiny, progress=False)
+
+
+def test_the_encoder_sees_each_picture_once(tiny, files, encoder_folder, monkeypatch):
+    """However often runs begin, and whoever of them shows it: until the encoder's files change."""
+    from masa.controls import ip_adapter
+
+    calls, encode = [], ip_adapter.encode
+    monkeypatch.setattr(ip_adapter, "encode", lambda *given: calls.append(1) or encode(*given))
+    one, two = (Image.fromarray((picture(i).permute(1, 2, 0) * 255).byte().numpy()) for i in (0, 1))
+    usual = {"steps": 1, "progress": False}
+    control = masa.IPAdapter(files[0]["plain"], one, [one, two], 0.6, encoder_folder)
+    photo = torch.rand(3, 64, 64) * 2 - 1
+    masa.edit(tiny, photo, TARGETS, SOURCE, controls=control, **usual)
+    assert len(calls) == 2
+    masa.sample(tiny, SOURCE, TARGETS, controls=control, height=64, width=64, **usual)
+    assert len(calls) == 2
+    changed = replace(control, source=two, target=None)
+    masa.sample(tiny, SOURCE, controls=changed, height=64, width=64, **usual)
+    assert len(calls) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plus", [False, True])
+def test_the_real_encoders_shape_fits(tmp_path, plus):
+    """ViT-H/14 as published: its parameters are counted, and two of its 32 layers run, into a full-size adapter."""
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    from masa.controls.ip_adapter import encode
+    from masa.runtime.adapters import read_encoder
+
+    published = {
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_attention_heads": 16,
+        "patch_size": 14,
+        "image_size": 224,
+        "projection_dim": 1024,
+        "hidden_act": "gelu",
+    }
+    with torch.device("meta"):
+        whole = CLIPVisionModelWithProjection(CLIPVisionConfig(**published, num_hidden_layers=32))
+    assert sum(p.numel() for p in whole.parameters()) == 632_076_800
+    torch.manual_seed(0)
+    CLIPVisionModelWithProjection(CLIPVisionConfig(**published, num_hidden_layers=2)).save_pretrained(tmp_path)
+    encoder = read_encoder(tmp_path, UNetConfig(), torch.float32, CPU)
+    with torch.no_grad():
+        seen = encode(encoder, for_clip(picture(0, size=(300, 400))), plus)
+        assert seen.shape == ((2, 257, 1280) if plus else (2, 1024))
+        config = IPAdapterConfig(1280, 768, 16, True) if plus else IPAdapterConfig()
+        net = IPAdapterNetwork(config, [320])
+        net.load_state_dict(make_state(config, [320]))
+        keys, _ = net(seen)[0]
+    assert keys.shape == (2, 16 if plus else 4, 320)
+    assert bool(torch.isfinite(keys).all())
 
 
 def test_bad_values_are_refused(files):

@@ -385,7 +385,7 @@ SWEEP = ["sweep", *PROMPTS, "--plugin", "mine.py"]
         ([*TWO, "--plugin", "idle.py"], "--plugin idle.py registers nothing"),
         ([*TWO, "--plugin"], "--plugin: expected one argument"),
         ([*TWO, "--control", "FromFile"], "'FromFile' is not a list of masactrl"),
-        ([*TWO, "--sampler", "unipc"], "'unipc' is no sampler; expected one of ddim"),
+        ([*TWO, "--sampler", "heun"], "'heun' is no sampler; expected one of ddim"),
         ([*TWO, "--guidance-rule", "ddim"], "'ddim' is no guidance; expected one of ClassifierFree"),
         ([*TWO, "--guidance-rule", "GuidanceInterval"], "GuidanceInterval cannot be made: .* give its fields as --set"),
         ([*TWO, "--guidance-rule", "ClassifierFree", "--guidance-rescale", "0.5"], "leave one out"),

@@ -13,7 +13,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from adapter_cases import SteeredOracle, adapter_residuals, make_adapter, original_adapter_keys, picture, save
+from adapter_cases import (
+    CPU,
+    ROUNDING,
+    SOURCE,
+    STEPS,
+    TARGETS,
+    USUAL,
+    SteeredOracle,
+    adapter_residuals,
+    differs,
+    in_patches,
+    make_adapter,
+    original_adapter_keys,
+    picture,
+    run,
+    same,
+    save,
+    seen_steps,
+)
 from fake_checkpoints import key_list, write_sparse
 from PIL import Image
 from published import Control, MutualAttention
@@ -22,27 +40,10 @@ import masa
 from masa.config import T2IAdapterConfig, UNetConfig
 from masa.edits import Residuals
 from masa.models.t2i_adapter import T2IAdapterNetwork
+from masa.runtime import adapters
 from masa.runtime.adapters import read_adapter
 from masa.runtime.compile import CompiledUNet
 from masa.weights.adapters import open_adapter
-
-SOURCE, TARGETS = "a photo of a sitting cat", ["a photo of a running cat", "a red cat in the snow"]
-STEPS = 4
-# Float32 rounding, grown over a trajectory and by guidance: a fraction of the latents' standard deviation.
-TOLERANCE = 5e-4
-# The same of two runs of ours whose rows are batched, or compiled, otherwise: 2e-5 is the most seen.
-ROUNDING = 1e-4
-USUAL = {"steps": STEPS, "height": 128, "width": 192, "guidance_scale": 5.0, "progress": False}
-CPU = torch.device("cpu")
-
-
-def same(out, ref, tolerance=TOLERANCE):
-    error = (out - ref).abs().max() / ref.std()
-    assert error < tolerance, f"error {error:.2e} of the latents' standard deviation"
-
-
-def differs(out, ref, least=20 * TOLERANCE):
-    assert (out - ref).abs().max() / ref.std() > least
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +59,6 @@ def files(nets, tmp_path_factory):
         name: save(folder / f"{name}.safetensors", original_adapter_keys(net.state_dict()))
         for name, net in nets.items()
     }
-
-
-def run(sd, controls, targets=TARGETS, **settings):
-    start = {} if {"latents", "trajectory", "cache"} & {*settings} else {"seed": 3}
-    return masa.sample(sd, SOURCE, targets, controls=controls, **(USUAL | start | settings)).latents
 
 
 # ------------------------------------------------------------------------------------------------- files and network
@@ -190,11 +186,12 @@ def test_trajectories_equal_the_published_loop(tiny, tiny_folder, nets, files, g
         "lines": [None, a[:1], b[:1]],
     }.get(case, [None, a, b])
     tau, end = (0.5, 2) if case == "tau" else (1.0, STEPS)
-    terms = [(nets[kind], each, 0.8, end)]
+    shown = [None if p is None else in_patches(p) for p in each] if kind == "light" else each
+    terms = [(nets[kind], shown, 0.8, end)]
     same_target = each[1] is each[2]
     controls = [masa.T2IAdapter(files[kind], each[0], each[1] if same_target else each[1:], 0.8, tau)]
     if case == "two":
-        terms.append((nets["light"], [None, c, c], 0.5, STEPS))
+        terms.append((nets["light"], [None, *[in_patches(c)] * 2], 0.5, STEPS))
         controls.append(masa.T2IAdapter(files["light"], target=c, weight=0.5))
     noise = torch.randn(3, 4, 16, 24, generator=generator)
     halves = 2 if guidance > 1 else 1
@@ -264,18 +261,6 @@ def test_tau_ends_it_after_as_many_steps(tiny, files, tau, active):
     assert seen_steps(tiny, control) == list(range(active))
 
 
-def seen_steps(sd, control):
-    """The steps of a run in which a control adds anything."""
-    from masa.branches import Branches
-    from masa.checks import describe_run
-    from masa.samplers.base import Levels
-
-    active = control.begin(describe_run(sd, Levels.of_schedule(sd.schedule, STEPS), (SOURCE, "a dog"), (16, 24)))
-    x, context, branches = torch.zeros(4, 4, 16, 24), torch.zeros(4, 77, 32), Branches.build(1, guided=True)
-    with torch.no_grad():
-        return [i for i in range(STEPS) if active.residuals(i, 1, x, context, branches) is not None]
-
-
 @pytest.mark.parametrize(("steps", "tau", "active"), [(50, 0.9, 45), (20, 0.9, 18), (10, 0.3, 3), (7, 0.5, 4)])
 def test_tau_has_no_float_faults(tiny, files, steps, tau, active):
     from masa.checks import describe_run
@@ -299,7 +284,7 @@ def trajectory(tiny):
 
 
 def test_a_pinned_source_serves(tiny, trajectory, steered):
-    with pytest.warns(UserWarning, match="T2IAdapter has a condition on a source that was inverted without it"):
+    with pytest.warns(UserWarning, match="was inverted with no condition, and the run gives it T2IAdapter"):
         pinned = run(tiny, steered, trajectory=trajectory)
     same(run(tiny, steered, trajectory=trajectory, targets_at_once=1), pinned, ROUNDING)
     free = [steered[0], replace(steered[1], source=None)]
@@ -445,16 +430,44 @@ def test_a_run_is_repeated_from_its_picture(tiny, nets, tmp_path):
         masa.rerun(shown, tiny, progress=False)
 
 
-def test_an_adapter_file_is_read_once_and_let_go(tiny, files, tmp_path):
+def test_an_adapter_file_is_read_once_a_run_and_let_go(tiny, files, tmp_path, monkeypatch):
     path = Path(shutil.copy(files["full"], tmp_path))
     one = masa.T2IAdapter(path, target=picture(0))
     two = replace(one, weight=0.5)
     first = one.file.load(tiny.config.unet, torch.float32, CPU)
     assert two.file.load(tiny.config.unet, torch.float32, CPU) is first
     seen = weakref.ref(first)
-    del one, two, first
+    del first
     gc.collect()
-    assert seen() is None
+    assert seen() is None  # though both controls live
+
+    read = []
+    loaded = adapters.load_parts
+    monkeypatch.setattr(adapters, "load_parts", lambda *given, **named: read.append(1) or loaded(*given, **named))
+    image = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    usual = {"steps": 1, "height": 64, "width": 64, "progress": False}
+    masa.edit(tiny, image, "a dog", controls=[replace(one, source=picture(1)), two], **usual)
+    assert len(read) == 1  # checked, inverted and sampled
+    with masa.keep_networks():
+        for _ in range(2):
+            masa.sample(tiny, SOURCE, "a dog", controls=one, **usual)
+    assert len(read) == 2
+    for _ in range(2):
+        masa.sample(tiny, SOURCE, "a dog", controls=one, **usual)
+    assert len(read) == 4
+    assert not adapters._IN_USE
+
+
+def test_a_colour_adapter_sees_squares_of_64_pixels(tiny, nets, files):
+    """A photograph is the same to it as its squares; a full adapter sees all of it."""
+    photo = torch.rand(3, 128, 192, generator=torch.Generator().manual_seed(3))
+    shown = in_patches(photo)
+    assert shown.flatten(1).unique(dim=1).shape[1] == 6
+    ours = run(tiny, masa.T2IAdapter(files["light"], target=photo), TARGETS[0])
+    same(run(tiny, masa.T2IAdapter(files["light"], target=shown), TARGETS[0]), ours, ROUNDING)
+    differs(run(tiny, masa.T2IAdapter(files["light"], target=photo.flip(2)), TARGETS[0]), ours)
+    full = run(tiny, masa.T2IAdapter(files["full"], target=photo), TARGETS[0])
+    differs(run(tiny, masa.T2IAdapter(files["full"], target=shown), TARGETS[0]), full)
 
 
 def test_the_plain_loop_is_the_oracles(tiny, tiny_folder, generator):

@@ -20,6 +20,7 @@ from masa.weights.layouts import UNET_PREFIX, ldm_unet_name
 from masa.weights.model_files import Json, PartFiles, read_folder, read_json
 
 CONTROL_PREFIX = "control_model."
+DIFFERENCE = "difference"  # a ControlNet file's mark: what the UNet has too is given as differences to it
 PICTURE_CHANNELS = {64: "1 (lines)", 192: "3 (colours)"}  # of an SD v1 adapter's input, 8 x 8 pixels in each
 CONTROLNET_WANTED = "expected a ControlNet for Stable Diffusion v1, such as control_v11p_sd15_canny.safetensors"
 ADAPTER_WANTED = "expected a T2I-Adapter for Stable Diffusion v1, such as t2iadapter_canny_sd14v1.safetensors"
@@ -45,13 +46,15 @@ class OpenedControlNet:
     """An opened ControlNet: its headers are read, its tensors are not.
 
     unet: the shape of the UNet that it is a copy of; heads and norm groups, which no tensor's shape tells, are those
-    asked for, or its configuration file's. unused: how many tensors of the file are not the ControlNet's. bgr: its
-    hint's channels are reversed. pooled: of its residuals the means over positions are added ("shuffle").
+    asked for, or its configuration file's. difference: what the UNet has too are differences to it. unused: how many
+    tensors of the file are not the ControlNet's. bgr: its hint's channels are reversed. pooled: of its residuals the
+    means over positions are added ("shuffle").
     """
 
     path: Path
     part: PartFiles
     unet: UNetConfig
+    difference: bool = False
     unused: int = 0
     bgr: bool = False
     pooled: bool = False
@@ -138,11 +141,8 @@ def open_controlnet(path: Path, heads: int, norm_groups: int) -> OpenedControlNe
     for mark, what in marks.items():
         if any(key.startswith(mark) for key in entries):
             raise CheckpointError(f"{path} is {what}, which is not served; {CONTROLNET_WANTED}")
-    if "difference" in entries:
-        raise CheckpointError(
-            f"{path} holds differences to its base model (it has the mark `difference`) and no ControlNet of its own; "
-            "take the full version of the file"
-        )
+    difference = DIFFERENCE in entries
+    entries = {key: entry for key, entry in entries.items() if key != DIFFERENCE}
     prefix = CONTROL_PREFIX if any(key.startswith(CONTROL_PREFIX) for key in entries) else ""
     own = {key: entry for key, entry in entries.items() if key.startswith(prefix)}
     crosses = [entry.shape[-1] for key, entry in own.items() if key.endswith("attn2.to_k.weight") and entry.shape]
@@ -168,6 +168,7 @@ def open_controlnet(path: Path, heads: int, norm_groups: int) -> OpenedControlNe
         path,
         part,
         unet,
+        difference,
         unused=len(entries) - len(own),
         bgr=settings.get("controlnet_conditioning_channel_order") == "bgr",
         pooled=bool(settings.get("global_pool_conditions")) or "shuffle" in path.stem.lower(),

@@ -160,7 +160,7 @@ def summarise(
         groups, layout = _groups(path)
         if any(groups.values()):
             lines.append(("layout", layout))
-            lines += [(label, _describe(entries)) for label, entries in groups.items() if entries]
+            lines += [(label, describe_entries(entries)) for label, entries in groups.items() if entries]
         if layout != OTHER_LAYOUT:
             wanted = ("unet", "text_encoder") if vae else ("unet", "vae", "text_encoder")
             lines.append(("missing", ", ".join(part for part in wanted if not groups.get(part)) or "no part"))
@@ -196,7 +196,8 @@ def _groups(path: Path) -> tuple[dict[str, Entries], str]:
     return folders, FOLDER_LAYOUT if "unet" in folders else OTHER_LAYOUT
 
 
-def _describe(entries: Entries) -> str:
+def describe_entries(entries: Entries) -> str:
+    """How many tensors and parameters, how large, of which dtypes."""
     dtypes = Counter(entry.dtype for entry in entries.values())
     kinds = ", ".join(dtype if len(dtypes) == 1 else f"{dtype} ({n})" for dtype, n in dtypes.most_common())
     count = sum(entry.count for entry in entries.values())

@@ -12,7 +12,7 @@ from scipy.ndimage import binary_dilation, binary_erosion, gaussian_filter
 from skimage.metrics import structural_similarity
 
 from masa.weights.demo.pose_classifier import PoseClassifier
-from masa.weights.demo.world import render, sample
+from masa.weights.demo.world import Pose, render, sample
 
 from .cases import Individual
 
@@ -77,7 +77,7 @@ def psnr(picture: np.ndarray, truth: np.ndarray, mask: np.ndarray | None = None)
     return 10 * math.log10(255**2 / max(float(mean), 255**2 * 1e-10))
 
 
-def against_truth(classifier: PoseClassifier, who: Individual, pose: str, picture: np.ndarray) -> Measures:
+def against_truth(classifier: PoseClassifier, who: Individual, pose: Pose, picture: np.ndarray) -> Measures:
     """Compares an edit of the rendered source with the rendered target."""
     size = picture.shape[0]
     truth, inside = who.picture(pose, size), who.mask(pose, size)

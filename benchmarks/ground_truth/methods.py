@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image
@@ -11,7 +11,7 @@ from scipy.ndimage import binary_dilation
 
 import masa
 from masa.controls.base import Control
-from masa.weights.demo.world import POSES
+from masa.weights.demo.world import POSES, Pose
 
 from .cases import Individual
 
@@ -24,7 +24,7 @@ STRESS = 2.0  # Prompt-to-Prompt's factor on the pose's word
 INNER_ROWS = 100
 
 # What a control must know of one edit: (individual, target pose, side of the picture in pixels) -> controls.
-PerEdit = Callable[[Individual, str, int], tuple[Control, ...]]
+PerEdit = Callable[[Individual, Pose, int], tuple[Control, ...]]
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,25 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class Drawing:
+    """Each target's pose is drawn. weight, tau, adapter: of masa.T2IAdapter, the last its path."""
+
+    weight: float = 1.0
+    tau: float = 1.0
+    adapter: str = "demo"
+
+    def control(self, who: Individual, size: int) -> masa.T2IAdapter:
+        sticks = [who.stick(pose, size) for pose in who.target_poses]
+        return masa.T2IAdapter(self.adapter, target=sticks, weight=self.weight, tau=self.tau)
+
+
+@dataclass(frozen=True)
 class Method:
     """One way to edit. inversion: masa.invert's method; strength: SDEdit's instead, and no inversion.
 
     per_edit: controls that differ from target to target, each of which then runs alone; `controls` for all.
-    described: the inversion knows the source's prompt. pin_source: as in masa.sample.
+    described: the inversion knows the source's prompt. pin_source: as in masa.sample. drawing: the poses are drawn.
+    worded: the prompt names the pose. guidance_scale: its own instead of the run's.
     """
 
     controls: tuple[Control, ...] = ()
@@ -56,6 +70,9 @@ class Method:
     described: bool = True
     pin_source: bool = True
     strength: float | None = None
+    drawing: Drawing | None = None
+    worded: bool = True
+    guidance_scale: float | None = None
 
     @property
     def trajectory(self) -> tuple[str, bool] | None:
@@ -98,12 +115,13 @@ def prompt_to_prompt(
     )
 
 
-def stressed_pose(who: Individual, pose: str, size: int) -> tuple[Control, ...]:
+def stressed_pose(who: Individual, pose: Pose, size: int) -> tuple[Control, ...]:
     """Prompt-to-Prompt that also makes the pose's word weigh more."""
+    assert isinstance(pose, str)
     return (prompt_to_prompt(who.appearance.subject, {pose: STRESS}),)
 
 
-def true_mask(who: Individual, pose: str, size: int) -> tuple[Control, ...]:
+def true_mask(who: Individual, pose: Pose, size: int) -> tuple[Control, ...]:
     """Blended Latent Diffusion in the renderer's own mask: where the subject is before the edit, or is after it.
 
     No user has one so good. Three pixels wider, as far as smooth edges reach.
@@ -160,6 +178,16 @@ def null_text_methods(settings: Settings, subject: str) -> dict[str, Method]:
     return by_inversion("null-text", settings, subject, False)
 
 
+def drawn_methods(settings: Settings, subject: str) -> dict[str, Method]:
+    """MasaCtrl with the pose drawn: alone, and named too; and the drawing without MasaCtrl."""
+    name, plain = masactrl(subject, settings.start_step, settings.start_layer)
+    return {
+        f"{name}, drawn pose": replace(plain, drawing=Drawing(), worded=False),
+        f"{name}, drawn and named pose": replace(plain, drawing=Drawing()),
+        "fixed seed, drawn and named pose": Method(drawing=Drawing()),
+    }
+
+
 @dataclass(frozen=True)
 class Group:
     """Methods that are run on equally many individuals: of edited pictures, and of synthesised pairs."""
@@ -172,6 +200,7 @@ class Group:
 GROUPS = {
     "core": Group(core_methods, 67, 30),
     "further": Group(further_methods, 24, 12),
+    "drawn": Group(drawn_methods, 67, 0),
     "inversions": Group(inversion_methods, 24, 0),
     "null-text": Group(null_text_methods, 4, 0),
 }
@@ -184,7 +213,8 @@ def real_methods(settings: Settings, subject: str) -> dict[str, Method]:
 
 def fits_pairs(method: Method) -> bool:
     """Whether it serves synthesis, source and targets from one noise: it needs no picture, nor its truth."""
-    return method.trajectory is not None and method.inversion == "ddim" and method.pin_source and not method.per_edit
+    plain = method.inversion == "ddim" and method.pin_source and method.drawing is None
+    return method.trajectory is not None and plain and not method.per_edit
 
 
 def sweep_methods(
@@ -213,16 +243,19 @@ class Editor:
                 steps=settings.steps, guidance_scale=settings.guidance_scale, seed=who.seed, progress=False,
             )  # fmt: skip
             return as_arrays(out.images)
-        runs = [(who.target_prompts, method.controls)]
+        size, scale = len(self.source), settings.guidance_scale
+        if method.guidance_scale is not None:
+            scale = method.guidance_scale
+        drawn = () if method.drawing is None else (method.drawing.control(who, size),)
+        prompts = [who.prompt(pose if method.worded else None) for pose in who.target_poses]
+        runs = [(prompts, (*method.controls, *drawn))]
         if method.per_edit is not None:
-            size = len(self.source)
             runs = [([who.prompt(p)], (*method.controls, *method.per_edit(who, p, size))) for p in who.target_poses]
         pictures: list[Image.Image] = []
         for prompts, controls in runs:
             out = masa.sample(
                 self.sd, target=prompts, controls=controls, pin_source=method.pin_source,
-                trajectory=self._trajectory(method), guidance_scale=settings.guidance_scale, seed=who.seed,
-                progress=False,
+                trajectory=self._trajectory(method), guidance_scale=scale, seed=who.seed, progress=False,
             )  # fmt: skip
             pictures += out.images[1:] if pictures else out.images  # every run gives the source back first
         return as_arrays(pictures)

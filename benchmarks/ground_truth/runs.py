@@ -20,7 +20,8 @@ from masa.weights.demo.world import render
 from .cases import CALIBRATION_SEEDS, MODEL_SEEDS, SWEEP_SEEDS, TABLE_SEEDS, Individual
 from .methods import Editor, Method, Settings, inversion_rows, round_trip, synthesise, text_to_image
 
-FIRST_SEEDS = {"real": TABLE_SEEDS, "synthesis": TABLE_SEEDS, "sweep": SWEEP_SEEDS, "model": MODEL_SEEDS}
+FIRST_SEEDS = dict.fromkeys(("real", "between", "synthesis"), TABLE_SEEDS)
+FIRST_SEEDS |= dict.fromkeys(("sweep", "drawn sweep", "between sweep"), SWEEP_SEEDS) | {"model": MODEL_SEEDS}
 CODEC_ROWS = 5.0  # the autoencoder's time for one picture, in rows of the UNet
 
 
@@ -135,7 +136,7 @@ def calibration_pair(seed: int, subject: str, size: int) -> tuple[Individual, st
 
 def make(sd: masa.StableDiffusion, store: Store, settings: Settings, subject: str, task: Task) -> None:
     """The task's pictures, each saved as soon as it is there."""
-    who, size = Individual.draw(task.seed, subject), sd.config.image_size
+    who, size = Individual.draw(task.seed, subject, task.section.startswith("between")), sd.config.image_size
     editor = Editor(sd, who, settings)
     for name, method in task.methods.items():
         if method is not None:
@@ -214,7 +215,8 @@ def speed(sd: masa.StableDiffusion) -> float:
     """The UNet's rows per second on one thread, at eight rows."""
     torch.set_num_threads(1)
     side = sd.config.image_size // sd.config.vae.downsample
-    x, context = torch.zeros(8, sd.config.unet.in_channels, side, side), sd.encode_prompt(["a cat"] * 8)
+    x = torch.zeros(8, sd.config.unet.in_channels, side, side, dtype=sd.dtype)
+    context = sd.encode_prompt(["a cat"] * 8)
     times = []
     with torch.no_grad():
         for _ in range(4):

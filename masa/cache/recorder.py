@@ -216,6 +216,10 @@ class _Active(ActiveControl):
         self.sites = sites
         self.tells_halves_apart = any(control.tells_halves_apart for control in shaping)
 
+    @property
+    def source_conditions(self) -> tuple[str, ...]:
+        return tuple(one for control in self.shaping for one in control.source_conditions)
+
     def start(self, latents: Tensor) -> Tensor:
         self.recording.latents.append(latents[:1].float().cpu())
         return latents

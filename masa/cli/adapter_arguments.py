@@ -13,6 +13,7 @@ from masa.controls.ip_adapter import IPAdapter
 from masa.controls.t2i_adapter import T2IAdapter
 from masa.errors import MasaError
 from masa.io.pictures import open_picture
+from masa.runtime.adapters import locate_adapter
 
 # Options that only one of the three reads.
 ADAPTER_OPTIONS = ("adapter_source", "adapter_weight", "tau")
@@ -21,8 +22,10 @@ IP_OPTIONS = ("ip_source", "ip_scale", "image_encoder")
 
 
 def add_adapters(parser: argparse.ArgumentParser) -> None:
+    """Options of three kinds of adapters; for a command without targets, which has the source's alone."""
     group = parser.add_argument_group("layout by a picture (for the targets; without targets, for the source)")
-    text = "an adapter's file or folder, and its picture of lines, poses, depth, ..; several add up"
+    text = "an adapter's file or folder, or 'demo' for the demo model's, and its picture of lines, poses, depth, ..; "
+    text += "several add up"
     group.add_argument("--t2i-adapter", nargs=2, action="append", metavar=("FILE", "PICTURE"), help=text)
     group.add_argument("--adapter-source", metavar="PICTURE", help="the source's picture (default: none)")
     group.add_argument("--adapter-weight", type=float, help="of the adapters' features (default: 1)")
@@ -48,7 +51,7 @@ def build_adapters(args: argparse.Namespace) -> list[Control]:
     controls: list[Control] = []
     chosen = given(weight=args.adapter_weight, tau=args.tau)
     for path, picture in args.t2i_adapter or ():
-        check_weights(path, "T2I-Adapter")
+        check_weights(locate_adapter(path), "T2I-Adapter")
         controls.append(T2IAdapter(path, **pictures(args.target, picture, args.adapter_source), **chosen))
     chosen = given(scale=args.controlnet_scale, start=args.controlnet_start, end=args.controlnet_end)
     for path, picture in args.controlnet or ():
@@ -65,7 +68,7 @@ def build_adapters(args: argparse.Namespace) -> list[Control]:
     return controls
 
 
-def check_weights(path: str, what: str) -> None:
+def check_weights(path: str | Path, what: str) -> None:
     """MasaError, before the model's minutes, where nothing is."""
     if not Path(path).exists():
         raise MasaError(f"no {what} at {path}; give the path of a .safetensors file, or of a diffusers folder")

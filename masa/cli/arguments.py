@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from masa import __version__
+from masa.cli.adapter_arguments import add_adapters
+from masa.cli.condition_command import add_condition
 from masa.cli.control_arguments import add_control, add_record, add_start, parse_numbers, parse_words
 from masa.cli.preview import add_preview
 from masa.cli.registered_arguments import add_fields, add_plugins, add_sampler, choose
@@ -35,8 +37,10 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
 
     text = "two labelled pictures from the embedded model, in under a minute"
-    demo = add(commands, "demo", text, ["masa demo"])
+    demo = add(commands, "demo", text, ["masa demo", "masa demo --pose", "masa demo --pose drawing.png"])
     demo.add_argument("--seed", type=int, default=None, help="another pair of pictures")
+    text = "instead, edits to drawn poses; a drawing of your own: a cat in white lines on black"
+    demo.add_argument("--pose", nargs="?", const=True, default=None, metavar="DRAWING", help=text)
     add_output(demo)
     add_profile(demo)
 
@@ -98,6 +102,7 @@ def build_parser() -> Parser:
     group.add_argument("--edit-guidance", type=float, help="guidance that null-text fits (default: 7.5)")
     group.add_argument("--seed", type=int, help="of edit-friendly and plain noise (default: drawn)")
     add_tiled(add_steps_and_size(invert))
+    add_adapters(invert)
     add_model(invert)
     add_output(invert, "the .safetensors file to write (default: named after the picture)")
     add_profile(invert)
@@ -211,11 +216,24 @@ def build_parser() -> Parser:
     group.add_argument("-o", "--out", help="the .png, .pdf or .svg to write (default: FOLDER/KIND.png)")
     group.add_argument("--overwrite", action="store_true", help="replace a file that is already there")
 
+    condition = add(
+        commands,
+        "condition",
+        "a condition picture for an adapter or ControlNet: edges, a sketch, a pose, ..",
+        [
+            "masa condition canny photo.jpg -o edges.png",
+            "masa condition sketch photo.jpg --threshold 0.2 -o sketch.png",
+            "masa condition openpose joints.json --height 512 --width 768 -o pose.png",
+            "masa condition depth depth16.png --near-is-dark -o depth.png",
+        ],
+    )
+    add_condition(condition)
+
     inspect = add(
         commands,
         "inspect",
-        "what is in a checkpoint: layout, parts, sizes, dtype, what is missing",
-        ["masa inspect v1-5-pruned-emaonly.safetensors", "masa inspect demo"],
+        "what is in a checkpoint or adapter: kind, layout, parts, sizes, dtype, what is missing",
+        ["masa inspect v1-5-pruned-emaonly.safetensors", "masa inspect adapter.safetensors", "masa inspect demo"],
     )
     inspect.add_argument("checkpoint", help="a file, folder or hub id; 'demo' is the embedded model")
 

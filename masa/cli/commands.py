@@ -16,8 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from masa.cli.adapter_arguments import given
+from masa.cli.adapter_arguments import build_adapters, given
 from masa.cli.arguments import build_parser
+from masa.cli.condition_command import run_condition
 from masa.cli.control_arguments import build_controls, build_start, build_swept, check_picture
 from masa.cli.idle_options import refuse_idle
 from masa.cli.preview import build_preview
@@ -118,6 +119,9 @@ def find_interruption(error: BaseException | None) -> KeyboardInterrupt | None:
 def run_demo(args: argparse.Namespace) -> None:
     from masa.workflows import demo
 
+    if args.pose:
+        run_pose_demo(args)
+        return
     folder = take_folder(args, ["synthesis.png", "editing.png", "picture.png"])
     for path in demo.run(folder, seed=args.seed, progress=not args.quiet):
         print(path)
@@ -133,6 +137,23 @@ In Python:
   sd = masa.load("v1-5-pruned-emaonly.safetensors")
   masa.edit(sd, "photo.jpg", "a photo of a running corgi").save("out")"""
     )
+
+
+def run_pose_demo(args: argparse.Namespace) -> None:
+    from masa.workflows import demo_pose
+
+    drawing = None if args.pose is True else args.pose
+    folder = take_folder(args, demo_pose.file_names(drawing))
+    if drawing is not None:
+        check_picture(drawing)
+    for path in demo_pose.run(folder, drawing, seed=args.seed, progress=not args.quiet):
+        print(path)
+    if drawing is None:
+        print(
+            f"""
+Next, draw a pose of your own, white lines on black, or change one of those in {folder}:
+  masa demo --pose {folder / demo_pose.DRAWN[0]}"""
+        )
 
 
 def run_sample(args: argparse.Namespace) -> None:
@@ -168,6 +189,7 @@ def run_invert(args: argparse.Namespace) -> None:
         raise MasaError(f"-o {out} must end in .safetensors, the format of a trajectory")
     check_free(out, args.overwrite, "-o")
     check_picture(args.image)
+    args.target = ()  # an inversion has none: adapters' pictures are the source's
     trajectory = masa.invert(
         load_model(args),
         args.image,
@@ -176,6 +198,7 @@ def run_invert(args: argparse.Namespace) -> None:
         tiled=args.tiled,
         method=args.method,
         **given(
+            controls=build_adapters(args) or None,
             guidance_scale=args.invert_guidance,
             edit_guidance_scale=args.edit_guidance,
             inner_steps=args.inner_steps,
@@ -244,9 +267,11 @@ def run_sweep(args: argparse.Namespace) -> None:
 def run_inspect(args: argparse.Namespace) -> None:
     from masa.pipeline import locate
     from masa.runtime.networks import check_keys
+    from masa.weights.kinds import recognise
     from masa.weights.model_files import summarise
 
-    rows = summarise(locate(args.checkpoint, prefer_half=False), check=check_keys)
+    path = locate(args.checkpoint, prefer_half=False)
+    rows = recognise(path) or summarise(path, check=check_keys)
     width = max(len(label) for label, _ in rows)
     for label, text in rows:
         print(f"{label:<{width}}  {text}")
@@ -325,6 +350,7 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace], int | None]] = {
     "grid": run_grid,
     "sweep": run_sweep,
     "plot": run_plot,
+    "condition": run_condition,
     "inspect": run_inspect,
     "rerun": run_rerun,
     "batch": run_batch,

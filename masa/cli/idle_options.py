@@ -50,7 +50,7 @@ def refuse_idle(args: argparse.Namespace) -> None:
     checks: Mapping[str, tuple[Callable[[argparse.Namespace], None], ...]] = {
         "sample": (check_controls, check_adapters, check_source, check_guided, check_eta),
         "edit": (check_controls, check_adapters, check_inversion, check_guided, check_eta),
-        "invert": (check_inversion, check_fitting),
+        "invert": (check_adapters, check_inversion, check_fitting),
         "sdedit": (check_guided,),
         "sweep": (check_sweep,),
     }
@@ -88,7 +88,8 @@ def check_adapters(args: argparse.Namespace) -> None:
     for option in IP_OPTIONS:
         refuse(args, option, not args.ip_adapter, "it is an IP-Adapter's; give --ip-adapter FILE PICTURE")
     for option in ("adapter_source", "controlnet_source", "ip_source"):
-        refuse(args, option, not args.target, "without targets the first picture is the source's; give a target")
+        alone = not getattr(args, "target", ())
+        refuse(args, option, alone, "without targets the first picture is the source's; give a target")
 
 
 def check_source(args: argparse.Namespace) -> None:

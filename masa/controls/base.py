@@ -40,6 +40,8 @@ class Run:
     draw_noise: Callable[[], Tensor] | None = None  # fresh noise (1, 4, h, w), which the run's seed decides
     dtype: torch.dtype = torch.float32  # of the networks
     unet: UNetConfig = UNetConfig()
+    # Of the UNet before any LoRA, by name; None where they are not in memory.
+    base_weights: Mapping[str, Tensor] | None = None
     preview: PreviewFactors | None = None  # the latents' colours, where the model tells them
     # False where a source is recorded for targets to come: one target's prompt stands in, and is the source's.
     targets_known: bool = True
@@ -64,6 +66,11 @@ class ActiveControl:
     # What the source depends on through its residuals, beside prompt and noise: a cache of a source without is refused.
     # (Edits that change the source are found by themselves.)
     source_condition: str | None = None
+
+    @property
+    def source_conditions(self) -> tuple[str, ...]:
+        """`source_condition` as a tuple, () for none; of a control that holds others, theirs."""
+        return () if self.source_condition is None else (self.source_condition,)
 
     def start(self, latents: Tensor) -> Tensor:
         """The latents (1 + N, 4, h, w) that the run's first step starts from."""

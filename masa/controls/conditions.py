@@ -59,6 +59,10 @@ class PictureControl(FileControl):
         """Whether a run without targets leaves it nothing to do."""
         return self.source is None
 
+    def of_source(self) -> Any:
+        """The same, of the source alone: what an inversion keeps."""
+        return replace(self, target=None)  # type: ignore[type-var]
+
     def kept(self) -> Any:
         """The same with its pictures inside and its file's digest, for settings."""
         source, target = embed(self.source), embed_all(self.target)
@@ -85,12 +89,8 @@ def find_conditions(name: str, source: Condition, target: Condition | Sequence[C
 def by_branch(name: str, source: Condition, target: Condition | Sequence[Condition], run: Run) -> dict[int, ImageLike]:
     """The pictures of the branches that have one. MasaError for a list that does not fit the targets.
 
-    Where the targets are not known yet only the source has one. A warning where the source is a real picture: its
-    inversion knew of none.
+    Where the targets are not known yet only the source has one.
     """
-    if source is not None and run.source_latents is not None:
-        text = "has a condition on a source that was inverted without it; as published, real sources have none"
-        warnings.warn(f"{name} {text}", stacklevel=2)
     targets = len(run.prompts) - 1 if run.targets_known else 0
     each: list[Condition] = list(target) if isinstance(target, list | tuple) else [target] * targets  # type: ignore[list-item]
     if targets and len(each) != targets:

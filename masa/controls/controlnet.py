@@ -24,7 +24,7 @@ from masa.controls.conditions import (
 from masa.edits import Residuals, RowTuple, take
 from masa.errors import MasaError
 from masa.models.controlnet import ControlNetwork
-from masa.runtime.adapters import AdapterFile, read_controlnet
+from masa.runtime.adapters import AdapterFile, holds_differences, read_controlnet
 
 # Of each connection's residual, from the last to the first, in guess mode (the published code's).
 GUESS_DECAY = 0.825
@@ -36,10 +36,11 @@ LINES = re.compile(r"canny|scribble|lineart|mlsd|hed|softedge")
 class ControlNet(PictureControl):
     """A ControlNet's residuals are added to the UNet's skip connections and its middle.
 
-    path: a .safetensors file (alone, or with a whole model beside) or a diffusers folder, for SD v1. source, target:
-    hints as in `T2IAdapter`. scale: of the residuals, 0 changes nothing; several ControlNets add up. start, end: in
-    [0, 1], the share of the steps between which it acts. guess_mode: only the prompted half of guidance is steered, the
-    deeper the connection the more. sha256: of the file, where another one is to be refused.
+    path: a .safetensors file (alone, with a whole model beside, or the differences to its base model) or a diffusers
+    folder, for SD v1. source, target: hints as in `T2IAdapter`. scale: of the residuals, 0 changes nothing; several
+    ControlNets add up. start, end: in [0, 1], the share of the steps between which it acts. guess_mode: only the
+    prompted half of guidance is steered, the deeper the connection the more. sha256: of the file, where another one is
+    to be refused.
 
     It runs on the very rows of the UNet, each with its own half's prompt; rows without a hint are left out. Without
     targets it acts on the source. MasaError for a file of another kind, or a picture that is none. 2302.05543,
@@ -69,7 +70,8 @@ class ControlNet(PictureControl):
 
     def begin(self, run: Run) -> ActiveControl:
         conditions = find_conditions("ControlNet", self.source, self.target, run)
-        network = self.file.load(run.unet, run.dtype, run.device)
+        base = run.base_weights if holds_differences(self.file.path) else None
+        network = self.file.load(run.unet, run.dtype, run.device, base)
         if LINES.search(self.file.path.stem.lower()):
             warn_unless_lines(str(self.path), conditions.pictures)
         steps = self._steps(run.steps) if self.scale else frozenset()

@@ -36,7 +36,8 @@ class IPAdapter(PictureControl):
     [0, 1]; or what the encoder makes of it, a tensor: of plain adapters (1, width), its embedding; of plus adapters
     (2, patches, width), the last-but-one hidden states of an all-zero picture and of this one. scale: 1 as trained,
     0.5 beside a prompt, 0 changes nothing; several add up. image_encoder: the folder of CLIP ViT-H/14, which
-    transformers reads; not needed for tensors. sha256, encoder_sha256: of the files, where others are to be refused.
+    transformers reads, once for each picture; not needed for tensors. sha256, encoder_sha256: of the files, where
+    others are to be refused.
 
     The unprompted half of guidance reads the tokens of a zero embedding. Without targets it acts on the source.
     MasaError for a file of another kind, or a picture that is none. 2308.06721, decoupled cross-attention.
@@ -53,6 +54,7 @@ class IPAdapter(PictureControl):
     encoder_sha256: str | None = None
     file: AdapterFile[IPAdapterNetwork] = field(init=False, repr=False)
     encoder: AdapterFile[nn.Module] | None = field(init=False, repr=False)
+    seen: dict[object, Tensor] = field(init=False, repr=False)  # what the encoder made of each picture
 
     def __post_init__(self) -> None:
         check_conditions("IPAdapter", self.source, self.target)
@@ -62,6 +64,7 @@ class IPAdapter(PictureControl):
         folder = self.image_encoder
         encoder = None if folder is None else AdapterFile(folder, self.encoder_sha256, read_encoder)
         object.__setattr__(self, "encoder", encoder)
+        object.__setattr__(self, "seen", {})
 
     def kept(self) -> IPAdapter:
         """The same with its pictures inside and its files' digests, for settings."""
@@ -97,14 +100,13 @@ class IPAdapter(PictureControl):
                 "IPAdapter has a picture and no image_encoder; give the folder of CLIP ViT-H/14, or a tensor "
                 f"{expected}"
             )
-        encoder = self.encoder.load(run.unet, run.dtype, run.device)
-        pixels = for_clip(read_picture("IPAdapter", picture)).to(run.device, run.dtype)
-        if config.plus:
-            shown = torch.cat([torch.zeros_like(pixels), pixels])
-            found = torch.cat([encoder(one, output_hidden_states=True).hidden_states[-2] for one in shown.split(1)])
-        else:
-            found = encoder(pixels).image_embeds
-            found = torch.cat([torch.zeros_like(found), found])
+        pixels = for_clip(read_picture("IPAdapter", picture))
+        shown = hashlib.sha256(pixels.numpy().tobytes()).hexdigest()
+        key = (shown, self.encoder.state(), config.plus, run.dtype, run.device)
+        if key not in self.seen:  # once for a picture: runs begin more often, and the encoder is large
+            encoder = self.encoder.load(run.unet, run.dtype, run.device)
+            self.seen[key] = encode(encoder, pixels.to(run.device, run.dtype), config.plus)
+        found = self.seen[key]
         if found.shape[-1] != config.picture_width:
             raise MasaError(
                 f"{self.image_encoder} gives {found.shape[-1]} features of a picture, and {self.path} reads "
@@ -117,6 +119,7 @@ class _Active(ActiveControl):
     name = "IPAdapter"
 
     def __init__(self, network: IPAdapterNetwork, pairs: Mapping[int, Tensor], scale: float, run: Run) -> None:
+        self.network = network  # held as long as the run, for whoever begins again
         self.branches = tuple(pairs)
         self.scale = scale
         self.keys: dict[int, tuple[Tensor, Tensor]] = {}  # by site: of each branch's nothing, then its picture
@@ -142,6 +145,15 @@ class _Active(ActiveControl):
         if row.branch not in self.branches:
             return -1
         return 2 * self.branches.index(row.branch) + ("cond" in row.halves)
+
+
+def encode(encoder: nn.Module, pixels: Tensor, plus: bool) -> Tensor:
+    """What CLIP makes of nothing and of a picture (1, 3, 224, 224): embeddings, or of plus adapters hidden states."""
+    if plus:
+        shown = torch.cat([torch.zeros_like(pixels), pixels])
+        return torch.cat([encoder(one, output_hidden_states=True).hidden_states[-2] for one in shown.split(1)])
+    found: Tensor = encoder(pixels).image_embeds
+    return torch.cat([torch.zeros_like(found), found])
 
 
 def for_clip(picture: Tensor) -> Tensor:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,23 +24,26 @@ from masa.controls.conditions import (
 )
 from masa.edits import Residuals
 from masa.errors import MasaError
+from masa.io.pictures import colour_patches
 from masa.models.t2i_adapter import T2IAdapterNetwork
-from masa.runtime.adapters import AdapterFile, read_adapter
+from masa.runtime.adapters import DEMO_ADAPTER, AdapterFile, locate_adapter, read_adapter
 
 
 @dataclass(frozen=True, eq=False)
 class T2IAdapter(PictureControl):
     """An adapter's features of a condition picture are added at the end of each level on the UNet's way down.
 
-    path: a .safetensors file, or a diffusers folder, of an SD v1 adapter, full or light. source, target: the source's
+    path: a .safetensors file, or a diffusers folder, of an SD v1 adapter, full or light; "demo" for the one that
+    ships with the demo model, whose pictures are stick figures, white lines on black. source, target: the source's
     picture and the targets', None for none; target also a list with one entry a target. A path, PIL picture, uint8
     array (h, w) or (h, w, 3), or float tensor (h, w), (1, h, w) or (3, h, w) in [0, 1], on black; brought to the run's
-    size. weight: of the features, 0 changes nothing; several adapters add up. tau: in [0, 1], the share of the steps,
-    from the noisiest on, in which it acts. sha256: of the file, where another one is to be refused.
+    size, and for a light adapter, which reads colours, to squares of 64 pixels. weight: of the features, 0 changes
+    nothing; several adapters add up. tau: in [0, 1], the share of the steps, from the noisiest on, in which it acts.
+    sha256: of the file, where another one is to be refused.
 
-    Without targets it acts on the source. A real source was inverted without a picture: as published it has none.
-    MasaError for a file of another kind, or a picture that is none. 2302.08453, section 3.3; tau is the published
-    code's.
+    Without targets it acts on the source. As published a real source has no picture; one that it is given steers its
+    inversion too (`masa.invert(controls=..)`, `masa.edit`). MasaError for a file of another kind, or a picture that is
+    none. 2302.08453, section 3.3; tau is the published code's.
     """
 
     path: str | Path
@@ -55,7 +59,10 @@ class T2IAdapter(PictureControl):
         if not is_number(self.weight):
             raise MasaError(f"T2IAdapter weight is {self.weight!r}; expected a number, 1 as trained")
         check_fraction("T2IAdapter tau", self.tau)
-        object.__setattr__(self, "file", AdapterFile(self.path, self.sha256, read_adapter))
+        object.__setattr__(self, "file", AdapterFile(locate_adapter(self.path), self.sha256, read_adapter))
+
+    def found(self, find: Callable[[str | Path], Path]) -> Any:
+        return self if locate_adapter(self.path) == DEMO_ADAPTER else super().found(find)
 
     def begin(self, run: Run) -> ActiveControl:
         conditions = find_conditions("T2IAdapter", self.source, self.target, run)
@@ -106,6 +113,8 @@ class _Active(ActiveControl):
     def _features(self, picture: Tensor) -> tuple[Tensor, ...]:
         """The weighted features of a picture (1, 3, 8h, 8w), (1, c, ..) of each level."""
         x = picture if self.network.picture_channels == 3 else to_grey(picture)
+        if self.network.config.light:
+            x = colour_patches(x)
         return tuple(self.weight * level for level in self.network(x.to(self.device, self.dtype)))
 
 

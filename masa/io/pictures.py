@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
@@ -56,7 +57,7 @@ def load_image(image: ImageLike, *, short_side: int, height: int | None = None, 
     check_size(height, width)
     if isinstance(image, Tensor):
         return _fit_tensor(image, short_side, height, width)
-    picture = _to_pil(image)
+    picture = as_picture(image)
     target = _target_size(picture.height, picture.width, short_side, height, width)
     if (picture.height, picture.width) != target:
         # Scale to cover, crop the middle; ImageOps.fit does both in one resampling.
@@ -102,7 +103,8 @@ def _target_size(h: int, w: int, short_side: int, height: int | None, width: int
     return side(height, h), side(width, w)
 
 
-def _to_pil(image: ImageLike) -> Image.Image:
+def as_picture(image: ImageLike) -> Image.Image:
+    """A path, PIL picture or uint8 array as RGB. MasaError for anything else."""
     if isinstance(image, str | Path):
         return open_picture(image)
     if isinstance(image, Image.Image):
@@ -138,6 +140,17 @@ def to_pil(pictures: Tensor) -> list[Image.Image]:
     """Tensors (n, 3, h, w), about [-1, 1], clipped -> PIL pictures."""
     array = ((pictures.detach().float().cpu().clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
     return [Image.fromarray(a.permute(1, 2, 0).contiguous().numpy()) for a in array]
+
+
+def colour_patches(picture: Tensor, side: int = 64) -> Tensor:
+    """(n, 3, h, w) in [0, 1], in squares of one colour: cubic down by `side`, nearest back, as T2I-Adapter's code does.
+
+    A picture that is made of such squares stays as it is.
+    """
+    size = picture.shape[2:]
+    small = (max(1, size[0] // side), max(1, size[1] // side))
+    patches = F.interpolate(picture, small, mode="bicubic").clamp(0.0, 1.0)
+    return F.interpolate(patches, size, mode="nearest")
 
 
 def load_mask(mask: ImageLike) -> Tensor:

@@ -1,15 +1,20 @@
-"""Networks that steer the UNet, from their own files: read once, kept as long as somebody holds them."""
+"""Networks that steer the UNet, from their own files: read once by the runs that share them, gone with the last.
+
+A control names a file and holds no network: it may live as long as a program. A run holds what it uses until its
+result is there; `keep_networks` holds what several runs use one after the other.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Generic, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from masa.config import TinyVAEConfig, UNetConfig
 from masa.edits import Site
@@ -20,62 +25,109 @@ from masa.models.ip_adapter import IPAdapterNetwork
 from masa.models.t2i_adapter import T2IAdapterNetwork
 from masa.models.taesd import TinyVAE
 from masa.models.unet import UNet
-from masa.runtime.networks import LAYOUT
-from masa.weights.adapters import open_adapter, open_controlnet, open_ip_adapter
-from masa.weights.checkpoint import Part, load_parts
+from masa.runtime.networks import LAYOUT, first_values
+from masa.weights import hub
+from masa.weights.adapters import DIFFERENCE, open_adapter, open_controlnet, open_ip_adapter
+from masa.weights.checkpoint import Part, load_parts, read_entries
 from masa.weights.model_files import PartFiles, open_vae
 
 Network = TypeVar("Network", bound=nn.Module)
 
-# Reads a file for a UNet of a shape, in a dtype, on a device.
-Reader = Callable[[Path, UNetConfig, torch.dtype, torch.device], Network]
+# The adapter that ships with the demo model: a pose by a stick figure.
+DEMO_ADAPTER = Path(hub.__file__).parent / "demo" / "adapter" / "stick_figure.safetensors"
 
-# Networks in use, by file, its state on disk, device, dtype and the UNet's shape: controls of one file share one.
+# Reads a file for a UNet of a shape, in a dtype, on a device; last the UNet's own weights, where the file needs them.
+Reader = Callable[..., Network]
+Weights = Mapping[str, Tensor]
+
+# Networks in use, by file, its state on disk, device, dtype and the UNet's shape: runs with one file share one.
 _IN_USE: WeakValueDictionary[object, nn.Module] = WeakValueDictionary()
+_DIGESTS: dict[object, str] = {}  # by file and its state on disk
+_KEPT: dict[object, list[nn.Module]] = {}  # by block of `keep_networks`
+
+
+@contextmanager
+def keep_networks() -> Iterator[None]:
+    """Adapters, ControlNets and image encoders that runs in this block have read stay in memory until its end.
+
+    Without it each run reads them anew from their files, and lets them go::
+
+        edges = masa.ControlNet("canny.safetensors", target="edges.png")
+        with masa.keep_networks():
+            results = [masa.sample(sd, "a cat", "a dog", controls=edges, seed=seed) for seed in range(8)]
+    """
+    block = object()
+    _KEPT[block] = []
+    try:
+        yield
+    finally:
+        del _KEPT[block]
 
 
 class AdapterFile(Generic[Network]):
-    """One file or folder of weights, and the network in it once a run has asked for it."""
+    """One file or folder of weights, and the network in it as long as somebody holds it."""
 
     def __init__(self, path: str | Path, sha256: str | None, read: Reader[Network]) -> None:
         """sha256: what the file's digest must be; None for any. read: makes the network."""
         self.path = Path(path)
         self.sha256 = sha256
         self.read = read
-        self.network: Network | None = None
-        self.digests: dict[object, str] = {}
 
-    def load(self, unet: UNetConfig, dtype: torch.dtype, device: torch.device) -> Network:
-        """The network. MasaError for a file that does not fit, or that is not the one whose digest was given."""
+    def load(self, unet: UNetConfig, dtype: torch.dtype, device: torch.device, base: Weights | None = None) -> Network:
+        """The network, which the caller holds. MasaError for a file that does not fit, or has not the digest given.
+
+        base: the UNet's weights before any LoRA, for a file that holds differences to them.
+        """
         if self.sha256 is not None and self.digest() != self.sha256:
             raise MasaError(
                 f"{self.path} has changed since these settings were written (its SHA-256 is {self.digest()[:12]}.., "
                 f"expected {self.sha256[:12]}..); put the old file back, or run anew"
             )
-        key = (self.path.resolve(), self._state(), self.read, unet, dtype, device)
+        key = (
+            self.path.resolve(),
+            self.state(),
+            self.read,
+            unet,
+            dtype,
+            device,
+            None if base is None else digest(base),
+        )
         kept = _IN_USE.get(key)
         if kept is None:
-            kept = _IN_USE[key] = self.read(self.path, unet, dtype, device)
-        self.network = kept  # type: ignore[assignment]
+            more = () if base is None else (base,)
+            kept = _IN_USE[key] = self.read(self.path, unet, dtype, device, *more)
+        for networks in _KEPT.values():
+            networks.append(kept)
         return kept  # type: ignore[return-value]
 
     def digest(self) -> str:
         """SHA-256, in hex, of the file; of a folder, of its weights' digests."""
-        state = self._state()
-        if state not in self.digests:
+        key = (self.path.resolve(), self.state())
+        if key not in _DIGESTS:
             found = [file_digest(file) for file in self._files()]
-            whole = found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest()
-            self.digests = {state: whole}
-        return self.digests[state]
+            _DIGESTS[key] = found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest()
+        return _DIGESTS[key]
 
     def _files(self) -> list[Path]:
         if not self.path.exists():
             raise FileNotFoundError(f"{self.path} is not there; give the path of a .safetensors file or its folder")
         return sorted(self.path.glob("*.safetensors")) if self.path.is_dir() else [self.path]
 
-    def _state(self) -> tuple[object, ...]:
+    def state(self) -> tuple[object, ...]:
         """What changes when the files do."""
         return tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in self._files())
+
+
+def digest(weights: Weights) -> str:
+    """What tells the weights of one model from another's, from a few values of each."""
+    values = torch.cat([first_values(weight.detach()).float().cpu() for weight in weights.values()])
+    return hashlib.sha256(values.numpy().tobytes()).hexdigest()
+
+
+def locate_adapter(path: str | Path) -> Path:
+    """The file or folder that a T2I-Adapter's path means: what lies there, else the shipped adapter for "demo"."""
+    found = Path(path)
+    return DEMO_ADAPTER if str(path) == "demo" and not found.exists() else found
 
 
 def read_adapter(path: Path, unet: UNetConfig, dtype: torch.dtype, device: torch.device) -> T2IAdapterNetwork:
@@ -91,8 +143,13 @@ def read_adapter(path: Path, unet: UNetConfig, dtype: torch.dtype, device: torch
     return _filled(network, opened.part, path, "T2I-Adapter for Stable Diffusion v1", dtype, device)
 
 
-def read_controlnet(path: Path, unet: UNetConfig, dtype: torch.dtype, device: torch.device) -> ControlNetwork:
-    """A ControlNet that is a copy of a UNet of this shape. CheckpointError for others, before any tensor is read."""
+def read_controlnet(
+    path: Path, unet: UNetConfig, dtype: torch.dtype, device: torch.device, base: Weights | None = None
+) -> ControlNetwork:
+    """A ControlNet that is a copy of a UNet of this shape. CheckpointError for others, before any tensor is read.
+
+    base: the UNet's own weights, which are added where the file holds differences to them.
+    """
     opened = open_controlnet(path, unet.heads, unet.norm_groups)
     ours, theirs = (
         (c.in_channels, c.block_out_channels, c.layers_per_block, c.context_width, c.heads, c.norm_groups)
@@ -105,7 +162,25 @@ def read_controlnet(path: Path, unet: UNetConfig, dtype: torch.dtype, device: to
         )
     with torch.device("meta"):
         network = ControlNetwork(unet, opened.bgr, opened.pooled)
-    return _filled(network, opened.part, path, "ControlNet for Stable Diffusion v1", dtype, device)
+    kind = "ControlNet for Stable Diffusion v1"
+    if not opened.difference:
+        return _filled(network, opened.part, path, kind, dtype, device)
+    if base is None:
+        raise MasaError(
+            f"{path} holds differences to its base model, whose weights a model offloaded on a CPU does not keep; load "
+            "it without offload, or take the full version of the file"
+        )
+    network = _filled(network, opened.part, path, kind, torch.float32, device)
+    with torch.no_grad():
+        for name, weight in network.named_parameters():
+            if name in base:  # what the UNet has not, such as the hint's encoder, stands as it is
+                weight.add_(base[name].to(weight))
+    return network.to(dtype)
+
+
+def holds_differences(path: Path) -> bool:
+    """Whether a ControlNet's file holds differences to its base model's weights. CheckpointError for no such file."""
+    return path.is_file() and DIFFERENCE in read_entries(path)
 
 
 def read_ip_adapter(path: Path, unet: UNetConfig, dtype: torch.dtype, device: torch.device) -> IPAdapterNetwork:

@@ -20,7 +20,7 @@ from masa.output.result import Result, read_settings
 from masa.pipeline import StableDiffusion, choose_device, load
 from masa.runtime.lora import Lora
 from masa.sampling import Given, run
-from masa.settings import RunSettings, restore_schedule, unpack
+from masa.settings import RunSettings, restore, restore_schedule, unpack
 from masa.trajectory import Trajectory
 from masa.weights.lora import lora_digest
 
@@ -72,7 +72,9 @@ def rerun(
         inverter = sd
         if made_from.get("trajectory") is None and made_from.get("lora", []) != settings.get("lora", []):
             inverter = sd.without_lora().with_loras(find_loras(made_from, picture))  # as when inverted without
-        trajectory = restore_trajectory(inverter, made_from, source, progress)
+        kept = made_from.get("controls", ()) if made_from.get("trajectory") is None else ()  # older pictures name none
+        steering = tuple(find_weights(restore(control), picture) for control in kept)
+        trajectory = restore_trajectory(inverter, made_from, source, progress, steering)
 
     generator = restore_generator(asked.generator_state)
     if generator is not None:
@@ -180,8 +182,10 @@ def find_loras(settings: Mapping[str, Any], picture: str | Path) -> tuple[Lora, 
     return tuple(found)
 
 
-def restore_trajectory(sd: StableDiffusion, settings: Mapping[str, Any], source: Path, progress: bool) -> Trajectory:
-    """A trajectory from its file where it came from one, else by inverting its picture again."""
+def restore_trajectory(
+    sd: StableDiffusion, settings: Mapping[str, Any], source: Path, progress: bool, controls: tuple[Control, ...] = ()
+) -> Trajectory:
+    """A trajectory from its file where it came from one, else by inverting its picture again under its controls."""
     if settings.get("trajectory") is not None:
         return Trajectory.load(source)
     fitted = settings["edit_guidance_scale"]
@@ -197,6 +201,7 @@ def restore_trajectory(sd: StableDiffusion, settings: Mapping[str, Any], source:
         inner_steps=settings.get("inner_steps") or INNER_STEPS,  # older pictures do not name it: the published
         seed=None if generator is not None else settings["seed"],
         generator=generator,
+        controls=controls,
         height=settings["height"],
         width=settings["width"],
         schedule=restore_schedule(settings["schedule"]),

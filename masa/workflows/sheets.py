@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
 from PIL import Image, ImageDraw
@@ -24,6 +27,7 @@ from masa.controls.base import Control
 from masa.controls.masactrl import MasaCtrl
 from masa.controls.plug_and_play import PlugAndPlay
 from masa.controls.prompt_to_prompt import PromptToPrompt
+from masa.controls.steering import without_targets
 from masa.controls.style import StyleTransfer
 from masa.errors import MasaError
 from masa.guidance import check_guidance
@@ -34,11 +38,12 @@ from masa.null_text import MAX_STEPS
 from masa.output.labels import label_font
 from masa.output.result import Picture, wrap
 from masa.pipeline import StableDiffusion
+from masa.runtime.adapters import keep_networks
 from masa.samplers import choose_sampler
 from masa.samplers.base import Levels
 from masa.sampling import sample
 from masa.settings import describe, is_registered
-from masa.trajectory import default_skip
+from masa.trajectory import Trajectory, default_skip
 
 # What a sweep may vary beside its control's own fields.
 SAMPLING = (
@@ -71,6 +76,7 @@ def comparison(source: str, masactrl: MasaCtrl = MasaCtrl()) -> dict[str, Contro
     return controls if source else {name: c for name, c in controls.items() if name != "Prompt-to-Prompt"}
 
 
+@keep_networks()
 def grid(
     sd: StableDiffusion,
     image: ImageLike,
@@ -106,18 +112,20 @@ def grid(
         check_method(method, source, steps, sd.schedule, guidance_scale)
     size = picture_size(sd, image, height, width)
     levels = Levels.of_schedule(sd.schedule, steps)
-    for first_step in {default_skip(method, steps) for method in methods}:
-        for control in columns.values():
-            check_controls(sd, control, levels, (source, target), size=size, first_step=first_step)
+    steering: dict[tuple[str, str], tuple[Control, ...]] = {}
+    for method, (name, control) in itertools.product(methods, columns.items()):
+        prompts, first_step = (source, target), default_skip(method, steps)
+        steering[method, name] = check_controls(
+            sd, control, levels, prompts, size=size, first_step=first_step, method=method
+        )
     seed = secrets.randbelow(2**32) if seed is None else seed
-    rows = []
-    for method in tqdm(methods, desc="inversions", disable=not progress):
-        trajectory = invert(
+    inversions = _Inversions(
+        partial(
+            invert,
             sd,
             image,
             source,
             steps=steps,
-            method=method,
             edit_guidance_scale=guidance_scale,
             height=height,
             width=width,
@@ -125,14 +133,18 @@ def grid(
             backend=backend,
             progress=False,
         )
+    )
+    rows = []
+    for method in tqdm(methods, desc="inversions", disable=not progress):
+        trajectory = inversions.of(method)
         rebuilt = sample(sd, trajectory=trajectory, guidance_scale=guidance_scale, backend=backend, progress=False)
         row: list[Image.Image] = [rebuilt.source]
-        for control in tqdm(columns.values(), desc=method, disable=not progress, leave=False):
+        for name, control in tqdm(columns.items(), desc=method, disable=not progress, leave=False):
             result = sample(
                 sd,
                 target=target,
                 controls=control,
-                trajectory=trajectory,
+                trajectory=inversions.of(method, steering[method, name]),
                 guidance_scale=guidance_scale,
                 seed=seed,
                 backend=backend,
@@ -151,6 +163,21 @@ def grid(
     return Picture.of(label_sheet(rows, methods, ["reconstruction", *columns]), settings)
 
 
+class _Inversions:
+    """A picture's trajectories by method and by the controls that steer them, each made once."""
+
+    def __init__(self, make: Callable[..., Trajectory]) -> None:
+        self.make = make
+        self.made: dict[tuple[str, str], Trajectory] = {}
+
+    def of(self, method: str, controls: Sequence[Control] = ()) -> Trajectory:
+        key = (method, json.dumps([describe(without_targets(control)) for control in controls]))
+        if key not in self.made:
+            self.made[key] = self.make(method=method, controls=controls)
+        return self.made[key]
+
+
+@keep_networks()
 def sweep(
     sd: StableDiffusion,
     source: str,
@@ -199,31 +226,32 @@ def sweep(
     if image is not None:
         check_method(method, source, steps, sd.schedule, guidance_scale)
     size = picture_size(sd, image, height, width)
-    for settings in (cell for line in cells for cell in line):
-        _check_cell(sd, settings, (source, target), steps, size, method if image is not None else None)
+    inverted = method if image is not None else None
+    steering = [[_check_cell(sd, cell, (source, target), steps, size, inverted) for cell in line] for line in cells]
     _check_matters(dict([rows, columns]), control, guidance_scale, method if image is not None else None)
-    if image is None:
-        start: dict[str, Any] = {"steps": steps, "height": height, "width": width}
-    else:
-        trajectory = invert(
-            sd,
-            image,
-            source,
-            steps=steps,
-            method=method,
-            edit_guidance_scale=guidance_scale,
-            height=height,
-            width=width,
-            seed=seed,
-            backend=backend,
-            progress=progress,
+    start: dict[str, Any] = {"steps": steps, "height": height, "width": width}
+    inversions = None
+    if image is not None:
+        inversions = _Inversions(
+            partial(
+                invert,
+                sd,
+                image,
+                source,
+                **start,
+                edit_guidance_scale=guidance_scale,
+                seed=seed,
+                backend=backend,
+                progress=progress,
+            )
         )
-        start = {"trajectory": trajectory}
     pictures: list[list[Image.Image]] = []
     with tqdm(desc="sweep", total=len(rows[1]) * len(columns[1]), disable=not progress) as bar:
-        for line in cells:
+        for line, steering_line in zip(cells, steering, strict=True):
             pictures.append([])
-            for settings in line:
+            for settings, controls in zip(line, steering_line, strict=True):
+                if inversions is not None:
+                    start = {"trajectory": inversions.of(method, controls)}
                 result = sample(sd, source, target, **(start | settings))
                 pictures[-1] += result.targets if pictures[-1] else result.images
                 bar.update()
@@ -245,8 +273,11 @@ def _check_cell(
     steps: int,
     size: tuple[int, int],
     method: str | None,
-) -> None:
-    """MasaError for a cell that could not be run; method: the picture's inversion, None for synthesis."""
+) -> tuple[Control, ...]:
+    """The controls of a cell that steer its inversion. MasaError for a cell that could not be run.
+
+    method: the picture's inversion, None for synthesis.
+    """
     steps, eta = settings.get("steps", steps), settings.get("eta", 0.0)
     check_numbers(sd, settings["guidance_scale"], eta, settings["backend"])
     if method is not None:
@@ -258,8 +289,8 @@ def _check_cell(
     if settings.get("guidance") is not None:
         check_guidance(settings["guidance"])
     levels = choose_levels(sampler, sd.schedule, steps, method=method, eta=eta, free=free)
-    controls, real = settings["controls"], method is not None
-    check_controls(sd, controls, levels, prompts, size=size, first_step=first_step, real=real)
+    controls = settings["controls"]
+    return check_controls(sd, controls, levels, prompts, size=size, first_step=first_step, method=method)
 
 
 def serves(method: str, source: str, steps: int, guidance_scale: float) -> bool:

@@ -53,6 +53,23 @@ def curve(nodes: Sequence[Node]) -> list[Node]:
     return out
 
 
+def outline_of_ellipse(u: float, v: float, a: float, b: float, angle: float) -> list[Point]:
+    """Points around an ellipse with half axes a and b, turned by an angle in radians."""
+    ca, sa = math.cos(angle), math.sin(angle)
+    ring = [(a * math.cos(t), b * math.sin(t)) for t in (math.tau * i / 48 for i in range(48))]
+    return [(u + x * ca - y * sa, v + x * sa + y * ca) for x, y in ring]
+
+
+def outline_of_blob(points: Sequence[Point]) -> list[Point]:
+    """Points along the smooth closed outline through the points."""
+    n = len(points)
+    outline = []
+    for k in range(n):
+        (a, e), (b, f), (c, g), (d, h) = (points[(k + i - 1) % n] for i in range(4))
+        outline += [(catmull_rom(a, b, c, d, i / 8), catmull_rom(e, f, g, h, i / 8)) for i in range(8)]
+    return outline
+
+
 class Canvas:
     """Draws one subject: u runs the way it faces, v up from the ground, both in units of its size.
 
@@ -84,9 +101,7 @@ class Canvas:
 
     def ellipse(self, u: float, v: float, a: float, b: float, colour: Colour, angle: float = 0.0) -> None:
         """Fills an ellipse with half axes a and b, turned by an angle in radians."""
-        ca, sa = math.cos(angle), math.sin(angle)
-        ring = [(a * math.cos(t), b * math.sin(t)) for t in (math.tau * i / 48 for i in range(48))]
-        self.polygon([(u + x * ca - y * sa, v + x * sa + y * ca) for x, y in ring], colour)
+        self.polygon(outline_of_ellipse(u, v, a, b, angle), colour)
 
     def circle(self, u: float, v: float, radius: float, colour: Colour) -> None:
         """Fills a circle."""
@@ -100,12 +115,7 @@ class Canvas:
 
     def blob(self, points: Sequence[Point], colour: Colour) -> None:
         """Fills the smooth closed outline through the points."""
-        n = len(points)
-        outline = []
-        for k in range(n):
-            (a, e), (b, f), (c, g), (d, h) = (points[(k + i - 1) % n] for i in range(4))
-            outline += [(catmull_rom(a, b, c, d, i / 8), catmull_rom(e, f, g, h, i / 8)) for i in range(8)]
-        self.polygon(outline, colour)
+        self.polygon(outline_of_blob(points), colour)
 
     def coat(self, nodes: Sequence[Node], colour: Colour, pattern: str, pattern_colour: Colour, marks: int) -> None:
         """Fills a tube and lays its pattern ("plain", "striped", "spotted") along the tube's own axis.

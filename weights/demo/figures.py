@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from .between import Between, Pose, draw_between
 from .canvas import Canvas, Colour, Node, mix, shade
 
 POSES: dict[str, tuple[str, ...]] = {
@@ -13,6 +14,8 @@ POSES: dict[str, tuple[str, ...]] = {
     "person": ("standing", "sitting", "jumping", "running", "raising hands"),
 }
 SUBJECTS: tuple[str, ...] = tuple(POSES)
+# Those that are drawn of the same parts in every pose, so that others lie between two: a flying bird has no legs.
+JOINTED: tuple[str, ...] = ("cat", "dog", "person")
 PATTERNS: tuple[str, ...] = ("plain", "striped", "spotted")
 
 COLOURS: dict[str, Colour] = {
@@ -88,8 +91,11 @@ def sample_appearance(rng: random.Random, subject: str, behind: tuple[Colour, ..
     )
 
 
-def draw_figure(canvas: Canvas, appearance: Appearance, pose: str) -> None:
+def draw_figure(canvas: Canvas, appearance: Appearance, pose: Pose) -> None:
     """Draws the subject; a pose that it does not know raises ValueError, naming those it does."""
+    if isinstance(pose, Between):
+        draw_between(canvas, pose, lambda on, named: draw_figure(on, appearance, named))
+        return
     known = POSES[appearance.subject]
     if pose not in known:
         raise ValueError(f"a {appearance.subject} has no pose {pose!r}; it has: {', '.join(known)}")
@@ -154,6 +160,7 @@ def _quadruped(c: Canvas, a: Appearance, pose: str) -> None:
         _head(c, a, 0.36, 0.68)
     elif pose == "sitting":
         tail(*tails[pose])
+        leg(False, (-0.12, 0.14, 0.075), (0.0, 0.09, 0.06), (0.05, 0.06, 0.056))  # hidden: other poses have four legs
         leg(False, (0.1, 0.38, 0.07), (0.16, 0.2, 0.056), (0.16, 0.06, 0.056))
         coat((-0.13, 0.2, 0.19), (-0.04, 0.36, 0.175), (0.07, 0.54, 0.135))
         leg(True, (-0.12, 0.14, 0.12), (0.0, 0.09, 0.075), (0.05, 0.06, 0.06))
@@ -162,6 +169,7 @@ def _quadruped(c: Canvas, a: Appearance, pose: str) -> None:
         _head(c, a, 0.12, 0.79)
     elif pose == "lying":
         tail(*tails[pose])
+        leg(False, (-0.27, 0.12, 0.075), (-0.17, 0.08, 0.06), (-0.06, 0.06, 0.056))  # hidden too
         leg(False, (0.2, 0.12, 0.07), (0.34, 0.08, 0.056), (0.5, 0.065, 0.054))
         coat((-0.26, 0.18, 0.165), (0.0, 0.17, 0.15), (0.2, 0.2, 0.155))
         leg(True, (-0.27, 0.12, 0.11), (-0.17, 0.08, 0.075), (-0.06, 0.06, 0.058))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image
 
+from .between import Between, Pose
 from .canvas import SUPERSAMPLE, Canvas
 from .figures import COLOURS, PATTERNS, POSES, SUBJECTS, Appearance, draw_figure, sample_appearance
 from .scenery import KINDS, Scene, draw_scene, sample_scene
@@ -18,6 +19,8 @@ __all__ = [
     "SUBJECTS",
     "WORDS",
     "Appearance",
+    "Between",
+    "Pose",
     "Sample",
     "Scene",
     "caption",
@@ -65,10 +68,11 @@ def turned(drawn: Sample) -> Sample:
     return replace(drawn, scene=replace(drawn.scene, facing=-drawn.scene.facing), caption=said)
 
 
-def render(appearance: Appearance, pose: str, scene: Scene, size: int = 128) -> tuple[np.ndarray, np.ndarray]:
+def render(appearance: Appearance, pose: Pose, scene: Scene, size: int = 128) -> tuple[np.ndarray, np.ndarray]:
     """Draws the picture, uint8 (size, size, 3), and the subject's mask, bool (size, size).
 
-    Pure: equal arguments give equal pixels. ValueError where the subject has no such pose.
+    pose: one that captions name, or `Between` two of them. Pure: equal arguments give equal pixels. ValueError where
+    the subject has no such pose.
     """
     picture = draw_scene(scene, size)
     mask = Image.new("L", picture.size, 0)
