@@ -42,6 +42,8 @@ from masa.schedule import Schedule
 from masa.settings import register
 from masa.trajectory import Trajectory
 from masa.workflows.batch import BatchReport, batch
+from masa.workflows.piebench import piebench
+from masa.workflows.piebench_tables import PieBench
 from masa.workflows.recording import record
 from masa.workflows.rerun import rerun
 from masa.workflows.sdedit import sdedit
@@ -67,6 +69,7 @@ __all__ = [
     "MasaCtrl",
     "MasaError",
     "ModelConfig",
+    "PieBench",
     "PlugAndPlay",
     "PromptToPrompt",
     "RecordAttention",
@@ -91,6 +94,7 @@ __all__ = [
     "invert",
     "keep_networks",
     "load",
+    "piebench",
     "plots",
     "record",
     "register",

@@ -324,7 +324,7 @@ GUIDANCE_AND_SAMPLERS: Mutations = {
         ("device=like.device) / (half - 1)", "device=like.device) / half"),
     ],
     "lcm an_inversion_is_told_its_guidance": [
-        ("residuals=residuals,\n            guidance=embedded,", "residuals=residuals,"),
+        ("            guidance=embedded,\n        )", "        )"),
     ],
     "lcm what_needs_two_halves_is_refused": [
         ("if guidance not in (None, ClassifierFree()):", "if False:"),
@@ -976,6 +976,55 @@ LORA: Mutations = {
     "lora peft_settings_that_mean_more_are_refused": [('"bias": ("none",),', "")],
 }
 
+PIEBENCH: Mutations = {
+    "metrics noise_error_and_similarity_equal_torchmetrics": [
+        ("-10.0 * math.log10(error)", "-20.0 * math.log10(error)"),
+        ("astype(np.float32) / 255.0 * mask", "astype(np.float32) / 256.0 * mask"),
+        ("SIGMA, WINDOW = 1.5, 11", "SIGMA, WINDOW = 1.5, 13"),
+        ("similarity / ((mean_x**2 + mean_y**2 + C1)", "similarity / ((mean_x**2 + mean_y**2 + C2)"),
+    ],
+    "metrics similarity_of_2023_leaves_the_border_out": [
+        ('border = WINDOW // 2 if libraries == "2023" else 0', "border = 0"),
+    ],
+    "metrics structure_distance_equals_the_published_hook": [
+        ('if name.split(".")[-1] in ("k_proj", "key")]', 'if name.split(".")[-1] in ("q_proj", "query")]'),
+        ("projections[-1].register", "projections[0].register"),
+        ("antialias=smooth,", "antialias=True,"),
+        ("x / 255.0 if divided else x,", "x / 255.0,"),
+    ],
+    "metrics prompt_similarity_equals_torchmetrics": [
+        ("Image.Resampling.BICUBIC\n    )\n    left, top", "Image.Resampling.BILINEAR\n    )\n    left, top"),
+        ("(resized.width - size) // 2, (resized.height - size) // 2", "0, 0"),
+    ],
+    "metrics prompt_similarity_is_not_below_zero": [("max(0.0, 100.0 * float((image", "(100.0 * float((image")],
+    "metrics means_leave_nan_out": [("x = x[~np.isnan(x)]", "x = x")],
+    "metrics a_torchvision_that_fails_to_import_is_named": [("if broken is not None:", "if False:")],
+    "piebench masks_equal_the_published_decoder": [
+        ("mask[[0, -1], :] = 1", "pass"),
+        ("mask[:, [0, -1]] = 1", "pass"),
+        ("if start > height * width]", "if start >= height * width]"),
+    ],
+    "piebench a_broken_entry_is_named": [("if not image.resolve().is_relative_to(pictures):", "if False:")],
+    "piebench where_all_may_change_what_is_kept_has_no_score": [("if kept.any() else math.nan", "")],
+    "piebench scores_are_those_of_the_metrics": [
+        ('edited = mask if name == "clip_similarity_target_image_edit_part" else None', "edited = None"),
+        ('divided = name == "structure_distance_divided"', "divided = False"),
+    ],
+    "piebench every_method_and_inverter_makes_edits_of_its_own": [
+        ('"ddim": ("ddim", False),', '"ddim": ("ddim", True),')
+    ],
+    "piebench edits_made_otherwise_are_not_mixed_in": [
+        ("apart = [name for name, value in settings.items() if before", "apart = [name for name in () if before"),
+    ],
+    "piebench a_run_that_was_cut_off_goes_on": [("if name not in scores]\n", "]\n")],
+    "piebench tables_have_the_published_units_and_rows": [
+        ("scale * row.scores.get(metric, math.nan)", "row.scores.get(metric, math.nan)"),
+    ],
+    "piebench the_command_edits_measures_and_prints": [
+        ("controls = build_controls(args) if names_controls(args) else None", "controls = None"),
+    ],
+}
+
 
 BATCH: Mutations = {
     "folders": [
@@ -1046,6 +1095,7 @@ BATCH: Mutations = {
     ],
 }
 
+
 DRAWN_POSES: dict[str, tuple[tuple[str, str], ...]] = {
     "demo_stick_figure": (
         ("pixels = max(1, round(width * self.thickness * self._side))", "pixels = max(1, round(width * self._side))"),
@@ -1093,9 +1143,10 @@ def mutants() -> list[Mutant]:
         FILES_AND_COMMANDS,
         SEAMS,
         LORA,
-        BATCH,
         CONDITIONS,
         DRAWN_POSES,
+        BATCH,
+        PIEBENCH,
     )
     for key, mutations in ((key, mutations) for part in parts for key, mutations in part.items()):
         module, *names = key.split(" ")

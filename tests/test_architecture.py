@@ -32,6 +32,7 @@ ALLOWED = {
         *("masa.runtime.adapters",),
     ),
     "masa/io": ("masa.io", "masa.errors"),
+    "masa/metrics": ("masa.metrics", "masa.errors"),
     "masa/runtime": (
         *(*BASE, "masa.attention", "masa.config", "masa.io.files", "masa.models", "masa.runtime", "masa.weights"),
     ),

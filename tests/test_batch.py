@@ -24,6 +24,7 @@ import masa
 from masa.cli.commands import main, shard_of_rank
 from masa.io.folders import Claim
 from masa.output.result import Result, file_names, read_saved
+from masa.settings import describe
 from masa.workflows import batch as batch_module
 from masa.workflows.batch import Report
 from masa.workflows.jobs import in_order, read_jobs, shard_of
@@ -390,6 +391,17 @@ def test_shards_are_parts_that_make_the_whole(home):
     for bad in ((0, 2), (3, 2), (1, 0)):
         with pytest.raises(masa.MasaError, match="expected I/N with I from 1 to N"):
             shard_of(ordered, bad)
+
+
+def test_an_inversion_that_a_condition_steers_is_not_shared(home):
+    """`edit` gives the source's condition to its inversion: another job's targets would start elsewhere."""
+    drawing = describe(masa.T2IAdapter("demo", source=Image.new("L", (8, 8))))
+    edit = {"target": "a cat", "image": "a.png", **SMALL}
+    plain, steered, single = read_jobs(
+        [{"id": "1", **edit}, {"id": "2", **edit, "controls": [drawing]}, {"id": "3", **edit, "controls": drawing}]
+    )
+    assert plain.inversion is not None
+    assert (steered.inversion, steered.source) == (single.inversion, single.source) == (None, None)
 
 
 def test_jobs_that_share_a_source_stay_beside_each_other(home):

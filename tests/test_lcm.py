@@ -114,9 +114,9 @@ def test_guidance_changes_the_picture_and_costs_no_rows(lcm, monkeypatch):
     calls = []
     forward = type(lcm.unet).forward
 
-    def spy(self, x, *args, **kwargs):
-        calls.append(len(x))
-        return forward(self, x, *args, **kwargs)
+    def spy(self, x, timestep, context, *args, **kwargs):
+        calls.append((len(x), len(context)))
+        return forward(self, x, timestep, context, *args, **kwargs)
 
     monkeypatch.setattr(type(lcm.unet), "forward", spy)
     runs = [
@@ -124,7 +124,7 @@ def test_guidance_changes_the_picture_and_costs_no_rows(lcm, monkeypatch):
         for s in ("lcm", "ddim")
         for g in (2.0, 8.0)
     ]
-    assert set(calls) == {3}
+    assert set(calls) == {(3, 3)}
     for one, other in ((0, 1), (2, 3)):
         assert difference(runs[one], runs[other]) > 1e-2
 

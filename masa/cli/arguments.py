@@ -15,6 +15,8 @@ from masa.cli.registered_arguments import add_fields, add_plugins, add_sampler, 
 from masa.controls.masactrl import MasaCtrl
 from masa.inversion import METHODS
 from masa.settings import registered
+from masa.workflows.piebench_methods import INVERTERS, OTHER_NAMES
+from masa.workflows.piebench_methods import METHODS as PIE_METHODS
 from masa.workflows.sheets import parameters_of
 
 PLOTS = ("word-maps", "self-attention", "masks", "queries", "predictions")
@@ -194,6 +196,27 @@ def build_parser() -> Parser:
     add_model(batch)
     add_output(batch, "the folder with a folder for each job, and report.jsonl; a second call goes on there")
 
+    piebench = add(
+        commands,
+        "piebench",
+        "make and measure PIE-Bench's edits; tables beside the published ones",
+        [
+            "masa piebench PIE-Bench/ --method p2p --inverter pinned -c sd14/ -o p2p",
+            "masa piebench PIE-Bench/ --method masactrl --start-layer 8 --types 5 --limit 20 -c sd14/",
+            "masa piebench PIE-Bench/ --pictures results/ --metrics psnr_unedit_part,ssim_unedit_part",
+        ],
+    )
+    piebench.add_argument("folder", help="with mapping_file.json and annotation_images/")
+    add_piebench(piebench)
+    add_control(piebench)
+    add_fields(piebench.add_argument_group("fields of controls"))
+    add_plugins(piebench)
+    add_model(piebench)
+    group = piebench.add_argument_group("output")
+    text = "the folder to write into; a second call goes on there (default: one in masa-out/ named after the method)"
+    group.add_argument("-o", "--out", help=text)
+    group.add_argument("-q", "--quiet", action="store_true", help="no progress bars")
+
     plot = add(
         commands,
         "plot",
@@ -330,6 +353,29 @@ def add_inversion(parser: Parser) -> argparse._ArgumentGroup:
     group.add_argument("--invert-guidance", type=float, help="guidance of the inversion (default: 1)")
     group.add_argument("--inner-steps", type=int, help="null-text's fitting steps at each step (default: 10)")
     return group
+
+
+def add_piebench(parser: Parser) -> None:
+    parser.set_defaults(target=["the benchmark's"])  # there are targets for controls to act on
+    group = parser.add_argument_group("edits")
+    text = "with the published settings (default: masactrl); controls that are given below replace its own"
+    group.add_argument("--method", choices=[*PIE_METHODS], help=text)
+    text = "of real pictures (default: pinned, which is also called direct)"
+    group.add_argument("--inverter", choices=[*INVERTERS, *OTHER_NAMES], help=text)
+    group.add_argument("--pictures", metavar="FOLDER", help="measure these results made elsewhere instead")
+    group.add_argument("--types", type=parse_words, metavar="LIST", help="editing types, 0 to 9 (default: all)")
+    group.add_argument("--limit", type=int, metavar="N", help="the first N edits only")
+    group.add_argument("--steps", type=int, help="denoising steps (default: 50)")
+    group.add_argument("--guidance", type=float, help="classifier-free guidance (default: 7.5)")
+    group.add_argument("--seed", type=int, help="of edit-friendly and SDEdit's noise (default: 1234)")
+    backends = ("auto", "triton", "sdpa", "reference")
+    group.add_argument("--backend", choices=backends, default="auto", help="of controlled attention (default: auto)")
+    group = parser.add_argument_group("metrics")
+    group.add_argument("--metrics", type=parse_words, metavar="LIST", help="by the published names (default: all)")
+    group.add_argument("--dino", help="hub id or folder of DINO ViT-B/8 (default: facebook/dino-vitb8)")
+    group.add_argument("--clip", help="hub id or folder of CLIP (default: openai/clip-vit-large-patch14)")
+    text = "resize and SSIM as in torchvision and torchmetrics now, or as in 2023 (default: current)"
+    group.add_argument("--libraries", choices=("current", "2023"), help=text)
 
 
 def add_profile(parser: Parser) -> None:

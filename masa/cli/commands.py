@@ -20,7 +20,7 @@ from masa.cli.adapter_arguments import build_adapters, given
 from masa.cli.arguments import build_parser
 from masa.cli.condition_command import run_condition
 from masa.cli.control_arguments import build_controls, build_start, build_swept, check_picture
-from masa.cli.idle_options import refuse_idle
+from masa.cli.idle_options import names_controls, refuse_idle
 from masa.cli.preview import build_preview
 from masa.cli.registered_arguments import build_guidance, build_sampler, check_used, load_plugins, with_fields
 from masa.errors import MasaError
@@ -28,6 +28,7 @@ from masa.io.files import check_folder, check_free, replacing
 from masa.io.folders import reserved
 from masa.output.result import Result, file_names
 from masa.settings import RunSettings
+from masa.workflows.piebench_tables import TABLES
 from masa.workflows.sheets import comparison
 
 OUT = Path("masa-out")
@@ -341,6 +342,30 @@ def run_batch(args: argparse.Namespace) -> int:
     return int(bool(report.failed or report.elsewhere))
 
 
+def run_piebench(args: argparse.Namespace) -> int:
+    import masa
+    from masa.workflows.piebench_layout import read_layout
+
+    read_layout(args.folder, args.types)  # before the model's minutes
+    controls = build_controls(args) if names_controls(args) else None
+    check_used(args.set, controls or [])
+    found = masa.piebench(
+        args.folder,
+        None if args.pictures else load_model(args),
+        backend=args.backend,
+        progress=not args.quiet,
+        **given(
+            **{name: getattr(args, name) for name in ("method", "inverter", "pictures", "types", "limit", "metrics")},
+            **{name: getattr(args, name) for name in ("dino", "clip", "libraries", "steps", "seed", "out")},
+            guidance_scale=args.guidance,
+            controls=controls,
+        ),
+    )
+    print(found.markdown(), end="")
+    report([] if found.folder is None else [found.folder / name for name in TABLES], None if args.pictures else args)
+    return int(bool(found.failed))
+
+
 COMMANDS: Mapping[str, Callable[[argparse.Namespace], int | None]] = {
     "demo": run_demo,
     "sample": run_sample,
@@ -354,6 +379,7 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace], int | None]] = {
     "inspect": run_inspect,
     "rerun": run_rerun,
     "batch": run_batch,
+    "piebench": run_piebench,
 }
 
 

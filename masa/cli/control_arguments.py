@@ -103,7 +103,8 @@ def build_controls(args: argparse.Namespace) -> list[Control]:
     if args.blend is not None:
         check_picture(args.blend)
         controls.append(BlendedLatents(args.blend))
-    return [with_fields(control, args.set) for control in (*controls, *build_recorders(args))]
+    recorders = build_recorders(args) if "record_words" in args else []
+    return [with_fields(control, args.set) for control in (*controls, *recorders)]
 
 
 def build_start(args: argparse.Namespace) -> MasaCtrl:

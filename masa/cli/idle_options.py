@@ -31,6 +31,9 @@ OWNERS: Mapping[str, tuple[str, ...]] = {
     "attention_steps": ("plug-and-play",),
 }
 
+# Options that bring a control of their own.
+CONTROLS_BESIDE = ("local_blend", "blend", "t2i_adapter", "controlnet", "ip_adapter")
+
 # A sweep's own options, and the parameter that each fixes.
 FIXED = {
     "start_step": "start_step",
@@ -53,6 +56,7 @@ def refuse_idle(args: argparse.Namespace) -> None:
         "invert": (check_adapters, check_inversion, check_fitting),
         "sdedit": (check_guided,),
         "sweep": (check_sweep,),
+        "piebench": (check_piebench,),
     }
     for check in checks.get(args.command, ()):
         check(args)
@@ -126,6 +130,23 @@ def check_inversion(args: argparse.Namespace) -> None:
 
 def check_fitting(args: argparse.Namespace) -> None:
     refuse(args, "edit_guidance", args.method != "null-text", "only --method null-text fits to it")
+
+
+def check_piebench(args: argparse.Namespace) -> None:
+    """Options of edits where the pictures were made elsewhere; of controls as for an edit."""
+    made = args.pictures is not None
+    for option in ("method", "inverter", "steps", "guidance", "seed", "checkpoint", "control"):
+        refuse(args, option, made, "the results of --pictures were made already; leave one out")
+    if names_controls(args):
+        refuse(args, "pictures", True, "controls make edits, and these were made already; leave one out")
+        check_controls(args)
+        check_adapters(args)
+
+
+def names_controls(args: argparse.Namespace) -> bool:
+    """Whether an option says which controls to use; an empty list of them says so too."""
+    options = (*OWNERS, *CONTROLS_BESIDE, *ADAPTER_OPTIONS, *CONTROLNET_OPTIONS, *IP_OPTIONS)
+    return args.control is not None or any(is_given(args, option) for option in options)
 
 
 def check_sweep(args: argparse.Namespace) -> None:

@@ -26,7 +26,7 @@ from masa.noise import Noise
 from masa.samplers import choose_sampler
 from masa.sampling import edit, sample
 from masa.schedule import Schedule
-from masa.settings import KINDS, describe_setting, restore, restore_schedule
+from masa.settings import describe_setting, restore, restore_schedule
 
 LONGEST_LINE = 2**26  # bytes; masks and noise are in there, packed
 LONGEST_ERROR = 300  # characters
@@ -106,10 +106,17 @@ class Job:
         return "image" in self.given and self.given.get("method", "ddim") in METHODS
 
     @property
+    def steered(self) -> bool:
+        """Whether a control has a condition for the source, which takes part in the inversion."""
+        controls = self.given.get("controls") or ()
+        listed = [controls] if isinstance(controls, Mapping) else controls
+        return any(isinstance(control, Mapping) and control.get("source") is not None for control in listed)
+
+    @property
     def inversion(self) -> str | None:
         """What an inversion that serves another job too is made of; None where none may be shared."""
         drawn = self.given.get("method") in DRAWN
-        if not self.inverts or self._steered() or (drawn and "seed" not in self.given):
+        if not self.inverts or self.steered or (drawn and "seed" not in self.given):
             return None
         names = OF_INVERSION + (("seed",) if drawn else ())
         names += ("guidance_scale",) if self.given.get("method") == "null-text" else ()
@@ -125,11 +132,6 @@ class Job:
             return None
         left_out = OF_TARGETS if seeded else (*OF_TARGETS, "seed")
         return _canonical({name: value for name, value in self.given.items() if name not in left_out})
-
-    def _steered(self) -> bool:
-        """Whether one of its controls may take part in its inversion: an adapter with a picture, or a user's own."""
-        controls = self.given.get("controls", ())
-        return any(map(_may_steer, controls if isinstance(controls, list) else [controls] if controls else ()))
 
     def arguments(self) -> dict[str, Any]:
         """Its arguments as `edit` or `sample` take them, but for the trajectory, which is still a path."""
@@ -382,12 +384,6 @@ def units_of(jobs: Sequence[Job], longest: int | None = None) -> list[list[Job]]
 
 def _sampler(given: Mapping[str, Any]) -> Any:
     return choose_sampler(_restore("sampler", given.get("sampler", "ddim")))
-
-
-def _may_steer(control: Any) -> bool:
-    kind = KINDS.get(str(control.get("kind"))) if isinstance(control, Mapping) else None
-    own = kind is None or not kind.__module__.startswith("masa.")
-    return own or (issubclass(kind, FileControl) and control.get("source") is not None)  # type: ignore[arg-type]
 
 
 def _canonical(value: Any) -> str:
