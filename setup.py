@@ -71,6 +71,7 @@ setup(
             "diffusers>=0.30",
             "accelerate>=0.30",
             "peft>=0.13",
+            "imageio-ffmpeg>=0.5",
             "scikit-image>=0.22",
             "scipy>=1.10",
             "opencv-python-headless>=4.8.0.74",
@@ -83,6 +84,7 @@ setup(
             "mypy>=2.4,<2.5",
         ],
         "plots": ["matplotlib>=3.8"],
+        "video": ["imageio-ffmpeg>=0.5"],
         "ray": ["ray>=2.40"],
         # LPIPS wants torchvision too. That one must come from where torch came: a build of another kind, which a plain
         # requirement may bring, fails to import, and transformers with it.

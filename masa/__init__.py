@@ -28,6 +28,7 @@ from masa.guidance import ClassifierFree, Guidance, GuidanceInterval, RescaledGu
 from masa.inversion import invert
 from masa.io import condition_pictures as conditions
 from masa.output import plots
+from masa.output.frames import Frames
 from masa.output.result import Result
 from masa.pipeline import StableDiffusion, load
 from masa.runtime.adapters import keep_networks
@@ -42,6 +43,7 @@ from masa.schedule import Schedule
 from masa.settings import register
 from masa.trajectory import Trajectory
 from masa.workflows.batch import BatchReport, batch
+from masa.workflows.frames import sample_frames
 from masa.workflows.piebench import piebench
 from masa.workflows.piebench_tables import PieBench
 from masa.workflows.recording import record
@@ -59,6 +61,7 @@ __all__ = [
     "ControlNet",
     "DPMSolverPP",
     "Euler",
+    "Frames",
     "FreeU",
     "GivenMasks",
     "Guidance",
@@ -100,6 +103,7 @@ __all__ = [
     "register",
     "rerun",
     "sample",
+    "sample_frames",
     "sdedit",
     "sweep",
 ]

@@ -13,7 +13,7 @@ from masa.attention import check_backend
 from masa.branches import Branches
 from masa.cache.recorder import Recorder
 from masa.cache.source_cache import SourceCache
-from masa.controls.base import Control, Run, begin_all, check_together
+from masa.controls.base import ActiveControl, Control, Run, begin_all, check_together
 from masa.controls.steering import check_halves, steering_controls
 from masa.edits import Grid
 from masa.errors import MasaError
@@ -79,6 +79,8 @@ def check_settings(sd: StableDiffusion, asked: RunSettings) -> None:
     check_targets_at_once(asked.targets_at_once)
     check_schedule(asked.schedule)
     check_tiled(asked.tiled)
+    for prompt in (asked.source, *asked.target, asked.negative_prompt):
+        sd.tokenizer.check_words(prompt)
     scale = 7.5 if asked.guidance_scale is None else asked.guidance_scale
     check_numbers(sd, scale, asked.eta, asked.backend, asked.latents)
     if asked.guidance is not None:
@@ -124,17 +126,35 @@ def check_controls(
 
     size (height, width): of the pictures. method: of the source's inversion, None where it is not a real picture.
     """
+    active = bind_controls(sd, controls, levels, prompts, size=size, first_step=first_step, real=method is not None)
+    check_halves(method, active)
+    return () if method == "noise" else steering_controls(as_controls(controls), active)
+
+
+def bind_controls(
+    sd: StableDiffusion,
+    controls: Control | Sequence[Control],
+    levels: Levels,
+    prompts: tuple[str, ...],
+    *,
+    size: tuple[int, int],
+    first_step: int,
+    real: bool,
+) -> tuple[ActiveControl, ...]:
+    """Controls bound to a run that is still to come. MasaError where one refuses it, or another.
+
+    real: whether the source is a real picture.
+    """
     grid = (size[0] // sd.config.vae.downsample, size[1] // sd.config.vae.downsample)
     info = replace(describe_run(sd, levels, prompts, grid), first_step=first_step)
-    if method is not None:
+    if real:
         latents = torch.zeros(1, sd.config.unet.in_channels, *grid, device=sd.device)
         info = replace(info, source_latents=latents, draw_noise=lambda: latents)
     active = begin_all(as_controls(controls), info)
     # Which prompts share a row does not matter to what controls set.
     rows = [Branches.build(len(prompts) - 1, guided=True)] * levels.steps
     check_together(active, first_step, rows, sd.unet.sites)
-    check_halves(method, active)
-    return () if method == "noise" else steering_controls(as_controls(controls), active)
+    return active
 
 
 def describe_run(sd: StableDiffusion, levels: Levels, prompts: tuple[str, ...], grid: Grid) -> Run:

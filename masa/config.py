@@ -9,6 +9,15 @@ PreviewFactors = tuple[tuple[float, ...], ...]
 
 
 @dataclass(frozen=True)
+class ScheduleConfig:
+    """The training noise: betas whose square roots are evenly spaced ("scaled linear")."""
+
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    training_timesteps: int = 1000
+
+
+@dataclass(frozen=True)
 class UNetConfig:
     """The denoiser: four levels, the last without attention; 16 transformer blocks at two per level."""
 
@@ -19,6 +28,7 @@ class UNetConfig:
     context_width: int = 768
     heads: int = 8
     norm_groups: int = 32
+    velocity: ScheduleConfig | None = None  # the training noise of a network that predicts v; None: it predicts eps
     guidance_width: int = 0  # of guidance embedded beside the timestep, 256 in latent consistency models; 0: none
 
 
@@ -83,15 +93,7 @@ class TextConfig:
     tokens: int = 77
     activation: str = "quick_gelu"
     norm_eps: float = 1e-5
-
-
-@dataclass(frozen=True)
-class ScheduleConfig:
-    """The training noise: betas whose square roots are evenly spaced ("scaled linear")."""
-
-    beta_start: float = 0.00085
-    beta_end: float = 0.012
-    training_timesteps: int = 1000
+    clip_skip: int = 0  # last layers that are left out, as diffusers counts them
 
 
 @dataclass(frozen=True)

@@ -161,8 +161,7 @@ def invert(
         "schedule": describe_schedule(schedule),
         "tiled": tiled,
         "backend": backend,
-        "checkpoint": sd.origin.checkpoint,
-        "lora": [lora.describe() for lora in sd.origin.lora],
+        **sd.origin.describe(),
     }
     own = None if type(schedule) is Schedule else schedule
     return Trajectory(latents.cpu(), prompt, settings, embeddings, added, own)

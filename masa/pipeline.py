@@ -24,12 +24,32 @@ from masa.models.clip import TextEncoder
 from masa.models.tokenizer import Tokenizer
 from masa.models.unet import UNet, guidance_embedding
 from masa.output.notebook import table_html
-from masa.runtime.lora import Lora, LoraGiven, LoraPath, LoraWeight, as_loras, check_weight, merge, open_loras
+from masa.runtime.embeddings import (
+    Embedding,
+    EmbeddingGiven,
+    as_embeddings,
+    open_embeddings,
+    recorded,
+    with_words,
+)
+from masa.runtime.lora import (
+    Lora,
+    LoraGiven,
+    LoraPath,
+    LoraWeight,
+    as_loras,
+    check_weight,
+    merge,
+    open_loras,
+    warn_of_words,
+)
 from masa.runtime.networks import Autoencoder, Network, build_models, meta_models, weight_samples
 from masa.runtime.offload import OffloadedNetworks
+from masa.runtime.origin import Origin
+from masa.runtime.overflow import MendedVAE
 from masa.schedule import Schedule
 from masa.weights import hub
-from masa.weights.model_files import open_checkpoint
+from masa.weights.model_files import Checkpoint, open_checkpoint
 
 DEMO = Path(hub.__file__).parent / "demo" / "model"
 
@@ -46,19 +66,6 @@ DTYPE_NAMES = {
     "bf16": torch.bfloat16,
     "bfloat16": torch.bfloat16,
 }
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where a model came from: load()'s arguments as given, and "demo" for the embedded model.
-
-    lora: those merged into it.
-    """
-
-    checkpoint: str
-    vae: str | None = None
-    tokenizer: str | None = None
-    lora: tuple[Lora, ...] = ()
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -85,14 +92,18 @@ class StableDiffusion:
 
     def __repr__(self) -> str:
         parameters = sum(p.numel() for m in (self.unet, self.vae, self.text_encoder) for p in m.parameters())
-        return f"StableDiffusion({self.checkpoint!r}, {parameters:,} parameters, {self.dtype}, {self.device})"
+        own = {"EMA weights": self.origin.ema, "v-prediction": self.config.unet.velocity is not None}
+        own[f"clip skip {self.config.text.clip_skip}"] = self.config.text.clip_skip > 0
+        chosen = "".join(f", {what}" for what, has in own.items() if has)
+        return f"StableDiffusion({self.checkpoint!r}, {parameters:,} parameters, {self.dtype}, {self.device}{chosen})"
 
     def _repr_html_(self) -> str:
         networks = {"UNet": self.unet, "autoencoder": self.vae, "text encoder": self.text_encoder}
         parts = {name: f"{sum(p.numel() for p in net.parameters()):,} parameters" for name, net in networks.items()}
         loras = {f"LoRA {lora.path}": f"weight {lora.weight}" for lora in self.origin.lora}
         side = {"picture size": f"{self.config.image_size}x{self.config.image_size}"}
-        return f"<code>{escape(repr(self))}</code>" + table_html("parts", parts | loras | side)
+        words = {f"word {word}": f"{len(ids)} tokens" for word, ids in self.tokenizer.words.items()}
+        return f"<code>{escape(repr(self))}</code>" + table_html("parts", parts | loras | words | side)
 
     @property
     def checkpoint(self) -> str:
@@ -108,6 +119,10 @@ class StableDiffusion:
         for lora in self.origin.lora:  # in half precision a weak one may change none of the samples
             if any(lora.weights.values()):
                 digest.update(f"{lora.sha256} {lora.weights}".encode())
+        for embedding in self.origin.embeddings:
+            digest.update(f"{embedding.sha256} {embedding.name}".encode())
+        if self.config.text.clip_skip or self.config.unet.velocity:
+            digest.update(f"{self.config.text.clip_skip} {self.config.unet.velocity}".encode())
         return digest.hexdigest()[:16]
 
     @property
@@ -159,6 +174,7 @@ class StableDiffusion:
         base = self.without_lora()
         loras = (*self.origin.lora, *loras)  # all anew, so that they are summed in float32 and rounded once
         opened = open_loras(loras, base.unet, base.text_encoder)
+        warn_of_words(opened, base.tokenizer.words)
         unet, text_encoder = merge(base.unet, base.text_encoder, loras, opened)
         merged = tuple(replace(lora, sha256=found.sha256) for lora, found in zip(loras, opened, strict=True))
         origin = replace(base.origin, lora=merged)
@@ -167,6 +183,38 @@ class StableDiffusion:
     def without_lora(self) -> StableDiffusion:
         """The model before any LoRA was merged into it, to the bit, and not compiled; itself where none was."""
         return self if self.base is None else self.base
+
+    def with_embeddings(
+        self, embeddings: EmbeddingGiven | Sequence[EmbeddingGiven | Embedding] | None
+    ) -> StableDiffusion:
+        """This model with words of textual inversion, beside those that it knows; it stays as it is.
+
+        embeddings: a safetensors file, (name, file), or a list of these. A word is its file's key, or where that is
+        none its file's name; in a prompt it stands for its vectors' tokens, case aside, as a whole word. The two models
+        share all weights. Raises CheckpointError for a file that is no embedding of this model, MasaError for a name
+        that is taken. 2208.01618.
+        """
+        return self._knowing((*self.origin.embeddings, *as_embeddings(embeddings)))
+
+    def without_embeddings(self) -> StableDiffusion:
+        """The model without any words of textual inversion."""
+        return self._knowing(()) if self.origin.embeddings else self
+
+    def _knowing(self, embeddings: Sequence[Embedding]) -> StableDiffusion:
+        """The model with these words, and no others."""
+        opened = open_embeddings(embeddings, self.config.text.width)
+        text_encoder, tokenizer = with_words(self.text_encoder, self.tokenizer, opened, self.dtype)
+        offloaded = self.offloaded
+        if offloaded is not None and offloaded.holds(self.text_encoder):
+            offloaded = replace(offloaded, networks=(*offloaded.networks[:2], text_encoder))
+        return replace(
+            self,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            origin=replace(self.origin, embeddings=recorded(embeddings, opened)),
+            offloaded=offloaded,
+            base=None if self.base is None else self.base._knowing(embeddings),
+        )
 
     @torch.no_grad()
     def encode_image(
@@ -179,19 +227,21 @@ class StableDiffusion:
         where a side is over 768 pixels.
         """
         picture = load_image(image, short_side=self.config.image_size, height=height, width=width)
-        picture = picture.to(self.device, self.dtype)
+        picture = picture.to(self.device)
         with self._at_work(self.vae):
-            return tiling.encode(self.vae, picture, tiled).float()
+            mended = MendedVAE(self.vae, self.dtype)
+            return mended.finite(lambda vae, x: tiling.encode(vae, x, tiled), picture, "encoding").float()
 
     @torch.no_grad()
     def decode_latents(
         self, latents: Tensor, *, progress: bool = False, tiled: bool | None = None
     ) -> list[Image.Image]:
         """Latents (n, 4, h, w) -> n pictures of 8h x 8w pixels, decoded one at a time; tiled as in encode_image."""
-        latents = latents.to(self.device, self.dtype)
-        bar = tqdm(latents, desc="decode", disable=not progress)
+        bar = tqdm(latents.to(self.device), desc="decode", disable=not progress)
         with self._at_work(self.vae):
-            return [to_pil(tiling.decode(self.vae, z[None], tiled))[0] for z in bar]
+            mended = MendedVAE(self.vae, self.dtype)
+            pictures = (mended.finite(lambda vae, x: tiling.decode(vae, x, tiled), z[None], "decoding") for z in bar)
+            return [to_pil(picture)[0] for picture in pictures]
 
     @property
     def embeds_guidance(self) -> bool:
@@ -237,6 +287,10 @@ def load(
     tokenizer: str | Path | None = None,
     vae: str | Path | None = None,
     lora: LoraGiven | Sequence[LoraGiven] | None = None,
+    embeddings: EmbeddingGiven | Sequence[EmbeddingGiven] | None = None,
+    clip_skip: int = 0,
+    prediction_type: str | None = None,
+    ema: bool = False,
     offload: bool = False,
     progress: bool = True,
 ) -> StableDiffusion:
@@ -248,7 +302,12 @@ def load(
     AVX512-BF16, else float32. tokenizer: a folder with vocab.json and merges.txt; default the checkpoint's
     own, else CLIP's. vae: another autoencoder's file or folder; also TAESD's, which decodes in no time, a little less
     sharp, and cannot encode where its encoder is missing. lora: a LoRA's path, (path, weight), or a list of
-    these, merged as `StableDiffusion.with_lora` does. progress: a bar while a large file is read.
+    these, merged as `StableDiffusion.with_lora` does. embeddings: textual inversion's, a path, (name, path), or a list
+    of these, as `StableDiffusion.with_embeddings` takes them. progress: a bar while a large file is read.
+
+    clip_skip: how many of the text encoder's last layers are left out, as diffusers counts: 1 is what others call clip
+    skip 2. prediction_type: "epsilon" or "v_prediction", where the files do not say what the UNet predicts, or wrongly.
+    ema: take the averaged weights that some files hold beside the plain ones.
 
     offload: less memory. Of a GPU, text encoder and VAE are there only while they work, else in the CPU's memory. On
     a CPU, only while they work in memory at all: each use reads its network from the checkpoint's files, which must
@@ -263,22 +322,27 @@ def load(
     if loras and offload and device.type == "cpu":
         raise MasaError(LORA_OFFLOADED)
     prefer_half, vae_path = dtype == torch.float16, None if vae is None else Path(vae)
-    opened = open_checkpoint(locate(checkpoint, prefer_half=prefer_half), prefer_half=prefer_half, vae=vae_path)
-    if tokenizer is not None:
-        words = Tokenizer.from_folder(tokenizer)
-    else:
-        words = Tokenizer.from_folder(opened.tokenizer) if opened.tokenizer else Tokenizer.clip()
-    if words.vocab_size > opened.config.text.vocab_size:
-        raise CheckpointError(
-            f"the tokenizer has {words.vocab_size:,} tokens and {opened.path}'s text encoder knows "
-            f"{opened.config.text.vocab_size:,}; give its own tokenizer's folder as tokenizer="
+    opened = open_checkpoint(
+        locate(checkpoint, prefer_half=prefer_half),
+        prefer_half=prefer_half,
+        vae=vae_path,
+        ema=ema,
+        prediction_type=prediction_type,
+    ).skipping(clip_skip)
+    if opened.plain_beside_ema:
+        warnings.warn(
+            f"{opened.path} holds plain and averaged (EMA) weights, and the plain ones are taken; ema=True takes the "
+            "others",
+            stacklevel=2,
         )
+    words = choose_tokenizer(opened, tokenizer)
+    open_embeddings(as_embeddings(embeddings), opened.config.text.width)
     if loras:  # what does not fit is found before the model's weights are read
         unet, _, text_encoder = meta_models(opened.config)
         open_loras(loras, unet, text_encoder)
     offloaded = None
     if offload and device.type == "cpu":
-        offloaded = OffloadedNetworks.read(opened, vae_path, prefer_half, dtype, progress)
+        offloaded = OffloadedNetworks.read(opened, dtype, progress)
     networks = build_models(opened, dtype, device, progress, offload) if offloaded is None else offloaded.networks
     sd = StableDiffusion(
         *networks,
@@ -289,11 +353,29 @@ def load(
             "demo" if checkpoint is None else str(checkpoint),
             None if vae is None else str(vae),
             None if tokenizer is None else str(tokenizer),
+            clip_skip=clip_skip,
+            prediction_type=prediction_type,
+            ema=ema,
         ),
         offload,
         offloaded,
     )
+    sd = sd.with_embeddings(embeddings) if embeddings else sd
     return sd.with_loras(loras)
+
+
+def choose_tokenizer(opened: Checkpoint, folder: str | Path | None) -> Tokenizer:
+    """The tokenizer asked for, or the checkpoint's own, or CLIP's. CheckpointError for one with too many tokens."""
+    if folder is not None:
+        words = Tokenizer.from_folder(folder)
+    else:
+        words = Tokenizer.from_folder(opened.tokenizer) if opened.tokenizer else Tokenizer.clip()
+    if words.vocab_size > opened.config.text.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer has {words.vocab_size:,} tokens and {opened.path}'s text encoder knows "
+            f"{opened.config.text.vocab_size:,}; give its own tokenizer's folder as tokenizer="
+        )
+    return words
 
 
 def locate(checkpoint: str | Path | None, prefer_half: bool) -> Path:

@@ -241,11 +241,8 @@ def collect(prepared: Prepared, x: Tensor) -> Result:
     settings = {
         "function": "sample",
         "version": __version__,
-        "checkpoint": sd.origin.checkpoint,
-        "vae": sd.origin.vae,
+        **sd.origin.describe(),
         "decoder": "TAESD" if isinstance(sd.vae, TinyVAE) else "VAE",
-        "tokenizer": sd.origin.tokenizer,
-        "lora": [lora.describe() for lora in sd.origin.lora],
         "fingerprint": sd.fingerprint,
         "device": str(sd.device),
         "dtype": str(sd.dtype).removeprefix("torch."),

@@ -33,9 +33,7 @@ class Schedule:
     @cached_property
     def alphas_cumprod(self) -> tuple[float, ...]:
         """Cumulative products of 1 - beta, float32 as published, one per training timestep."""
-        c = self.config
-        betas = torch.linspace(c.beta_start**0.5, c.beta_end**0.5, c.training_timesteps) ** 2
-        return tuple(torch.cumprod(1.0 - betas, dim=0).tolist())
+        return tuple(training_alphas(self.config).tolist())
 
     def alpha(self, timestep: int) -> float:
         """alphas_cumprod at a timestep; before the first one, that of timestep 0 (not 1)."""
@@ -86,6 +84,31 @@ class Schedule:
     def sigma(self, timestep: int, steps: int, eta: float) -> float:
         """Standard deviation of the noise that `step` adds."""
         return ddim_sigma(self.alpha(timestep), self.alpha(timestep - self.stride(steps)), eta)
+
+
+def training_alphas(config: ScheduleConfig, device: torch.device | None = None) -> Tensor:
+    """Cumulative products of 1 - beta, (training timesteps,) float32."""
+    c = config
+    betas = torch.linspace(c.beta_start**0.5, c.beta_end**0.5, c.training_timesteps, device=device) ** 2
+    return torch.cumprod(1.0 - betas, dim=0)
+
+
+def alphas_at(alphas: Tensor, times: Tensor) -> Tensor:
+    """Of `training_alphas`, those at timesteps (n,); between two of them the logarithm of sigma is straight."""
+    low = times.floor().clamp(0, len(alphas) - 1).long()
+    high = (low + 1).clamp(max=len(alphas) - 1)
+    share = times - low
+    logs = ((1.0 - alphas) / alphas).log()  # twice sigma's
+    between = torch.sigmoid(-(logs[low] + share * (logs[high] - logs[low])))
+    return torch.where(share > 0, between, alphas[low])
+
+
+def eps_of_velocity(v: Tensor, x: Tensor, a_t: Tensor) -> Tensor:
+    """The noise in x that v = sqrt(a_t) eps - sqrt(1-a_t) x0 implies: sqrt(a_t) v + sqrt(1-a_t) x, float32.
+
+    a_t broadcasts to x. 2202.00512, appendix D.
+    """
+    return a_t.sqrt() * v.float() + (1.0 - a_t).sqrt() * x.float()
 
 
 def predict_x0(eps: Tensor, x: Tensor, a_t: float) -> Tensor:

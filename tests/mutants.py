@@ -952,8 +952,8 @@ LORA: Mutations = {
         ("loras = (*self.origin.lora, *loras)", "loras = (*loras,)"),
     ],
     "lora what_is_unchanged_is_shared_and_the_first_model_stays": [
-        ("twin = copy.deepcopy(network, shared)", "twin = network"),
-        ("twin = copy.deepcopy(network, shared)", "twin = copy.deepcopy(network)"),
+        ("twin = sharing_copy(network)", "twin = network"),
+        ("return copy.deepcopy(network, shared)", "return copy.deepcopy(network)"),
         ("torch.empty_like(weight).copy_(total)", "total.to(weight.dtype).contiguous()"),
     ],
     "lora a_weight_of_nought_leaves_the_very_bits": [("if any(lora.weights.values()):", "if True:")],
@@ -971,10 +971,112 @@ LORA: Mutations = {
         ("((compiler or loras) and choose", "(compiler and choose"),
     ],
     "lora a_picture_inverted_without_is_inverted_without_again": [
-        ("inverter = sd.without_lora().with_loras(find_loras(made_from, picture))", "pass"),
+        ("sd = sd.without_lora().with_loras(find_loras(made_from, picture))", "pass"),
     ],
     "lora peft_settings_that_mean_more_are_refused": [('"bias": ("none",),', "")],
 }
+
+CHECKPOINTS: Mutations = {
+    "variants every_kind_of_file_gives_the_same_model": [
+        ("if not found or any(key.startswith(usual) for key in entries):", "if True:"),
+        (
+            "replace(entry, stored=entry.stored or key) for key, entry in entries.items()}",
+            "entry for key, entry in []}",
+        ),
+        ("key=lambda prefix: (layouts[prefix], len(prefix))", "key=lambda prefix: len(prefix)"),
+        ("key=lambda prefix: (layouts[prefix], len(prefix))", "key=lambda prefix: layouts[prefix]"),
+    ],
+    "variants a_merge_without_autoencoder_takes_one_of_its_own": [
+        ("entries = unwrapped_vae(read_entries(path))", "entries = read_entries(path)"),
+    ],
+    "variants plain_or_averaged_weights_are_taken_as_asked": [
+        ("replace(entries[name], stored=entries[name].stored or name)", "replace(entries[name], stored=name)"),
+        ("entries = averaged(entries, path) if wanted.ema else entries", "pass"),
+        ("beside = bool(averaged_names(entries)) and not wanted.ema", "beside = False"),
+        ("beside = bool(averaged_names(entries)) and not wanted.ema", "beside = bool(averaged_names(entries))"),
+    ],
+    "variants a_file_without_averages_cannot_give_them": [
+        ("missing = [key for key in wanted if key not in names]", "missing = []"),
+    ],
+    "variants clip_skip_equals_the_transformer_written_out": [
+        ("states[self.config.layers - self.config.clip_skip]", "states[self.config.layers - 1]"),
+        ("return self._final_norm(states[", "return (states["),
+    ],
+    "variants clip_skip_is_part_of_a_model_and_of_its_runs": [
+        ("if self.config.text.clip_skip or self.config.unet.velocity:", "if self.config.unet.velocity:"),
+        ('clip_skip=settings.get("clip_skip", 0),', ""),
+        ('if "clip_skip" in made_from and now != then:', "if False:"),
+    ],
+    "variants what_a_file_predicts_is_read_of_its_marks": [
+        ('if "v_pred" in entries:', "if False:"),
+        ('"v": "v_prediction", ', ""),
+        ('return asked == "v_prediction", "as asked"', "pass"),
+    ],
+    "variants what_a_folder_predicts_is_read_of_its_scheduler": [
+        ("velocity=schedule if velocity else None", "velocity=ScheduleConfig() if velocity else None"),
+    ],
+    "variants zero_terminal_snr_is_refused_by_name_whatever_is_asked": [
+        ('"ztsnr" in entries', "False"),
+        ('"zero_terminal_snr" in key and', "False and"),
+    ],
+    "variants each_row_of_the_network_s_output_is_turned": [
+        ("x, alphas = take(x, rows), emb_of(alphas, rows)", "x = take(x, rows)"),
+        ("for rows in (copies, None if retire is None else retire.staying):", "for rows in (copies,):"),
+        ("a_t.sqrt() * v.float() + (1.0 - a_t).sqrt()", "a_t.sqrt() * v.float() - (1.0 - a_t).sqrt()"),
+    ],
+    "variants a_model_of_the_velocity_is_another_model_for_reruns_and_caches": [
+        ("if self.config.text.clip_skip or self.config.unet.velocity:", "if self.config.text.clip_skip:"),
+        ('prediction_type=settings.get("prediction_type"),', ""),
+    ],
+    "variants a_decoding_that_overflows_is_repeated_in_float32_and_said": [
+        ("again = compute(self.exact, given.float())", "again = found"),
+        ("self.exact = copy.deepcopy(self.network).float()", "self.exact = self.network.float()"),
+    ],
+    "embeddings prompts_are_embedded_as_diffusers_does": [
+        ("others = F.embedding((ids - count).clamp(min=0)", "others = F.embedding((ids - count - 1).clamp(min=0)"),
+        ("return torch.where((ids >= count)[..., None], others, known)", "return known"),
+    ],
+    "embeddings the_longest_word_is_found_first_and_whole": [
+        ("longest_first = sorted(words, key=len, reverse=True)", "longest_first = sorted(words, key=len)"),
+        ("re.compile(phrase_pattern(word), re.IGNORECASE)", "re.compile(phrase_pattern(word))"),
+        ("if all(end <= other_start or start >= other_end", "if True or all(end <= other_start"),
+    ],
+    "embeddings spans_and_positions_are_of_the_whole_word": [
+        ("spans += [(first + begin, last + begin) for first, last in places]", "spans += places"),
+    ],
+    "embeddings a_word_cut_in_half_is_named": [
+        ("and spans[room] == spans[room - 1]:", "and False:"),
+        ("ids[room] >= self.vocab_size and spans[room] == spans[room - 1]:", "ids[room] >= self.vocab_size:"),
+    ],
+    "embeddings a_word_cut_in_half_is_refused_before_an_inversion": [
+        ("        sd.tokenizer.check_words(prompt)\n", "        pass\n"),
+    ],
+    "embeddings words_beside_a_lora": [
+        ("own = {key: entry for key, entry in entries.items() if not beside or key in beside}", "own = entries"),
+        ("base=None if self.base is None else self.base._knowing(embeddings),", ""),
+        ("words = [word for word in found.words if word not in set(known)]", "words = found.words"),
+    ],
+    "embeddings nameless_vectors_are_called_as_their_file": [
+        ("path.stem if key in NAMELESS else key", "key"),
+    ],
+    "embeddings two_words_of_one_name_are_refused": [('key = " ".join(fold(word).split())', "key = word")],
+    "embeddings the_fingerprint_tells_files_and_names_apart": [
+        ('digest.update(f"{embedding.sha256} {embedding.name}".encode())', "pass"),
+        ('digest.update(f"{embedding.sha256} {embedding.name}".encode())', "digest.update(embedding.sha256.encode())"),
+    ],
+    "embeddings offloaded_it_is_the_same": [
+        ("networks=(*offloaded.networks[:2], text_encoder)", "networks=offloaded.networks"),
+    ],
+    "embeddings a_run_is_repeated_with_its_embeddings": [
+        ("(word.name, word.path) if word.name else word.path for word in", "word.path for word in"),
+        ('if file_digest(path) != told["sha256"]:', "if False:"),
+        ("if embedding.sha256 not in (None, found.sha256):", "if False:"),
+    ],
+    "embeddings a_picture_inverted_without_is_inverted_without_again": [
+        ("sd = sd.without_embeddings().with_embeddings(find_embeddings(made_from, picture))", "pass"),
+    ],
+}
+
 
 PIEBENCH: Mutations = {
     "metrics noise_error_and_similarity_equal_torchmetrics": [
@@ -1129,6 +1231,58 @@ DRAWN_POSES: dict[str, tuple[tuple[str, str], ...]] = {
 }
 
 
+VIDEO: Mutations = {
+    "frames no_call_of_the_network_takes_more_frames_than_asked": [
+        ("[every[i : i + at_once] for i in range(0, len(every), at_once)]", "[every]"),
+        ("cache = _record(sd, asked, video, trajectory, store, progress) if reads else None", "cache = None"),
+        ("[every[i : i + at_once - 1] for i in range(1, len(every), at_once - 1)]", "[every[1:]]"),
+    ],
+    "frames several_adapters_have_conditions_each": [
+        ("    else:\n        sets = conditions\n", "    else:\n        sets = [conditions[0]] * len(adapters)\n"),
+    ],
+    "frames a_real_picture_is_the_source_of_all_frames": [("asked = replace(asked, skip_steps=first_step)", "pass")],
+    "frames behind_the_first_frame_the_others_read_it": [
+        ("read = tuple(s if lead else f for lead, s, f", "read = tuple(f if lead else s for lead, s, f"),
+    ],
+    "frames both_lies_between_and_follows_the_union_s_weight": [
+        ("Part(source, weight=self.weight), *beside, *own", "Part(source), *beside, *own"),
+        ("(Part(others, weight=self.weight),) if not all(leads)", "(Part(others),) if not all(leads)"),
+    ],
+    "frames masks_of_the_first_frame_restrict_what_others_read_of_it": [
+        ("masks = [control.mask.targets[i] for i in frames]", "masks = control.mask.targets[: len(frames)]"),
+    ],
+    "frames one_frame_s_picture_runs_again_alone": [
+        ("shown = (i,) if video.anchor == ", "shown = (i,) if True or video.anchor == "),
+        ("[[pictures[k] for k in shown] for pictures in settings", "[list(pictures) for pictures in settings"),
+    ],
+    "frames every_form_shows_the_frames_and_runs_again": [
+        ('"lossless": True, "exif": exif', '"exif": exif'),
+        ('text = text or str(picture.getexif().get(DESCRIPTION, ""))', "pass"),
+    ],
+    "frames a_gif_has_one_palette": [('"palette": palette,', "")],
+    "frames animations_run_for_ever_at_the_rate_asked": [
+        ('{"save_all": True, "loop": 0,', '{"save_all": True, "loop": 1,'),
+        ("max(2, round(100.0 / fps)) * 10", "100"),
+    ],
+    "frames a_shorter_video_leaves_no_frame_of_a_longer_one": [
+        ("path.unlink(missing_ok=True)\n        return [fol", "return [fol")
+    ],
+    "frames conditions_in_every_form": [
+        ("if file.suffix.lower() in PICTURES), key=_by_number)", "if file.suffix.lower() in PICTURES))")
+    ],
+    "frames what_only_the_whole_video_tells_is_refused_before_long_work": [
+        ("    check(asked.controls, len(video))  # a mask for each frame, where there are several\n", ""),
+        ("settle(sd, replace(asked, skip_steps=first_step), trajectory)\n    branches", "branches"),
+    ],
+    "video_demo a_paw_stays_down_while_the_body_passes_and_is_carried_ahead": [
+        ("return -STEP * math.cos(math.pi * swung)", "return STEP * math.cos(math.pi * swung)"),
+    ],
+    "video_demo a_jump_crouches_leaves_the_ground_and_comes_back": [
+        ('Between("standing", "lying", CROUCH', 'Between("standing", "jumping", CROUCH'),
+    ],
+}
+
+
 def mutants() -> list[Mutant]:
     """All of them."""
     found = []
@@ -1143,8 +1297,10 @@ def mutants() -> list[Mutant]:
         FILES_AND_COMMANDS,
         SEAMS,
         LORA,
+        CHECKPOINTS,
         CONDITIONS,
         DRAWN_POSES,
+        VIDEO,
         BATCH,
         PIEBENCH,
     )

@@ -24,7 +24,7 @@ ALLOWED = {
     "masa/guidance.py": ("masa.branches", "masa.errors"),
     "masa/schedule.py": ("masa.config", "masa.errors"),
     "masa/samplers": ("masa.samplers", "masa.schedule", "masa.errors"),
-    "masa/models": (*BASE, "masa.attention", "masa.config", "masa.models"),
+    "masa/models": (*BASE, "masa.attention", "masa.config", "masa.models", "masa.schedule"),
     "masa/controls": (
         *(*BASE, "masa.branches", "masa.config", "masa.controls", "masa.io.pictures"),
         # Adapters bring networks of their own.

@@ -169,6 +169,11 @@ MODEL = ["-c", "m", "--device", "cpu", "--dtype", "fp32", "--vae", "v", "--token
 MODEL += ["--lora", "a.safetensors:0.5", "--lora", "b"]
 LOADED = {"device": "cpu", "dtype": "fp32", "vae": "v", "tokenizer": "words", "offload": True, "progress": False}
 LOADED |= {"lora": [("a.safetensors", 0.5), ("b", 1.0)]}
+NOT_AGAIN = ("offload", "lora", "embeddings", "clip_skip", "prediction_type", "ema")  # a rerun has them of its settings
+MODEL += ["--embedding", "<cat>=c.safetensors", "--embedding", "d", "--clip-skip", "1", "--ema"]
+MODEL += ["--prediction-type", "v_prediction"]
+LOADED |= {"embeddings": [("<cat>", "c.safetensors"), "d"], "clip_skip": 1, "ema": True}
+LOADED |= {"prediction_type": "v_prediction"}
 SHARED = ["--height", "128", "--width", "192", "--seed", "4", "--backend", "sdpa", "--steps", "7", "-q"]
 SHARED_GIVEN = {"height": 128, "width": 192, "seed": 4, "backend": "sdpa", "steps": 7, "progress": False}
 GUIDED = ["--guidance", "3", "--negative-prompt", "blurry", "--guidance-rule", "RescaledGuidance"]
@@ -293,7 +298,7 @@ def test_a_rerun_s_options_reach_the_library(home, monkeypatch):
     monkeypatch.setattr("masa.output.result.read_settings", lambda path: {"target": []})
     model = MODEL[: MODEL.index("--offload")]  # what follows is in the settings
     assert main(["rerun", "photo.jpg", *model, "-q"]) == 2
-    given = {name: value for name, value in LOADED.items() if name not in ("offload", "lora")}
+    given = {name: value for name, value in LOADED.items() if name not in NOT_AGAIN}
     assert seen == [(("photo.jpg",), given | {"checkpoint": "m"})]
 
 

@@ -197,7 +197,8 @@ def test_missing_unexpected_and_misshapen_keys_are_named_and_counted_together(tm
         ("unet/config.json", {"attention_head_dim": [5, 10, 20, 20]}, r"heads"),
         ("unet/config.json", {"attention_head_dim": 7}, "does not divide into 7 heads"),
         ("vae/config.json", {"use_quant_conv": False}, "use_quant_conv = False"),
-        ("scheduler/scheduler_config.json", {"prediction_type": "v_prediction"}, "prediction_type = 'v_prediction'"),
+        ("scheduler/scheduler_config.json", {"prediction_type": "sample"}, "prediction_type is 'sample'"),
+        ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}, "zero terminal SNR"),
         ("scheduler/scheduler_config.json", {"beta_schedule": "linear"}, "beta_schedule = 'linear'"),
     ],
 )

@@ -370,13 +370,19 @@ def test_shaded_pictures_are_averaged_and_cropped_in_the_middle(tiny):
     [
         (3, "condition of int"),
         ([], "no condition picture"),
-        (None, "no condition picture"),
         ([None, None], "no condition picture"),
     ],
 )
 def test_what_is_no_picture_is_refused_at_once(shown, message):
     with pytest.raises(masa.MasaError, match=message):
         masa.T2IAdapter("a.safetensors", target=shown)
+
+
+def test_one_without_a_picture_is_a_video_s_and_refused_by_a_run(tiny, files):
+    steps = []
+    with pytest.raises(masa.MasaError, match="T2IAdapter has no condition picture; give target="):
+        run(tiny, masa.T2IAdapter(files["full"]), callback=lambda step, *_: steps.append(step))
+    assert not steps
 
 
 def test_bad_values_are_refused(tiny, files):

@@ -69,6 +69,12 @@ def read_entries(path: Path) -> Entries:
         raise CheckpointError(f"{path} {_what_is_broken(path)}; download it again") from error
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file that `read_entries` has read."""
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
+
+
 def refuse_other_formats(path: Path) -> None:
     """CheckpointError for files that are no safetensors file at all: empty, pickled, or text of some kind."""
     try:

@@ -18,6 +18,7 @@ from masa.weights.layouts import (
     text_name,
 )
 from masa.weights.taesd import is_tiny
+from masa.weights.variants import chosen_text
 
 # Our parameter name -> its shape in the file, or None.
 ShapeOf = Callable[[str], "tuple[int, ...] | None"]
@@ -34,7 +35,10 @@ SERVED = "masa runs Stable Diffusion v1.x checkpoints, such as v1-5-pruned-emaon
 # What a piece of a tensor's name says about the file that it is in. The first that is found decides.
 KNOWN_KINDS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (
-        ("lora_up.", "lora_down.", "lora_A.", "lora_B.", "lora.up.", "lora.down.", "hada_w1", "lokr_w1", "oft_blocks"),
+        (
+            *("lora_up.", "lora_down.", "lora_A.", "lora_B.", "lora.up.", "lora.down.", ":up", ":down"),
+            *("hada_w1", "lokr_w1", "oft_blocks"),
+        ),
         "a LoRA, which changes a model but is none",
         "give the model that it is for, and this file as lora=",
     ),
@@ -53,7 +57,7 @@ KNOWN_KINDS: tuple[tuple[tuple[str, ...], str, str], ...] = (
         "an IP-Adapter, which steers a model but is none",
         "give the Stable Diffusion v1 checkpoint that it is for",
     ),
-    (("emb_params",), "a textual-inversion embedding", "give the Stable Diffusion v1 checkpoint that it is for"),
+    (("emb_params",), "a textual-inversion embedding", "give the model that it is for, and this file as embeddings="),
     (("conditioner.embedders.", "add_embedding.linear_1"), "an SDXL model", SERVED),
     (
         ("cond_stage_model.model.",),
@@ -69,6 +73,7 @@ KNOWN_KINDS: tuple[tuple[tuple[str, ...], str, str], ...] = (
 )
 OTHER_INPUTS = {9: "an inpainting model", 8: "an InstructPix2Pix model", 5: "a depth-to-image model"}
 OTHER_CONTEXTS = {1024: "a Stable Diffusion 2.x model", 2048: "an SDXL model"}
+WORD_SHAPES = ((768,), (1024,), (1280,))  # last axes of embeddings of words, of any model
 
 
 def refuse_other_models(entries: Entries, path: object) -> None:
@@ -92,9 +97,6 @@ def refuse_other_models(entries: Entries, path: object) -> None:
     width = next(crosses, None)
     if width in OTHER_CONTEXTS:
         raise CheckpointError(f"{path} is {OTHER_CONTEXTS[width]} (its UNet expects {width} text features); {SERVED}")
-    # The convention of merged files for models trained on another target.
-    if "v_pred" in entries:
-        raise CheckpointError(f"{path} predicts the velocity (it holds the mark v_pred) and not the noise; {SERVED}")
 
 
 def refuse_lone_parts(entries: Entries, path: object) -> None:
@@ -119,6 +121,8 @@ def refuse_lone_parts(entries: Entries, path: object) -> None:
         what, remedy = "is a text encoder alone", "give the whole checkpoint, or the diffusers folder that it is in"
     elif not entries:
         what, remedy = "holds no tensors", "download it again"
+    elif all(entry.shape[-1:] in WORD_SHAPES and len(entry.shape) <= 2 for entry in entries.values()):
+        what, remedy = "is a textual-inversion embedding", "give the model that it is for, and this file as embeddings="
     else:
         first = ", ".join(list(entries)[:3])
         what, remedy = f"holds no model known here (its first tensors: {first})", SERVED
@@ -137,12 +141,12 @@ def split_ldm(entries: Entries) -> dict[str, Entries]:
             # Training leftovers of some VAE releases.
             extra = key.startswith((f"{VAE_PREFIX}loss.", f"{VAE_PREFIX}model_ema."))
             parts["extra" if extra else "vae"][key] = entry
-        elif name and not name.endswith("position_ids"):
+        elif name:
             texts.setdefault(key[: -len(name)], {})[key] = entry
         else:
             parts["extra"][key] = entry
     if texts:
-        parts["text_encoder"] = texts.pop(max(texts, key=lambda prefix: len(texts[prefix])))
+        parts["text_encoder"] = texts.pop(chosen_text({prefix: len(found) for prefix, found in texts.items()}))
     for spare in texts.values():
         parts["extra"].update(spare)
     return parts

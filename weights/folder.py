@@ -95,7 +95,7 @@ def folder_configs(config: ModelConfig) -> dict[str, Json]:
             "beta_start": config.schedule.beta_start,
             "clip_sample": False,
             "num_train_timesteps": config.schedule.training_timesteps,
-            "prediction_type": "epsilon",
+            "prediction_type": "epsilon" if config.unet.velocity is None else "v_prediction",
             "set_alpha_to_one": False,
             "steps_offset": 1,
             "timestep_spacing": "leading",

@@ -78,13 +78,14 @@ class Change:
 class OpenedLora:
     """An opened LoRA: headers and scales are read, factors are not.
 
-    path: as given. file: where the tensors are. sha256: as `lora_digest` has it.
+    path: as given. file: where the tensors are. sha256: as `lora_digest` has it. words: whose embeddings it holds too.
     """
 
     path: Path
     file: Path
     sha256: str
     changes: tuple[Change, ...]
+    words: tuple[str, ...] = ()
 
 
 def open_lora(path: str | Path, layers: Layers) -> OpenedLora:
@@ -101,9 +102,7 @@ def open_lora(path: str | Path, layers: Layers) -> OpenedLora:
         metadata = opened.metadata() or {}
         scalars = [key for key, entry in entries.items() if key.endswith(".alpha") and entry.count == 1]
         alphas = {key: float(opened.get_tensor(key)) for key in scalars if entries[key].dtype in DTYPES}
-    words = [key for key in entries if metadata.get(key) == "<embed>"]
-    if words:
-        warnings.warn(f"{path} also holds embeddings of words ({', '.join(words)}), which are not loaded", stacklevel=2)
+    words = tuple(key for key in entries if metadata.get(key) == "<embed>")
     own = {key: entry for key, entry in entries.items() if key not in words}
     names = layer_names(layers) | numbered_names(own, layers, metadata, path)
     settings = _file_settings(metadata, path)
@@ -125,7 +124,7 @@ def open_lora(path: str | Path, layers: Layers) -> OpenedLora:
         )
     if not changes:
         raise CheckpointError(f"{path} holds no LoRA ({first_names(entries)}); {WANTED}")
-    return OpenedLora(path, file, lora_digest(path), tuple(changes))
+    return OpenedLora(path, file, lora_digest(path), tuple(changes), words)
 
 
 def find_file(path: Path) -> Path:

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from masa.config import ModelConfig, PreviewFactors, ScheduleConfig, TextConfig, TinyVAEConfig, UNetConfig, VAEConfig
-from masa.errors import CheckpointError
+from masa.errors import CheckpointError, MasaError
 from masa.weights.checkpoint import (
     PICKLE_SUFFIXES,
     Entries,
     listed,
     read_entries,
     read_index,
+    read_metadata,
     refuse_pickle,
 )
 from masa.weights.detect import (
@@ -37,6 +38,14 @@ from masa.weights.detect import (
 )
 from masa.weights.layouts import VAE_PREFIX, text_name
 from masa.weights.taesd import REPOSITORY_FILES, is_tiny, tiny_names
+from masa.weights.variants import (
+    averaged,
+    averaged_names,
+    describe_variants,
+    predicts_velocity,
+    unwrapped,
+    unwrapped_vae,
+)
 
 Json = Mapping[str, Any]
 
@@ -73,8 +82,6 @@ FIXED_VAE: Json = {
 }
 FIXED_SCHEDULE: Json = {
     "beta_schedule": "scaled_linear",
-    "prediction_type": "epsilon",
-    "rescale_betas_zero_snr": False,
     "trained_betas": None,
 }
 
@@ -111,8 +118,27 @@ class PartFiles:
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """What is wanted of a checkpoint, as `open_checkpoint` takes it."""
+
+    prefer_half: bool = False
+    vae: Path | None = None
+    ema: bool = False
+    prediction_type: str | None = None
+
+    def open(self, path: Path) -> Checkpoint:
+        return open_checkpoint(
+            path, prefer_half=self.prefer_half, vae=self.vae, ema=self.ema, prediction_type=self.prediction_type
+        )
+
+
+@dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint: headers and configuration read, tensors not."""
+    """An opened checkpoint: headers and configuration read, tensors not.
+
+    prediction: what its UNet predicts, and by what that is known. plain_beside_ema: whether it holds averaged weights
+    (EMA) of the UNet too, and the plain ones are taken.
+    """
 
     path: Path
     layout: str  # "single file (LDM)" or "folder (diffusers)"
@@ -122,6 +148,19 @@ class Checkpoint:
     config: ModelConfig
     tokenizer: Path | None = None
     extra: Entries = field(default_factory=dict)
+    wanted: Wanted = Wanted()
+    prediction: str = "the noise"
+    plain_beside_ema: bool = False
+
+    def skipping(self, clip_skip: int) -> Checkpoint:
+        """The same, the text encoder's last layers left out. MasaError unless it has as many, and one more."""
+        layers = self.config.text.layers
+        if not isinstance(clip_skip, int) or isinstance(clip_skip, bool) or not 0 <= clip_skip < layers:
+            raise MasaError(
+                f"clip_skip is {clip_skip!r}; expected 0 to {layers - 1}, how many of the text encoder's {layers} "
+                "layers are left out (what other programs call clip skip 2 is 1)"
+            )
+        return replace(self, config=replace(self.config, text=replace(self.config.text, clip_skip=clip_skip)))
 
     @property
     def parts(self) -> dict[str, PartFiles]:
@@ -131,17 +170,26 @@ class Checkpoint:
 OpenedVAE = tuple[PartFiles, "VAEConfig | TinyVAEConfig"]
 
 
-def open_checkpoint(path: Path, *, prefer_half: bool = False, vae: Path | None = None) -> Checkpoint:
+def open_checkpoint(
+    path: Path,
+    *,
+    prefer_half: bool = False,
+    vae: Path | None = None,
+    ema: bool = False,
+    prediction_type: str | None = None,
+) -> Checkpoint:
     """Read the headers of a checkpoint and detect its configuration.
 
-    prefer_half: of a folder's variants take the fp16 one. vae: another autoencoder, file or folder. Raises
+    prefer_half: of a folder's variants take the fp16 one. vae: another autoencoder, file or folder. ema: take the
+    averaged weights of the UNet. prediction_type: "epsilon" or "v_prediction", whatever the files say. Raises
     CheckpointError for whatever is no Stable Diffusion v1 model, FileNotFoundError where nothing is.
     """
+    wanted = Wanted(prefer_half, vae, ema, prediction_type)
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}; {EXPECTED}")
     opened = _open_folder if path.is_dir() else _open_file
-    return opened(path, prefer_half, None if vae is None else open_vae(vae, prefer_half))
+    return opened(path, wanted, None if wanted.vae is None else open_vae(wanted.vae, wanted.prefer_half))
 
 
 def summarise(
@@ -164,6 +212,10 @@ def summarise(
         if layout != OTHER_LAYOUT:
             wanted = ("unet", "text_encoder") if vae else ("unet", "vae", "text_encoder")
             lines.append(("missing", ", ".join(part for part in wanted if not groups.get(part)) or "no part"))
+        if layout == FILE_LAYOUT:
+            lines += describe_variants(unwrapped(read_entries(path)))
+        elif layout == FOLDER_LAYOUT and _has_plain_beside(path):
+            lines.append(("EMA", "the UNet's usual file holds averaged weights; plain ones lie beside it, not read"))
         opened = open_checkpoint(path, vae=vae)
         lines += _describe_config(opened)
         if check is not None:
@@ -176,7 +228,7 @@ def summarise(
 def _groups(path: Path) -> tuple[dict[str, Entries], str]:
     """The tensors of a file or folder by part, or by how their names begin where it is no SD v1 model."""
     if not path.is_dir():
-        entries = read_entries(path)
+        entries = unwrapped(read_entries(path))
         parts = split_ldm(entries)
         if parts["unet"] and (parts["vae"] or parts["text_encoder"]):
             extra: dict[str, Entries] = {}
@@ -212,6 +264,7 @@ def _describe_config(opened: Checkpoint) -> list[tuple[str, str]]:
         ("vae shape", _describe_vae(vae)),
         ("text encoder shape", f"{text.layers} layers of {text.width}, {text.heads} heads, {text.vocab_size:,} tokens"),
         ("picture size", f"{opened.config.image_size} pixels"),
+        ("prediction", opened.prediction),
         ("tokenizer", "its own" if opened.tokenizer else "CLIP's, which ships with masa"),
     ]
 
@@ -222,28 +275,48 @@ def _describe_vae(vae: VAEConfig | TinyVAEConfig) -> str:
     return f"channels {vae.block_out_channels}, scaling factor {vae.scaling_factor}"
 
 
-def _open_file(path: Path, prefer_half: bool, vae: OpenedVAE | None) -> Checkpoint:
-    entries = read_entries(path)
+def _open_file(path: Path, wanted: Wanted, vae: OpenedVAE | None) -> Checkpoint:
+    entries = unwrapped(read_entries(path))
     refuse_other_models(entries, path)
     refuse_lone_parts(entries, path)
+    beside = bool(averaged_names(entries)) and not wanted.ema
+    entries = averaged(entries, path) if wanted.ema else entries
+    velocity, why = predicts_velocity(path, entries, read_metadata(path), {}, wanted.prediction_type)
     parts = split_ldm(entries)
     if vae is None and not parts["vae"]:
         raise CheckpointError(f"{path} holds no autoencoder (no keys {VAE_PREFIX}*); give one's file as vae=")
     unet = PartFiles(parts["unet"], unet_namer(parts["unet"]))
     text = PartFiles(parts["text_encoder"], text_namer(parts["text_encoder"]))
     vae_files, vae_config = vae or _vae_part(PartFiles(parts["vae"], vae_namer(parts["vae"])), {}, path)
+    shape = detect_unet(unet.shape_of(), LDM_HEADS, UNetConfig.norm_groups, f"{path}: the UNet")
     config = ModelConfig(
-        unet=detect_unet(unet.shape_of(), LDM_HEADS, UNetConfig.norm_groups, f"{path}: the UNet"),
+        unet=replace(shape, velocity=ScheduleConfig() if velocity else None),
         vae=vae_config,
         text=detect_text(
             text.shape_of(), None, TextConfig.activation, TextConfig.norm_eps, f"{path}: the text encoder"
         ),
     )
     _check_fit(config, path)
-    return Checkpoint(path, FILE_LAYOUT, unet, vae_files, text, config, extra=parts["extra"])
+    return Checkpoint(
+        path,
+        FILE_LAYOUT,
+        unet,
+        vae_files,
+        text,
+        config,
+        extra=parts["extra"],
+        wanted=wanted,
+        prediction=_prediction(velocity, why),
+        plain_beside_ema=beside,
+    )
 
 
-def _open_folder(path: Path, prefer_half: bool, vae: OpenedVAE | None) -> Checkpoint:
+def _prediction(velocity: bool, why: str) -> str:
+    return f"the {'velocity (v)' if velocity else 'noise (epsilon)'}: {why}"
+
+
+def _open_folder(path: Path, wanted: Wanted, vae: OpenedVAE | None) -> Checkpoint:
+    prefer_half = wanted.prefer_half
     index = read_json(path / "model_index.json")
     for other, kind in OTHER_PARTS.items():
         if other in index or (path / other).is_dir():
@@ -254,6 +327,10 @@ def _open_folder(path: Path, prefer_half: bool, vae: OpenedVAE | None) -> Checkp
     if missing:
         _refuse_folder(path, missing)
 
+    if wanted.ema and not _has_plain_beside(path):
+        raise CheckpointError(
+            f"{path} holds no averaged weights (EMA) beside others, for which ema=True asks; leave it out"
+        )
     unet_json = read_json(path / "unet" / "config.json")
     entries = read_folder(path / "unet", prefer_half)
     refuse_other_models(entries, path)
@@ -272,6 +349,8 @@ def _open_folder(path: Path, prefer_half: bool, vae: OpenedVAE | None) -> Checkp
     ignore = frozenset(k for k in entries if k.endswith(("position_ids", "text_projection.weight", "logit_scale")))
     text = PartFiles(entries, text_namer(entries), ignore)
 
+    schedule, scheduler = _schedule(path)
+    velocity, why = predicts_velocity(path, entries, {}, scheduler, wanted.prediction_type)
     unet_config = detect_unet(
         unet.shape_of(),
         _heads(unet_json, path),
@@ -279,7 +358,7 @@ def _open_folder(path: Path, prefer_half: bool, vae: OpenedVAE | None) -> Checkp
         f"{path}: the UNet",
     )
     config = ModelConfig(
-        unet=unet_config,
+        unet=replace(unet_config, velocity=schedule if velocity else None),
         vae=vae[1],
         text=detect_text(
             text.shape_of(),
@@ -288,7 +367,7 @@ def _open_folder(path: Path, prefer_half: bool, vae: OpenedVAE | None) -> Checkp
             text_json.get("layer_norm_eps", TextConfig.norm_eps),
             f"{path}: the text encoder",
         ),
-        schedule=_schedule(path),
+        schedule=schedule,
         image_size=vae[1].downsample * _side(unet_json.get("sample_size", 64)),
         preview=_preview(path),
     )
@@ -301,7 +380,14 @@ def _open_folder(path: Path, prefer_half: bool, vae: OpenedVAE | None) -> Checkp
         text,
         config,
         tokenizer=path / "tokenizer" if (path / "tokenizer").is_dir() else None,
+        wanted=wanted,
+        prediction=_prediction(velocity, why),
     )
+
+
+def _has_plain_beside(path: Path) -> bool:
+    """Whether a folder's UNet is there with its averaged weights (EMA), the usual file, and without."""
+    return any("non_ema" in file.name for file in (path / "unet").iterdir())
 
 
 def _refuse_folder(path: Path, missing: list[str]) -> NoReturn:
@@ -331,7 +417,7 @@ def open_vae(path: Path, prefer_half: bool = False) -> OpenedVAE:
         settings = read_json(path / "config.json")
         entries = _tiny_repository(path) or read_folder(path, prefer_half)
     else:
-        entries = read_entries(path)
+        entries = unwrapped_vae(read_entries(path))
     if is_tiny(entries):
         config, names, entries = tiny_names(entries, path)
         # A missing parameter has no key; the error that says so then names ours.
@@ -449,16 +535,18 @@ def _side(sample_size: int | list[int]) -> int:
     return min(sample_size) if isinstance(sample_size, list) else sample_size
 
 
-def _schedule(path: Path) -> ScheduleConfig:
+def _schedule(path: Path) -> tuple[ScheduleConfig, Json]:
+    """The training noise, and all that the scheduler's file says."""
     file = path / "scheduler" / "scheduler_config.json"
     settings = read_json(file)
     _check_fixed(settings, FIXED_SCHEDULE, file)
     base = ScheduleConfig()
-    return ScheduleConfig(
+    config = ScheduleConfig(
         settings.get("beta_start", base.beta_start),
         settings.get("beta_end", base.beta_end),
         settings.get("num_train_timesteps", base.training_timesteps),
     )
+    return config, settings
 
 
 def _check_fit(config: ModelConfig, path: Path) -> None:

@@ -21,17 +21,26 @@ CONTROLNET_OPTIONS = ("controlnet_source", "controlnet_scale", "controlnet_start
 IP_OPTIONS = ("ip_source", "ip_scale", "image_encoder")
 
 
-def add_adapters(parser: argparse.ArgumentParser) -> None:
-    """Options of three kinds of adapters; for a command without targets, which has the source's alone."""
-    group = parser.add_argument_group("layout by a picture (for the targets; without targets, for the source)")
-    text = "an adapter's file or folder, or 'demo' for the demo model's, and its picture of lines, poses, depth, ..; "
-    text += "several add up"
-    group.add_argument("--t2i-adapter", nargs=2, action="append", metavar=("FILE", "PICTURE"), help=text)
+def add_adapters(parser: argparse.ArgumentParser, frames: bool = False) -> None:
+    """Options of three kinds of adapters; for a command without targets, which has the source's alone.
+
+    frames: of a video, whose layout is a set of pictures, by default the command's own.
+    """
+    about = "of each frame" if frames else "by a picture (for the targets; without targets, for the source)"
+    group = parser.add_argument_group(f"layout {about}")
+    shape: dict[str, Any] = {"nargs": 2, "metavar": ("FILE", "PICTURE")}
+    shown = "and its picture of lines, poses, depth, .."
+    if frames:
+        shape = {"nargs": "+", "action": FileAndConditions, "metavar": ("FILE", "CONDITIONS")}
+        shown = "and its own conditions (default: CONDITIONS above)"
+    shape = {"action": "append"} | shape
+    text = f"an adapter's file or folder, or 'demo' for the demo model's, {shown}; several add up"
+    group.add_argument("--t2i-adapter", **shape, help=text)
     group.add_argument("--adapter-source", metavar="PICTURE", help="the source's picture (default: none)")
     group.add_argument("--adapter-weight", type=float, help="of the adapters' features (default: 1)")
     group.add_argument("--tau", type=float, help="share of the steps, the noisiest, with adapters (default: 1)")
-    text = "a ControlNet's file or folder, and its hint picture; several add up"
-    group.add_argument("--controlnet", nargs=2, action="append", metavar=("FILE", "PICTURE"), help=text)
+    text = f"a ControlNet's file or folder, {shown if frames else 'and its hint picture'}; several add up"
+    group.add_argument("--controlnet", **shape, help=text)
     group.add_argument("--controlnet-source", metavar="PICTURE", help="the source's hint (default: none)")
     group.add_argument("--controlnet-scale", type=float, help="of the ControlNets' residuals (default: 1)")
     group.add_argument("--controlnet-start", type=float, help="share of the steps before they act (default: 0)")
@@ -46,18 +55,28 @@ def add_adapters(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--image-encoder", metavar="FOLDER", help="CLIP ViT-H/14, which transformers reads")
 
 
+class FileAndConditions(argparse.Action):
+    """Takes a file, and what may follow it: one set of conditions."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        if len(values) > 2:
+            parser.error(f"argument {option}: expected FILE, or FILE CONDITIONS, and got {' '.join(values)}")
+        several = getattr(namespace, self.dest) or []
+        setattr(namespace, self.dest, [*several, (values[0], values[1] if len(values) > 1 else None)])
+
+
 def build_adapters(args: argparse.Namespace) -> list[Control]:
     """The controls with weights of their own; files are looked for before the model's minutes."""
     controls: list[Control] = []
-    chosen = given(weight=args.adapter_weight, tau=args.tau)
-    for path, picture in args.t2i_adapter or ():
-        check_weights(locate_adapter(path), "T2I-Adapter")
-        controls.append(T2IAdapter(path, **pictures(args.target, picture, args.adapter_source), **chosen))
-    chosen = given(scale=args.controlnet_scale, start=args.controlnet_start, end=args.controlnet_end)
-    for path, picture in args.controlnet or ():
-        check_weights(path, "ControlNet")
-        shown = pictures(args.target, picture, args.controlnet_source)
-        controls.append(ControlNet(path, **shown, **chosen, guess_mode=args.guess_mode))
+    if args.command != "video":
+        for build, given_files, source in (
+            (build_t2i_adapter, args.t2i_adapter, args.adapter_source),
+            (build_controlnet, args.controlnet, args.controlnet_source),
+        ):
+            for path, picture in given_files or ():
+                controls.append(build(args, path, **pictures(args.target, picture, source)))
     chosen = given(scale=args.ip_scale, image_encoder=args.image_encoder)
     for path, picture in args.ip_adapter or ():
         check_weights(path, "IP-Adapter")
@@ -66,6 +85,39 @@ def build_adapters(args: argparse.Namespace) -> list[Control]:
         check_weights(args.image_encoder, "image encoder")
         controls.append(IPAdapter(path, **pictures(args.target, picture, args.ip_source), **chosen))
     return controls
+
+
+def build_t2i_adapter(args: argparse.Namespace, path: str, **shown: Any) -> Control:
+    """A T2IAdapter of a file, as the options describe it."""
+    check_weights(locate_adapter(path), "T2I-Adapter")
+    return T2IAdapter(path, **shown, **given(weight=args.adapter_weight, tau=args.tau))
+
+
+def build_controlnet(args: argparse.Namespace, path: str, **shown: Any) -> Control:
+    """A ControlNet of a file, as the options describe it."""
+    check_weights(path, "ControlNet")
+    chosen = given(scale=args.controlnet_scale, start=args.controlnet_start, end=args.controlnet_end)
+    return ControlNet(path, **shown, **chosen, guess_mode=args.guess_mode)
+
+
+def build_frame_adapters(args: argparse.Namespace) -> tuple[list[Control], list[str]]:
+    """A video's adapters, and the conditions of each."""
+    adapters: list[Control] = []
+    conditions: list[str] = []
+    for build, given_files, source in (
+        (build_t2i_adapter, args.t2i_adapter, args.adapter_source),
+        (build_controlnet, args.controlnet, args.controlnet_source),
+    ):
+        if source is not None:
+            open_picture(source)
+        for path, own in given_files or ():
+            adapters.append(build(args, path, source=source))
+            conditions.append(own or args.conditions)
+    if not adapters:
+        raise MasaError("frames get their layout from an adapter; give --t2i-adapter FILE or --controlnet FILE")
+    if args.conditions not in conditions:
+        raise MasaError(f"{args.conditions} would do nothing: every adapter has conditions of its own; leave one's out")
+    return adapters, conditions
 
 
 def check_weights(path: str | Path, what: str) -> None:

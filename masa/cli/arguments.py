@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from masa import __version__
@@ -15,6 +16,8 @@ from masa.cli.registered_arguments import add_fields, add_plugins, add_sampler, 
 from masa.controls.masactrl import MasaCtrl
 from masa.inversion import METHODS
 from masa.settings import registered
+from masa.weights.variants import PREDICTIONS
+from masa.workflows.frames import ANCHORS
 from masa.workflows.piebench_methods import INVERTERS, OTHER_NAMES
 from masa.workflows.piebench_methods import METHODS as PIE_METHODS
 from masa.workflows.sheets import parameters_of
@@ -39,10 +42,15 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
 
     text = "two labelled pictures from the embedded model, in under a minute"
-    demo = add(commands, "demo", text, ["masa demo", "masa demo --pose", "masa demo --pose drawing.png"])
+    demo = add(
+        commands, "demo", text, ["masa demo", "masa demo --pose", "masa demo --pose drawing.png", "masa demo --video"]
+    )
     demo.add_argument("--seed", type=int, default=None, help="another pair of pictures")
     text = "instead, edits to drawn poses; a drawing of your own: a cat in white lines on black"
-    demo.add_argument("--pose", nargs="?", const=True, default=None, metavar="DRAWING", help=text)
+    either = demo.add_mutually_exclusive_group()
+    either.add_argument("--pose", nargs="?", const=True, default=None, metavar="DRAWING", help=text)
+    text = "instead, a video by drawn poses, without and with control: a cat that jumps (default) or walks"
+    either.add_argument("--video", nargs="?", const="jump", default=None, choices=("jump", "walk"), help=text)
     add_output(demo)
     add_profile(demo)
 
@@ -58,6 +66,7 @@ def build_parser() -> Parser:
             'masa sample "a cat" "a cat, ink" -c sd15/ --lora lcm.safetensors --sampler lcm --steps 4 --guidance 1.5',
             'masa sample "a cat sitting" "a cat running" -c sd15/ --preview now.png',
             'masa sample "a cat sitting" "a cat running" -c sd15/ --lora ink.safetensors:0.8 --lora cat.safetensors',
+            'masa sample "a <tom> sitting" "a <tom> running" -c sd15/ --embedding tom.safetensors --clip-skip 1',
             'masa sample "a man" "a man, arms up" -c sd15/ --t2i-adapter openpose.safetensors pose.png --tau 0.8',
         ],
     )
@@ -91,6 +100,37 @@ def build_parser() -> Parser:
     add_model(edit)
     add_output(edit)
     add_profile(edit)
+
+    video = add(
+        commands,
+        "video",
+        "a video of one subject, each frame with a layout of its own",
+        [
+            'masa video "a man" "a man walking" poses/ --t2i-adapter openpose.safetensors -c sd15/ -o walk.gif',
+            'masa video "" "a man dancing" dance.gif --image me.jpg --t2i-adapter pose.safetensors -c sd15/ -o me.mp4',
+            'masa video "a cat" "a cat" poses/ --t2i-adapter pose.safetensors --controlnet depth.safetensors depths/',
+            'masa video "a cat" "a cat" edges.webp --controlnet canny.safetensors --anchor both --frames-at-once 8',
+        ],
+    )
+    video.add_argument("source", help="the source's prompt")
+    video.add_argument("target", metavar="prompt", help="the frames' prompt")
+    text = "a picture for each frame: a folder, an animated GIF, WebP or PNG, or a film (which needs imageio-ffmpeg)"
+    video.add_argument("conditions", help=text)
+    group = video.add_argument_group("frames")
+    text = "whose appearance frames take: the source's, the first frame's, or both's (default: source)"
+    group.add_argument("--anchor", choices=ANCHORS, default="source", help=text)
+    text = "how many one call of the network takes (default: 4); memory grows with it, the result does not depend on it"
+    group.add_argument("--frames-at-once", type=int, metavar="N", help=text)
+    group.add_argument("--fps", type=float, help="frames a second of what is saved (default: 8)")
+    real = video.add_argument_group("a real source").add_mutually_exclusive_group()
+    real.add_argument("--image", help="this picture, inverted with the source's prompt")
+    real.add_argument("--trajectory", metavar="FILE", help="an inverted picture (masa invert)")
+    add_inversion(video, default=None)
+    add_sampling(video, steps=None, parts=False)
+    add_control(video, frames=True)
+    add_model(video)
+    add_output(video, "a .gif, .webp, .png or .mp4, or a folder of PNGs (default: masa-out/NNNN/frames.gif)")
+    add_profile(video)
 
     invert = add(
         commands,
@@ -263,10 +303,10 @@ def build_parser() -> Parser:
     rerun = add(
         commands,
         "rerun",
-        "repeat the run that made a PNG",
-        ["masa rerun masa-out/0001/target_0.png"],
+        "repeat the run that made a PNG or a video",
+        ["masa rerun masa-out/0001/target_0.png", "masa rerun walk.gif -o again.gif"],
     )
-    rerun.add_argument("picture", help="a PNG that masa saved")
+    rerun.add_argument("picture", help="a PNG that masa saved, or a video's file or folder")
     add_plugins(rerun)
     add_model(rerun, speed=False)
     add_output(rerun)
@@ -308,6 +348,13 @@ def add_model(parser: Parser, speed: bool = True) -> None:
     group.add_argument("--compile", action="store_true", help="compile the UNet: minutes first, then faster")
     text = "a LoRA's file or folder and its weight (default: 1; 0.8,0.5: UNet's, text encoder's); several add up"
     group.add_argument("--lora", type=parse_lora, action="append", metavar="FILE[:WEIGHT]", help=text)
+    text = "a textual-inversion file, and what its word is to be called (default: as the file says); several add up"
+    group.add_argument("--embedding", type=parse_embedding, action="append", metavar="[NAME=]FILE", help=text)
+    text = "how many of the text encoder's last layers are left out (default: 0; others' clip skip 2 is 1)"
+    group.add_argument("--clip-skip", type=int, default=0, metavar="N", help=text)
+    text = "what the UNet predicts, where the checkpoint does not say it (default: as it says, else the noise)"
+    group.add_argument("--prediction-type", choices=PREDICTIONS, help=text)
+    group.add_argument("--ema", action="store_true", help="the checkpoint's averaged weights (default: the plain ones)")
 
 
 def add_steps_and_size(parser: Parser, steps: int | None = 50) -> argparse._ArgumentGroup:
@@ -320,14 +367,16 @@ def add_steps_and_size(parser: Parser, steps: int | None = 50) -> argparse._Argu
     return group
 
 
-def add_sampling(parser: Parser, steps: int | None = 50) -> None:
+def add_sampling(parser: Parser, steps: int | None = 50, parts: bool = True) -> None:
+    """parts: with the option that takes targets in parts."""
     group = add_steps_and_size(parser, steps)
     add_guidance_and_seed(group)
     group.add_argument("--negative-prompt", default="", help="what to be guided away from")
     group.add_argument("--skip-steps", type=int, help="leave out the noisiest steps (default: as the inversion wants)")
     group.add_argument("--eta", type=float, default=0.0, help="DDIM's randomness, 0 to 1 (default: 0)")
     group.add_argument("--free-source", action="store_true", help="let a real source drift instead of pinning it")
-    group.add_argument("--targets-at-once", type=int, metavar="N", help="where memory is short (default: all)")
+    if parts:
+        group.add_argument("--targets-at-once", type=int, metavar="N", help="where memory is short (default: all)")
     add_tiled(group)
     add_sampler(group)
     add_fields(group)
@@ -347,9 +396,9 @@ def add_tiled(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--tiled", action=argparse.BooleanOptionalAction, help=text)
 
 
-def add_inversion(parser: Parser) -> argparse._ArgumentGroup:
+def add_inversion(parser: Parser, default: str | None = "ddim") -> argparse._ArgumentGroup:
     group = parser.add_argument_group("inversion")
-    group.add_argument("--method", default="ddim", choices=METHODS, help="(default: ddim)")
+    group.add_argument("--method", default=default, choices=METHODS, help="(default: ddim)")
     group.add_argument("--invert-guidance", type=float, help="guidance of the inversion (default: 1)")
     group.add_argument("--inner-steps", type=int, help="null-text's fitting steps at each step (default: 10)")
     return group
@@ -413,6 +462,12 @@ def parse_lora(text: str) -> tuple[str, float | tuple[float, float]]:
     if not path or len(numbers) not in (1, 2):
         return text, 1.0
     return path, numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
+
+
+def parse_embedding(text: str) -> str | tuple[str, str]:
+    """ "<cat>=cat.safetensors" -> ("<cat>", "cat.safetensors"); the name of a file that is there is no pair."""
+    name, equals, path = text.partition("=")
+    return text if not equals or not name or Path(text).exists() else (name, path)
 
 
 def parse_shard(text: str) -> tuple[int, int]:

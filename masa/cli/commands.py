@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from masa.cli.adapter_arguments import build_adapters, given
+from masa.cli.adapter_arguments import build_adapters, build_frame_adapters, given
 from masa.cli.arguments import build_parser
 from masa.cli.condition_command import run_condition
 from masa.cli.control_arguments import build_controls, build_start, build_swept, check_picture
@@ -123,6 +123,9 @@ def run_demo(args: argparse.Namespace) -> None:
     if args.pose:
         run_pose_demo(args)
         return
+    if args.video:
+        run_video_demo(args)
+        return
     folder = take_folder(args, ["synthesis.png", "editing.png", "picture.png"])
     for path in demo.run(folder, seed=args.seed, progress=not args.quiet):
         print(path)
@@ -157,6 +160,20 @@ Next, draw a pose of your own, white lines on black, or change one of those in {
         )
 
 
+def run_video_demo(args: argparse.Namespace) -> None:
+    from masa.workflows import demo_video
+
+    folder = take_folder(args, demo_video.FILES)
+    report(demo_video.run(folder, args.video, seed=args.seed, progress=not args.quiet))
+    print(
+        f"""
+Next, with the demo model:
+  masa rerun {folder / demo_video.ANIMATIONS[0]} -o frames
+With Stable Diffusion v1.5 and an adapter for it, such as a folder of poses and t2iadapter_openpose_sd14v1.safetensors:
+  masa video "a man" "a man walking" poses/ --t2i-adapter t2iadapter_openpose_sd14v1.safetensors -c sd15/ -o walk.gif"""
+    )
+
+
 def run_sample(args: argparse.Namespace) -> None:
     import masa
 
@@ -180,6 +197,45 @@ def run_edit(args: argparse.Namespace) -> None:
         load_model(args), args.image, args.target, args.source, method=args.method, **inversion, **settings
     )
     report(save(result, folder, args), args)
+
+
+def run_video(args: argparse.Namespace) -> None:
+    import masa
+    from masa.output.frames import check_form, check_fps
+    from masa.workflows.frames import read_conditions
+
+    out = Path(args.out) if args.out else take_folder(args, []) / "frames.gif"
+    check_form(out, args.overwrite)
+    check_fps(8.0 if args.fps is None else args.fps)
+    adapters, conditions = build_frame_adapters(args)
+    sets: Any = conditions[0] if len(conditions) == 1 else conditions
+    read_conditions(sets, adapters)  # what cannot be read is refused before the model's minutes
+    settings = sampling_settings(args)
+    trajectory = masa.Trajectory.load(args.trajectory) if args.trajectory else None
+    if args.image:
+        check_picture(args.image)
+    sd = load_model(args)
+    if args.image:
+        chosen = given(invert_guidance=args.invert_guidance, inner_steps=args.inner_steps, method=args.method)
+        chosen = {{"invert_guidance": "guidance_scale"}.get(name, name): value for name, value in chosen.items()}
+        # Null-text is fitted to the guidance that the frames have.
+        chosen |= {"edit_guidance_scale": args.guidance, "steps": args.steps or 50, "tiled": args.tiled}
+        of_source = [c for c in (*adapters, *settings["controls"]) if getattr(c, "source", None) is not None]
+        chosen |= {"controls": of_source} if of_source else {}
+        trajectory = masa.invert(sd, args.image, args.source, **chosen, **size_and_seed(args))
+        settings |= {"steps": None, "height": None, "width": None}
+    frames = masa.sample_frames(
+        sd,
+        args.source,
+        args.target,
+        sets,
+        adapter=adapters,
+        anchor=args.anchor,
+        frames_at_once=args.frames_at_once,
+        trajectory=trajectory,
+        **settings,
+    )
+    report(or_elsewhere(lambda place: frames.save(place, overwrite=args.overwrite, **given(fps=args.fps)), out))
 
 
 def run_invert(args: argparse.Namespace) -> None:
@@ -280,10 +336,14 @@ def run_inspect(args: argparse.Namespace) -> None:
 
 def run_rerun(args: argparse.Namespace) -> None:
     import masa
-    from masa.output.result import read_settings
+    from masa.output.frames import check_form, read_run
 
-    settings = read_settings(args.picture)
-    folder = take_folder(args, file_names(len(settings.get("target", []))))
+    settings, _ = read_run(args.picture)
+    if settings["function"] == "frames":
+        out = Path(args.out) if args.out else take_folder(args, [])
+        check_form(out, args.overwrite)
+    else:
+        out = take_folder(args, file_names(len(settings.get("target", []))))
     result = masa.rerun(
         args.picture,
         checkpoint=args.checkpoint,
@@ -293,7 +353,10 @@ def run_rerun(args: argparse.Namespace) -> None:
         tokenizer=args.tokenizer,
         progress=not args.quiet,
     )
-    report(save(result, folder, args))
+    if isinstance(result, masa.Frames):
+        report(or_elsewhere(lambda place: result.save(place, overwrite=args.overwrite), out))
+    else:
+        report(save(result, out, args))
 
 
 def run_plot(args: argparse.Namespace) -> None:
@@ -370,6 +433,7 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace], int | None]] = {
     "demo": run_demo,
     "sample": run_sample,
     "edit": run_edit,
+    "video": run_video,
     "invert": run_invert,
     "sdedit": run_sdedit,
     "grid": run_grid,
@@ -414,6 +478,10 @@ def load_model(args: argparse.Namespace):  # type: ignore[no-untyped-def]
         tokenizer=args.tokenizer,
         vae=args.vae,
         lora=args.lora,
+        embeddings=args.embedding,
+        clip_skip=args.clip_skip,
+        prediction_type=args.prediction_type,
+        ema=args.ema,
         offload=args.offload,
         progress=not args.quiet,
     )

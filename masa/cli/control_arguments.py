@@ -28,7 +28,8 @@ def add_start(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--start-layer", type=int, help="first layer controlled, 0..15 (default: 10)")
 
 
-def add_control(parser: argparse.ArgumentParser) -> None:
+def add_control(parser: argparse.ArgumentParser, frames: bool = False) -> None:
+    """frames: of a video."""
     group = parser.add_argument_group("control (MasaCtrl)")
     add_start(group)
     group.add_argument("--control-steps", type=parse_numbers, metavar="LIST", help="these steps instead: 4,6,10-20")
@@ -57,7 +58,7 @@ def add_control(parser: argparse.ArgumentParser) -> None:
     text = "keep the source outside these words' attention"
     group.add_argument("--local-blend", nargs=2, metavar=("SOURCE", "TARGET"), help=text)
     group.add_argument("--blend", metavar="MASK", help="keep a real picture outside this mask, white = may change")
-    add_adapters(parser)
+    add_adapters(parser, frames)
 
 
 def add_record(parser: argparse.ArgumentParser) -> None:

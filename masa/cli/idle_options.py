@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from masa.cli.adapter_arguments import ADAPTER_OPTIONS, CONTROLNET_OPTIONS, IP_OPTIONS
@@ -53,6 +54,7 @@ def refuse_idle(args: argparse.Namespace) -> None:
     checks: Mapping[str, tuple[Callable[[argparse.Namespace], None], ...]] = {
         "sample": (check_controls, check_adapters, check_source, check_guided, check_eta),
         "edit": (check_controls, check_adapters, check_inversion, check_guided, check_eta),
+        "video": (check_controls, check_video, check_guided, check_eta),
         "invert": (check_adapters, check_inversion, check_fitting),
         "sdedit": (check_guided,),
         "sweep": (check_sweep,),
@@ -83,17 +85,33 @@ def check_controls(args: argparse.Namespace) -> None:
     refuse(args, "cross_steps", only_weights, "--p2p-edit none changes only what --reweight names; add it")
 
 
+def check_video(args: argparse.Namespace) -> None:
+    """Options of adapters, of an inversion and of a real source where there are none."""
+    check_adapter_options(args)
+    refuse(args, "fps", bool(args.out) and not Path(args.out).suffix, f"-o {args.out} is a folder of pictures")
+    for option in ("method", "invert_guidance", "inner_steps"):
+        refuse(args, option, args.image is None, "it inverts a picture; give --image")
+    real = args.image is not None or args.trajectory is not None
+    refuse(args, "free_source", not real, "only a real source is pinned; give --image or --trajectory")
+    if args.image is not None:
+        check_inversion(args)
+
+
 def check_adapters(args: argparse.Namespace) -> None:
     """Options of adapters where there are none, and a source's picture where it has the only one."""
+    check_adapter_options(args)
+    for option in ("adapter_source", "controlnet_source", "ip_source"):
+        alone = not getattr(args, "target", ())
+        refuse(args, option, alone, "without targets the first picture is the source's; give a target")
+
+
+def check_adapter_options(args: argparse.Namespace) -> None:
     for option in ADAPTER_OPTIONS:
         refuse(args, option, not args.t2i_adapter, "it is a T2I-Adapter's; give --t2i-adapter FILE PICTURE")
     for option in CONTROLNET_OPTIONS:
         refuse(args, option, not args.controlnet, "it is a ControlNet's; give --controlnet FILE PICTURE")
     for option in IP_OPTIONS:
         refuse(args, option, not args.ip_adapter, "it is an IP-Adapter's; give --ip-adapter FILE PICTURE")
-    for option in ("adapter_source", "controlnet_source", "ip_source"):
-        alone = not getattr(args, "target", ())
-        refuse(args, option, alone, "without targets the first picture is the source's; give a target")
 
 
 def check_source(args: argparse.Namespace) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,10 @@ class Conditions:
 
 
 class PictureControl(FileControl):
-    """What the controls share that have a network in a `file`, and a picture for the source and each target."""
+    """What the controls share that have a network in a `file`, and a picture for the source and each target.
+
+    One that has neither yet is an adapter for `masa.sample_frames`, which gives each frame its own.
+    """
 
     source: Condition
     target: Condition | Sequence[Condition]
@@ -68,9 +71,24 @@ class PictureControl(FileControl):
         source, target = embed(self.source), embed_all(self.target)
         return replace(self, path=str(self.path), sha256=self.file.digest(), source=source, target=target)  # type: ignore[type-var]
 
+    @property
+    def is_blank(self) -> bool:
+        """Whether its targets have no picture."""
+        return not _has_picture(self.target)
+
+    def showing(self, target: Condition | Sequence[Condition]) -> Any:
+        """The same with other pictures for the targets, and with the network that is loaded already."""
+        other = replace(self, target=target)  # type: ignore[type-var]
+        for field in fields(self):  # type: ignore[arg-type]
+            if not field.init:
+                object.__setattr__(other, field.name, getattr(self, field.name))
+        return other
+
 
 def find_conditions(name: str, source: Condition, target: Condition | Sequence[Condition], run: Run) -> Conditions:
-    """The pictures of a run's branches at its size; name: the control's. MasaError for what is no picture."""
+    """The pictures of a run's branches at its size; name: the control's. MasaError for none, and for what is none."""
+    if source is None and not _has_picture(target):
+        raise MasaError(f"{name} has no condition picture; give target=, source=, or both")
     pictures: list[Tensor] = []
     place: dict[int, int] = {}
     loaded: dict[object, int] = {}
@@ -102,8 +120,13 @@ def by_branch(name: str, source: Condition, target: Condition | Sequence[Conditi
     return {branch: picture for branch, picture in given.items() if picture is not None}
 
 
-def check_conditions(name: str, source: Condition, target: Condition | Sequence[Condition]) -> None:
-    """MasaError, when a control is made, for what is no picture, and where there is none."""
+def check_conditions(
+    name: str, source: Condition, target: Condition | Sequence[Condition], *, later: bool = False
+) -> None:
+    """MasaError, when a control is made, for what is no picture, and where there is none.
+
+    later: one without any is a video's, whose frames bring theirs; a run refuses it.
+    """
     each = list(target) if isinstance(target, list | tuple) else [target]
     for picture in (source, *each):
         if picture is not None and not isinstance(picture, str | Path | Image.Image | np.ndarray | Tensor):
@@ -111,8 +134,14 @@ def check_conditions(name: str, source: Condition, target: Condition | Sequence[
                 f"{name} has a condition of {type(picture).__name__}; expected a path, PIL picture, array or tensor, "
                 "None for none, and for targets a list of these"
             )
-    if source is None and all(picture is None for picture in each):
+    if source is None and not _has_picture(target) and not (later and target is None):
         raise MasaError(f"{name} has no condition picture; give target=, source=, or both")
+
+
+def _has_picture(target: Condition | Sequence[Condition]) -> bool:
+    """Whether some target has a picture."""
+    each = target if isinstance(target, list | tuple) else [target]
+    return any(picture is not None for picture in each)
 
 
 def load_condition(name: str, picture: ImageLike, grid: Grid) -> Tensor:

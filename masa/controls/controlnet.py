@@ -58,7 +58,7 @@ class ControlNet(PictureControl):
     file: AdapterFile[ControlNetwork] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        check_conditions("ControlNet", self.source, self.target)
+        check_conditions("ControlNet", self.source, self.target, later=True)
         if not is_number(self.scale):
             raise MasaError(f"ControlNet scale is {self.scale!r}; expected a number, 1 as trained")
         check_fraction("ControlNet start", self.start)

@@ -41,8 +41,9 @@ class T2IAdapter(PictureControl):
     nothing; several adapters add up. tau: in [0, 1], the share of the steps, from the noisiest on, in which it acts.
     sha256: of the file, where another one is to be refused.
 
-    Without targets it acts on the source. As published a real source has no picture; one that it is given steers its
-    inversion too (`masa.invert(controls=..)`, `masa.edit`). MasaError for a file of another kind, or a picture that is
+    Without any picture it is a video's (`masa.sample_frames`), and a run refuses it. Without targets it acts on the
+    source. As published a real source has no picture; one that it is given steers its inversion too
+    (`masa.invert(controls=..)`, `masa.edit`). MasaError for a file of another kind, or a picture that is
     none. 2302.08453, section 3.3; tau is the published code's.
     """
 
@@ -55,7 +56,7 @@ class T2IAdapter(PictureControl):
     file: AdapterFile[T2IAdapterNetwork] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        check_conditions("T2IAdapter", self.source, self.target)
+        check_conditions("T2IAdapter", self.source, self.target, later=True)
         if not is_number(self.weight):
             raise MasaError(f"T2IAdapter weight is {self.weight!r}; expected a number, 1 as trained")
         check_fraction("T2IAdapter tau", self.tau)

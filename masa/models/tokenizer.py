@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import unicodedata
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,8 @@ class Tokenizer:
         self.vocab_size = max(vocab.values()) + 1
         self.length = length
         self.start_id, self.end_id, self.pad_id = vocab[START], vocab[END], vocab[pad_token]
+        self.words: Mapping[str, tuple[int, ...]] = {}  # of textual inversion, each with its token ids
+        self._names: list[tuple[re.Pattern[str], tuple[int, ...]]] = []
 
     @classmethod
     def clip(cls) -> Tokenizer:
@@ -104,8 +107,56 @@ class Tokenizer:
             ) from error
         return cls(vocab, merges, pad)
 
+    def with_words(self, words: Mapping[str, tuple[int, ...]]) -> Tokenizer:
+        """The same tokenizer where these words, and no others, have token ids of their own."""
+        twin = copy.copy(self)
+        twin.words = dict(words)
+        longest_first = sorted(words, key=len, reverse=True)
+        twin._names = [(re.compile(phrase_pattern(word), re.IGNORECASE), words[word]) for word in longest_first]
+        return twin
+
     def encode(self, prompt: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Token ids of the bare prompt, untruncated, and each one's span of characters in it."""
+        """Token ids of the bare prompt, untruncated, and each one's span of characters in it.
+
+        It is split at known words first, the longest first; all ids of a word have the word's span.
+        """
+        if not self._names or not isinstance(prompt, str):
+            return self._encode(prompt)
+        found = self._find_names(prompt)
+        ids: list[int] = []
+        spans: list[tuple[int, int]] = []
+        ends = [0, *(end for _, end, _ in found)]
+        for begin, (start, end, own) in zip(ends, [*found, (len(prompt), len(prompt), ())], strict=True):
+            between, places = self._encode(prompt[begin:start])
+            ids += [*between, *own]
+            spans += [(first + begin, last + begin) for first, last in places]
+            spans += [(start, end)] * len(own)
+        return ids, spans
+
+    def _find_names(self, prompt: str) -> list[tuple[int, int, tuple[int, ...]]]:
+        """Where known words stand, in order, and their ids; none overlaps a longer one."""
+        found: list[tuple[int, int, tuple[int, ...]]] = []
+        for pattern, ids in self._names:
+            for start, end in (match.span() for match in pattern.finditer(prompt)):
+                if all(end <= other_start or start >= other_end for other_start, other_end, _ in found):
+                    found.append((start, end, ids))
+        return sorted(found)
+
+    def check_words(self, prompt: str) -> None:
+        """MasaError where the limit of 77 tokens would cut a known word in half."""
+        if not self._names:
+            return
+        ids, spans = self.encode(prompt)
+        room = self.length - 2
+        if len(ids) > room and ids[room] >= self.vocab_size and spans[room] == spans[room - 1]:
+            start, end = spans[room]
+            raise MasaError(
+                f"{prompt[start:end]!r} stands for {spans.count(spans[room])} tokens, and only "
+                f"{spans[:room].count(spans[room])} of them are among the first {room}, which are used; shorten the "
+                "prompt or move the word forward"
+            )
+
+    def _encode(self, prompt: str) -> tuple[list[int], list[tuple[int, int]]]:
         try:
             encoding = self._backend.encode(prompt, add_special_tokens=False)
         except (TypeError, UnicodeError) as error:
@@ -116,6 +167,7 @@ class Tokenizer:
         """Token ids (n, 77), int64. A prompt that is too long is cut, with a warning naming what went."""
         rows = []
         for prompt in prompts:
+            self.check_words(prompt)
             ids, spans = self.encode(prompt)
             room = self.length - 2
             if len(ids) > room:
@@ -146,12 +198,8 @@ class Tokenizer:
         return tuple(sorted(positions))
 
     def _phrase_positions(self, prompt: str, phrase: str) -> list[int]:
-        text, wanted = fold(prompt), fold(phrase).split()
-        # Whole words only; a phrase that begins or ends with punctuation may touch a word there.
-        pattern = r"\s+".join(re.escape(part) for part in wanted)
-        pattern = (r"(?<!\w)" if re.match(r"\w", pattern) else "") + pattern
-        pattern += r"(?!\w)" if re.search(r"\w$", pattern) else ""
-        spans = [match.span() for match in re.finditer(pattern, text)] if wanted else []
+        text = fold(prompt)
+        spans = [match.span() for match in re.finditer(phrase_pattern(phrase), text)] if phrase.split() else []
         if not spans:
             known = ", ".join(dict.fromkeys(re.findall(r"\w+(?:['’-]\w+)*", prompt))) or "none"
             raise MasaError(f"{phrase!r} is not in the prompt {prompt!r}; its words are: {known}")
@@ -169,6 +217,13 @@ class Tokenizer:
                 "shorten the prompt or move the word forward"
             )
         return kept
+
+
+def phrase_pattern(phrase: str) -> str:
+    """Finds a phrase in a folded text, as whole words; where it begins or ends with punctuation it may touch one."""
+    pattern = r"\s+".join(re.escape(part) for part in fold(phrase).split())
+    pattern = (r"(?<!\w)" if re.match(r"\w", pattern) else "") + pattern
+    return pattern + (r"(?!\w)" if re.search(r"\w$", pattern) else "")
 
 
 def fold(text: str) -> str:

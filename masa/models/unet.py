@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from masa.attention import Backend, Call
 from masa.config import UNetConfig
-from masa.edits import Edit, Place, Residuals, RowTuple, Site, Tape
+from masa.edits import Edit, Place, Residuals, RowTuple, Site, Tape, take
 from masa.models.batch_rows import BatchRows, Retirement
 from masa.models.norms import edited_norm
-from masa.models.resnet import Downsample, ResnetBlock, Upsample
+from masa.models.resnet import Downsample, ResnetBlock, Upsample, emb_of
 from masa.models.rowwise import Conv2d, GroupNorm
 from masa.models.transformer import Transformer
+from masa.schedule import alphas_at, eps_of_velocity, training_alphas
 
 
 class TimestepEmbedding(nn.Module):
@@ -202,10 +203,11 @@ class UNet(nn.Module):
         first prompt that they read on, and are one row until then. residuals: added on the way. Rows of edits, retire
         and residuals are context's. guidance (1, guidance_width): `guidance_embedding`, for a model that has a place
         for it; None leaves it out.
-        Returns eps (rows kept, 4, h, w) and the tape of this call. Nothing outlives the call. MasaError where the
-        rows do not fit.
+        Returns eps (rows kept, 4, h, w), also where the network predicts v, and the tape of this call. Nothing outlives
+        the call. MasaError where the rows do not fit.
         """
         call = Call(edits or {}, {}, backend)
+        noisy = x
         add = residuals or Residuals()
         # One row for one timestep: the product would round otherwise with more.
         emb = self.time_embedding(timestep_embedding(timestep, self.config.block_out_channels[0], x), guidance)
@@ -240,7 +242,21 @@ class UNet(nn.Module):
 
         site = self.last_norm_site
         x = edited_norm(self.conv_norm_out, x, call.edit_at(site), site, call.tape)
-        return self.conv_out(F.silu(x)), call.tape
+        predicted = self.conv_out(F.silu(x))
+        return self._noise(predicted, noisy, timestep, copies, retire), call.tape
+
+    def _noise(
+        self, predicted: Tensor, x: Tensor, timestep: float | Tensor, copies: RowTuple | None, retire: Retirement | None
+    ) -> Tensor:
+        """The noise in x (rows of x, 4, h, w) by what was predicted of the rows kept: itself, or v."""
+        if self.config.velocity is None:
+            return predicted
+        times = torch.as_tensor(timestep, dtype=torch.float32, device=x.device).reshape(-1)
+        alphas = alphas_at(training_alphas(self.config.velocity, x.device), times)
+        for rows in (copies, None if retire is None else retire.staying):
+            if rows is not None:
+                x, alphas = take(x, rows), emb_of(alphas, rows)
+        return eps_of_velocity(predicted, x, alphas[:, None, None, None])
 
     def _run(self, block: Block, i: int, x: Tensor, rows: BatchRows, call: Call) -> Tensor:
         """Residual block i and, where the level has one, transformer block i."""

@@ -51,11 +51,7 @@ class Picture(Image.Image):
         is_path = isinstance(fp, str | Path)
         named_png = is_path and Path(fp).suffix.lower() == ".png"
         if (format or "").upper() == "PNG" or (format is None and named_png):
-            chunks = PngInfo()
-            text = json.dumps(self.settings)  # ASCII: as many bytes as characters
-            for i, start in enumerate(range(0, len(text), CHUNK)):
-                chunks.add_itxt(f"{KEY}.{i}" if i else KEY, text[start : start + CHUNK], zip=True)
-            params.setdefault("pnginfo", chunks)
+            params.setdefault("pnginfo", png_info(self.settings))
         if not is_path:
             super().save(fp, format, **params)
             return
@@ -65,6 +61,15 @@ class Picture(Image.Image):
         super().save(encoded, format, **params)
         with replacing(fp) as temporary:
             temporary.write_bytes(encoded.getbuffer())
+
+
+def png_info(settings: Mapping[str, Any]) -> PngInfo:
+    """Settings as the text chunks of a PNG."""
+    chunks = PngInfo()
+    text = json.dumps(dict(settings))  # ASCII: as many bytes as characters
+    for i, start in enumerate(range(0, len(text), CHUNK)):
+        chunks.add_itxt(f"{KEY}.{i}" if i else KEY, text[start : start + CHUNK], zip=True)
+    return chunks
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
@@ -81,8 +86,13 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     pieces = [texts[KEY]]
     while (name := f"{KEY}.{len(pieces)}") in texts:
         pieces.append(texts[name])
+    return parse_settings("".join(pieces), path, remedy)
+
+
+def parse_settings(text: str, path: str | Path, remedy: str) -> dict[str, Any]:
+    """Settings from the text that a file carries. MasaError where it is damaged, or none of masa's."""
     try:
-        settings = json.loads("".join(pieces))
+        settings = json.loads(text)
     except json.JSONDecodeError as error:
         raise MasaError(f"{path} carries damaged masa settings; {remedy}") from error
     if not isinstance(settings, dict) or "function" not in settings:

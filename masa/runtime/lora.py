@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from masa.errors import CheckpointError, MasaError
 from masa.models.clip import TextEncoder
 from masa.models.unet import UNet
+from masa.runtime.networks import sharing_copy
 from masa.weights.lora import Change, Layer, OpenedLora, open_lora
 
 LoraPath = str | Path
@@ -87,6 +87,18 @@ def open_loras(loras: Sequence[Lora], unet: UNet, text_encoder: TextEncoder) -> 
     return opened
 
 
+def warn_of_words(opened: Sequence[OpenedLora], known: Iterable[str]) -> None:
+    """A warning for each file that also holds embeddings of words, where a model does not know these."""
+    for found in opened:
+        words = [word for word in found.words if word not in set(known)]
+        if words:
+            warnings.warn(
+                f"{found.path} also holds embeddings of words ({', '.join(words)}), which are not loaded; give the "
+                "file as embeddings= too",
+                stacklevel=4,
+            )
+
+
 def merge(
     unet: UNet, text_encoder: TextEncoder, loras: Sequence[Lora], opened: Sequence[OpenedLora]
 ) -> tuple[UNet, TextEncoder]:
@@ -150,8 +162,7 @@ def _with_weights(network: Network, merged: dict[Layer, Tensor]) -> Network:
     own = {prefix + layer: weight for (where, layer), weight in merged.items() if where == part}
     if not own:
         return network
-    shared: dict[int, Any] = {id(tensor): tensor for tensor in chain(network.parameters(), network.buffers())}
-    twin = copy.deepcopy(network, shared)
+    twin = sharing_copy(network)
     for name, weight in own.items():
         twin.get_submodule(name).weight = nn.Parameter(weight, requires_grad=False)
     return twin

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from itertools import chain
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +20,7 @@ from masa.weights.model_files import Checkpoint
 
 Autoencoder = VAE | TinyVAE
 Network = UNet | Autoencoder | TextEncoder
+OneOf = TypeVar("OneOf", UNet, VAE, TinyVAE, TextEncoder)
 NAMES: dict[type, str] = {UNet: "unet", VAE: "vae", TinyVAE: "vae", TextEncoder: "text_encoder"}
 
 # Of convolutions' weights, which feature maps follow. Attention reads a map as tokens without a copy; on a CPU float32
@@ -82,6 +86,12 @@ def checkpoint_parts(opened: Checkpoint, networks: Sequence[Network]) -> dict[st
         names = {name: files.namer(name[strip:]) for name in module.state_dict()}
         parts[part] = Part(module, names, files.entries, files.ignore)
     return parts
+
+
+def sharing_copy(network: OneOf) -> OneOf:
+    """A copy on the same weights and buffers."""
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in chain(network.parameters(), network.buffers())}
+    return copy.deepcopy(network, shared)
 
 
 def weight_samples(network: Network) -> bytes:

@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from masa.models.unet import UNet
 from masa.models.vae import VAE
 from masa.runtime.networks import Autoencoder, Network, checkpoint_parts, fill, meta_models, weight_samples
 from masa.weights.checkpoint import check_parts
-from masa.weights.model_files import Checkpoint, open_checkpoint
+from masa.weights.model_files import Checkpoint, Wanted
 
 FILE_ERRORS = (OSError, SafetensorError, CheckpointError)
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a float
@@ -56,20 +56,17 @@ class OffloadedNetworks:
     """A model's UNet, VAE and text encoder, of which only those at work are in memory.
 
     The UNet is, except while the VAE works, whose maps need the room. For inference, and for one run at a time.
-    checkpoint, vae, prefer_half: as `open_checkpoint` takes them. digests: of the networks as first read.
+    checkpoint: its path. wanted: of it. digests: of the networks as first read.
     """
 
     checkpoint: Path
-    vae: Path | None
-    prefer_half: bool
+    wanted: Wanted
     dtype: torch.dtype
     networks: tuple[UNet, Autoencoder, TextEncoder]
     digests: tuple[WeightDigest, WeightDigest, WeightDigest]
 
     @staticmethod
-    def read(
-        opened: Checkpoint, vae: Path | None, prefer_half: bool, dtype: torch.dtype, progress: bool
-    ) -> OffloadedNetworks:
+    def read(opened: Checkpoint, dtype: torch.dtype, progress: bool) -> OffloadedNetworks:
         """Read the three networks, which finds what is wrong with them, and keep the UNet."""
         networks = meta_models(opened.config)
         unet, vae_model, text_encoder = networks
@@ -81,8 +78,9 @@ class OffloadedNetworks:
             _empty(network)
         fill(opened, [unet], dtype, torch.device("cpu"), progress)
         # Absolute, since the program may change its folder.
-        where = opened.path.absolute(), None if vae is None else vae.absolute()
-        return OffloadedNetworks(*where, prefer_half, dtype, networks, (WeightDigest.of(unet), digests[0], digests[1]))
+        vae = None if opened.wanted.vae is None else opened.wanted.vae.absolute()
+        where = opened.path.absolute(), replace(opened.wanted, vae=vae)
+        return OffloadedNetworks(*where, dtype, networks, (WeightDigest.of(unet), digests[0], digests[1]))
 
     def holds(self, network: object) -> bool:
         """Whether a network is one of these, and not one that the user put in its place."""
@@ -148,7 +146,7 @@ class OffloadedNetworks:
 
     def _open(self) -> Checkpoint:
         try:
-            return open_checkpoint(self.checkpoint, prefer_half=self.prefer_half, vae=self.vae)
+            return self.wanted.open(self.checkpoint)
         except FILE_ERRORS as error:
             raise self._not_as_loaded(error) from error
 

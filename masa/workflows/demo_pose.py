@@ -63,7 +63,7 @@ def run(folder: Path, drawing: ImageLike | None = None, seed: int | None = None,
     edited = edit(sd, who, folder / PICTURE, POSES, drawn, progress)
     rows = []
     for pose, stick, target, words in zip(POSES, sticks, edited.targets, edited.labels[1:], strict=True):
-        said = pose if isinstance(pose, str) else f"between {pose.first} and {pose.second}"
+        said = f"between {pose.first} and {pose.second}" if isinstance(pose, Between) else pose
         pictures = [
             *(picture, stick.convert("RGB"), target),
             Image.fromarray(rendered(who, pose, size)),

@@ -16,13 +16,16 @@ from masa.errors import MasaError
 from masa.inversion import invert
 from masa.io.files import file_digest, find_near
 from masa.null_text import INNER_STEPS
-from masa.output.result import Result, read_settings
+from masa.output.frames import Frames, read_run
+from masa.output.result import Result
 from masa.pipeline import StableDiffusion, choose_device, load
+from masa.runtime.embeddings import Embedding
 from masa.runtime.lora import Lora
 from masa.sampling import Given, run
 from masa.settings import RunSettings, restore, restore_schedule, unpack
 from masa.trajectory import Trajectory
 from masa.weights.lora import lora_digest
+from masa.workflows.frames import Video, run_frames
 
 
 def rerun(
@@ -35,8 +38,10 @@ def rerun(
     vae: str | Path | None = None,
     tokenizer: str | Path | None = None,
     progress: bool = True,
-) -> Result:
-    """Run again what made a PNG saved by masa: the same pictures, on the same device and library version.
+) -> Result | Frames:
+    """Run again what made a file saved by masa: the same pictures, on the same device and library version.
+
+    picture: a PNG, or of a video also the animation, film or folder that it was saved as (then Frames come back).
 
     sd: the model, by default loaded as the settings say; checkpoint, device, dtype, vae and tokenizer, as `load`
     takes them, replace what these name. Weights that are not named here must be those that made the picture. A
@@ -47,8 +52,8 @@ def rerun(
     given = [name for name, value in others.items() if value is not None]
     if sd is not None and given:
         raise MasaError(f"sd and {' and '.join(given)} both say which model to run; leave one out")
-    settings = read_settings(picture)
-    if settings["function"] != "sample":
+    settings, picture = read_run(picture)
+    if settings["function"] not in ("sample", "frames"):
         raise MasaError(
             f"{picture} is a sheet of many runs; repeat it with masa {settings['function']} and the settings inside it"
         )
@@ -58,8 +63,12 @@ def rerun(
         warnings.warn(f"a callback took part in making {picture}; it is not repeated", stacklevel=2)
     asked = RunSettings.restored(settings)
     asked = replace(asked, controls=tuple(find_weights(control, picture) for control in asked.controls))
+    video = Video.restored(settings) if settings["function"] == "frames" else None
+    if video is not None:
+        video = replace(video, adapters=tuple(find_weights(adapter, picture) for adapter in video.adapters))
     if sd is None:
         find_loras(settings, picture)  # before the model's minutes
+        find_embeddings(settings, picture)
     made_from = settings["trajectory"]
     source = None if made_from is None else find_source(made_from, picture)
     if sd is None:
@@ -69,9 +78,7 @@ def rerun(
             check_weights(sd, settings, picture)
     trajectory = None
     if made_from is not None and source is not None:
-        inverter = sd
-        if made_from.get("trajectory") is None and made_from.get("lora", []) != settings.get("lora", []):
-            inverter = sd.without_lora().with_loras(find_loras(made_from, picture))  # as when inverted without
+        inverter = sd if made_from.get("trajectory") is not None else as_inverted(sd, made_from, settings, picture)
         kept = made_from.get("controls", ()) if made_from.get("trajectory") is None else ()  # older pictures name none
         steering = tuple(find_weights(restore(control), picture) for control in kept)
         trajectory = restore_trajectory(inverter, made_from, source, progress, steering)
@@ -79,7 +86,29 @@ def rerun(
     generator = restore_generator(asked.generator_state)
     if generator is not None:
         asked = replace(asked, seed=None)
+    if video is not None:
+        return run_frames(sd, asked, video, trajectory, progress=progress)
     return run(sd, asked, Given(trajectory, generator=generator, progress=progress))
+
+
+def as_inverted(
+    sd: StableDiffusion, made_from: Mapping[str, Any], settings: Mapping[str, Any], picture: str | Path
+) -> StableDiffusion:
+    """The model with the LoRAs and embeddings of an inversion, which may be others than its edit's.
+
+    MasaError where it had another text encoder's depth, which takes another model.
+    """
+    now, then = (told.get("clip_skip", 0) for told in (settings, made_from))
+    if "clip_skip" in made_from and now != then:
+        raise MasaError(
+            f"{picture} was inverted with clip_skip={then} and edited with clip_skip={now}; invert again, save the "
+            "trajectory, and sample from it"
+        )
+    if made_from.get("embeddings", []) != settings.get("embeddings", []):
+        sd = sd.without_embeddings().with_embeddings(find_embeddings(made_from, picture))
+    if made_from.get("lora", []) != settings.get("lora", []):
+        sd = sd.without_lora().with_loras(find_loras(made_from, picture))
+    return sd
 
 
 def restore_generator(state: Mapping[str, str] | None) -> torch.Generator | None:
@@ -120,6 +149,10 @@ def load_again(settings: Mapping[str, Any], picture: str | Path, progress: bool)
         vae=vae,
         tokenizer=tokenizer,
         lora=[(lora.path, lora.weight) for lora in loras],
+        embeddings=[(word.name, word.path) if word.name else word.path for word in find_embeddings(settings, picture)],
+        clip_skip=settings.get("clip_skip", 0),  # older pictures name none of these
+        prediction_type=settings.get("prediction_type"),
+        ema=settings.get("ema", False),
         progress=progress,
         # A run may be moved from a GPU, which can do both, to a CPU.
         offload=settings.get("offload", False)
@@ -179,6 +212,21 @@ def find_loras(settings: Mapping[str, Any], picture: str | Path) -> tuple[Lora, 
             raise MasaError(f"the LoRA {path} has changed since it made {picture}; put the old file back")
         weight = tuple(told["weight"]) if isinstance(told["weight"], list) else told["weight"]
         found.append(Lora(str(path), weight, told["sha256"]))
+    return tuple(found)
+
+
+def find_embeddings(settings: Mapping[str, Any], picture: str | Path) -> tuple[Embedding, ...]:
+    """The embeddings that settings name, where they are now. MasaError for one that is gone, or has changed."""
+    found = []
+    for told in settings.get("embeddings", []):  # older pictures name none
+        path = find_near(told["path"], picture)
+        if path is None:
+            raise MasaError(
+                f"the embedding {told['path']}, which {picture} was made with, is not there any more; put it back"
+            )
+        if file_digest(path) != told["sha256"]:
+            raise MasaError(f"the embedding {path} has changed since it made {picture}; put the old file back")
+        found.append(Embedding(str(path), told["name"], told["sha256"]))
     return tuple(found)
 
 

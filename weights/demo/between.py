@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from PIL import Image
 
@@ -24,8 +24,18 @@ class Between:
         if not 0 <= self.amount <= 1:
             raise ValueError(f"a pose's amount is {self.amount}; expected 0 (the first) to 1 (the second)")
 
+    def draw(self, canvas: Canvas, draw: Callable[[Canvas, str], None]) -> None:
+        """Draws it. draw: draws a named pose."""
+        draw_between(canvas, self, draw)
 
-Pose = str | Between
+
+class Unnamed(Protocol):
+    """A pose that no caption names, made of named ones."""
+
+    def draw(self, canvas: Canvas, draw: Callable[[Canvas, str], None]) -> None: ...
+
+
+Pose = str | Unnamed
 
 
 @dataclass(frozen=True)

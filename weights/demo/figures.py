@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .between import Between, Pose, draw_between
+from .between import Pose
 from .canvas import Canvas, Colour, Node, mix, shade
 
 POSES: dict[str, tuple[str, ...]] = {
@@ -93,8 +93,8 @@ def sample_appearance(rng: random.Random, subject: str, behind: tuple[Colour, ..
 
 def draw_figure(canvas: Canvas, appearance: Appearance, pose: Pose) -> None:
     """Draws the subject; a pose that it does not know raises ValueError, naming those it does."""
-    if isinstance(pose, Between):
-        draw_between(canvas, pose, lambda on, named: draw_figure(on, appearance, named))
+    if not isinstance(pose, str):
+        pose.draw(canvas, lambda on, named: draw_figure(on, appearance, named))
         return
     known = POSES[appearance.subject]
     if pose not in known:
