@@ -419,6 +419,14 @@ def test_jobs_that_share_a_source_stay_beside_each_other(home):
     assert [job.id for job in ordered] == ["1", "4", "2", "6", "3", "7", "5"]
     unseeded = read_jobs([{"id": "1", "target": "a cat"}, {"id": "2", **edit, "method": "edit-friendly"}])
     assert [(job.inversion, job.source) for job in unseeded] == [(None, None)] * 2
+    adapter = {"kind": "T2IAdapter", "path": "t.safetensors", "source": None, "target": "pose.png"}
+    steered = read_jobs(
+        [
+            {"id": "1", **edit, "controls": [adapter]},
+            {"id": "2", **edit, "controls": [adapter | {"source": "pose.png"}]},
+        ]
+    )
+    assert [job.inversion is None for job in steered] == [False, True]  # an adapter of the source steers its inversion
     noisy = {"sampler": "dpm++2m-sde", **edit}
     friendly = {"method": "edit-friendly", **edit}
     fitted = {"method": "null-text", "source": "a cat", "guidance_scale": 3, **edit}

@@ -330,7 +330,7 @@ def check_with_model(sd: StableDiffusion, job: Job) -> None:
         assert settings.height is not None
         assert settings.width is not None
         size = (settings.height, settings.width)
-        check_controls(sd, settings.controls, levels, (settings.source, *settings.target), size=size, real=False)
+        check_controls(sd, settings.controls, levels, (settings.source, *settings.target), size=size, method=None)
         return
     if not job.inverts:
         return
