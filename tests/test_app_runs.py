@@ -358,6 +358,9 @@ def test_the_share_weighs_phases_by_their_rows():
     ticket.count()
     assert ticket.progress().share == pytest.approx(0.1)
     assert ticket.progress().text == "one, step 2 of 2"
+    for _ in range(5):  # more than was planned
+        ticket.count()
+    assert ticket.progress().share == pytest.approx(0.2)
     ticket.begin()
     ticket.count()
     assert ticket.progress().share == pytest.approx(0.2)
@@ -411,7 +414,9 @@ def test_a_run_that_waits_is_cancelled_before_it_begins(desk, session):
 def test_a_run_whose_page_is_gone_stops(desk, session):
     told = runs.run(desk, session, replace(BASE, steps=50))
     next(told)
+    ticket = session.ticket
     told.close()
+    assert ticket.stop.is_set()
     assert session.ticket is None
     done = [one for one in desk.worker.follow(lambda ticket: "next", Ticket()) if isinstance(one, Done)]
     assert done == [Done("next")]
