@@ -295,7 +295,7 @@ def test_a_rerun_s_options_reach_the_library(home, monkeypatch):
         raise masa.MasaError("seen enough")
 
     monkeypatch.setattr("masa.rerun", rerun)
-    monkeypatch.setattr("masa.output.result.read_settings", lambda path: {"target": []})
+    monkeypatch.setattr("masa.output.frames.read_run", lambda path: ({"function": "sample", "target": []}, path))
     model = MODEL[: MODEL.index("--offload")]  # what follows is in the settings
     assert main(["rerun", "photo.jpg", *model, "-q"]) == 2
     given = {name: value for name, value in LOADED.items() if name not in NOT_AGAIN}

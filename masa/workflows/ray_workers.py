@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -35,6 +36,11 @@ class RayWorker:
         return list(run_here(unit, self.out, self.sd, self.overwrite))
 
 
+def _run_unit(worker: Any, unit: Sequence[Job]) -> Any:
+    """What a worker will have done of a unit."""
+    return worker.run.remote(unit)
+
+
 def run_by_ray(
     jobs: Sequence[Job], out: Path, model: Callable[[], StableDiffusion], overwrite: bool, workers: int | None
 ) -> Iterator[Row]:
@@ -51,17 +57,18 @@ def run_by_ray(
         raise MasaError("ray=True needs Ray: pip install 'masa[ray]'") from error
     started = not ray.is_initialized()
     if started:
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level="warning")
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
     try:
         count, needs = choose_workers(ray.cluster_resources(), workers)
-        actor: Any = ray.remote(max_restarts=-1, max_task_retries=RETRIES, **needs)(RayWorker)
+        remote: Any = ray.remote  # whose own types do not know a dict of needs
+        actor: Any = remote(max_restarts=-1, max_task_retries=RETRIES, **needs)(RayWorker)
         actors = [actor.remote(model, str(out.absolute()), overwrite) for _ in range(count)]
         ray.get([one.ready.remote() for one in actors])
         pool = ActorPool(actors)
         # A worker's working folder may be another one.
         placed = [replace(job, near=str(Path(job.near).absolute())) for job in jobs]
         for unit in units_of(placed, math.ceil(len(jobs) / (PIECES * count))):
-            pool.submit(lambda one, piece: one.run.remote(piece), unit)
+            pool.submit(_run_unit, unit)
         told = set()
         while pool.has_next():
             try:
