@@ -271,7 +271,7 @@ def test_where_the_source_is_kept_and_decoding_in_tiles_leave_the_frames_as_they
 def test_progress_is_told_over_all_frames(video, capsys):
     video(progress=True, frames_at_once=2)
     shown = capsys.readouterr().err
-    assert re.search(r"frames: +100%.*4.*/4", shown)
+    assert re.search(r"frames: +100%.* 4.00/4.00 ", shown)
     video(progress=False)
     assert not capsys.readouterr().err
 

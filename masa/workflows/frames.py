@@ -282,7 +282,7 @@ def run_frames(
     cache = _record(sd, asked, video, trajectory, store, progress) if reads else None
     results: list[Result] = []
     frames: dict[int, tuple[Picture, Tensor]] = {}
-    with tqdm(desc="frames", total=len(video), disable=not progress, unit="frame") as bar:
+    with tqdm(desc="frames", total=len(video), disable=not progress, unit="frame", unit_scale=True) as bar:
         for chunk in video.chunks():
             result = _sample_chunk(sd, asked, video, chunk, Given(trajectory, cache, progress=False), bar)
             made = zip(chunk, result.targets, result.latents[1:], strict=True)
@@ -363,6 +363,7 @@ def _sample_chunk(
     x = prepared.denoising.latents
     for x in denoise(prepared.denoising):  # noqa: B007
         bar.update(new / steps)
+    bar.n = round(bar.n)  # thirds of frames do not add up to whole ones
     return collect(prepared, x)
 
 
