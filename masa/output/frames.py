@@ -95,7 +95,7 @@ class Frames:
 
     def _write_animation(self, file: BinaryIO, suffix: str, fps: float, text: str) -> None:
         pictures: list[Image.Image] = [Image.Image.copy(picture) for picture in self.images]
-        options: dict[str, Any] = {"save_all": True, "loop": 0, "duration": 1000.0 / fps}
+        options: dict[str, Any] = {"save_all": True, "loop": 0, "duration": round(1000.0 / fps)}
         if suffix == ".gif":
             pictures = one_palette(pictures)
             # Without palette= Pillow would write it again with each frame.
@@ -109,7 +109,7 @@ class Frames:
         elif suffix == ".webp":
             exif = Image.Exif()
             exif[DESCRIPTION] = text
-            options |= {"duration": round(1000.0 / fps), "lossless": True, "exif": exif}
+            options |= {"lossless": True, "exif": exif}
         else:
             options |= {"pnginfo": png_info(self.settings)}
         first, *others = pictures
