@@ -605,6 +605,23 @@ def test_files_without_settings_are_refused_by_a_rerun(tiny, tmp_path):
         masa.rerun(tmp_path / "a.mp4", tiny)
     with pytest.raises(masa.MasaError, match=r"holds no settings.json"):
         masa.rerun(tmp_path, tiny)
+    for name in ("gone.gif", "gone.png", "gone.mp4", "gone"):
+        with pytest.raises(FileNotFoundError, match=rf"^nothing at .*{name}; give the path of a picture, a video or"):
+            masa.rerun(tmp_path / name, tiny)
+
+
+def test_mistakes_of_the_command_that_reruns_are_one_line(made, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("masa.rerun", lambda *args, **settings: pytest.fail("ran first"))
+    monkeypatch.chdir(tmp_path)
+    made.save("v.webp")
+    for argv, message in (
+        (["gone.gif"], "masa: nothing at gone.gif; give the path"),
+        (["v.webp", "-o", "v.webp"], "v.webp is already there; give another path, or overwrite it (--overwrite, "),
+    ):
+        assert main(["rerun", *argv]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert message in error
 
 
 def test_a_sheet_shows_all_frames(made):
