@@ -382,13 +382,11 @@ def locate(checkpoint: str | Path | None, prefer_half: bool) -> Path:
     """The path that load()'s first argument means; a hub id is downloaded where it is not cached."""
     if not isinstance(checkpoint, str | Path | None):
         raise MasaError(f"checkpoint is {checkpoint!r}; expected a path, a hub id, or None for the demo model")
-    if checkpoint is None:
+    if checkpoint is None or checkpoint == "demo":  # "./demo" is a local one
         return DEMO
     path = Path(checkpoint).expanduser()
     if path.exists():
         return path
-    if checkpoint == "demo":
-        return DEMO
     if isinstance(checkpoint, str) and hub.is_hub_id(checkpoint):
         return hub.fetch(checkpoint, prefer_half)
     raise FileNotFoundError(

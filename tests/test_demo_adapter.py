@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import masa
 from masa.cli.commands import main
-from masa.runtime.adapters import DEMO_ADAPTER, read_adapter
+from masa.runtime.adapters import DEMO_ADAPTER, locate_adapter, read_adapter
 from masa.weights.demo import train_adapter
 from masa.weights.demo.loop import Budget
 from masa.weights.demo.stick_figure import stick_figure
@@ -223,10 +223,17 @@ def test_demo_is_a_path_and_a_run_with_it_is_repeated(tmp_path, monkeypatch, cap
     adapter = next(c for c in again.settings["controls"] if c["kind"] == "T2IAdapter")
     assert adapter["path"] == "demo"
     assert adapter["sha256"] == masa.T2IAdapter(DEMO_ADAPTER, target=stick).file.digest()
-    (tmp_path / "demo").mkdir()  # what lies there comes first, as in `load`
+
+
+def test_demo_means_what_ships_and_a_folder_of_that_name_is_dot_slash_demo(tmp_path, monkeypatch):
+    """`masa demo -o demo` makes such a folder."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(masa.MasaError):
-        masa.sample(masa.load(), "a cat", "a cat", controls=masa.T2IAdapter("demo", target=stick), progress=False)
+    (tmp_path / "demo").mkdir()
+    assert locate_adapter("demo") == DEMO_ADAPTER
+    assert locate_adapter("./demo") == Path("demo")
+    assert masa.load("demo").fingerprint == masa.load().fingerprint
+    with pytest.raises(masa.MasaError, match="demo"):
+        masa.load("./demo")
 
 
 # ----------------------------------------------------------------------------------------------------- masa demo --pose

@@ -692,12 +692,46 @@ def test_the_command_takes_several_adapters_and_a_real_picture(tiny, tiny_folder
     assert len(masa.rerun("out.webp", tiny, progress=False)) == 2
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--no-control", "--anchor", "first"], "anchor='first' says what MasaCtrl's frames read"),
+        (["--sampler", "lcm"], "LCM"),
+        (["--skip-steps", "50"], "skip_steps is 50"),
+        (["--start-step", "2"], "selects no step"),
+    ],
+    ids=["anchor", "sampler", "skip", "start"],
+)
+def test_a_picture_is_not_inverted_for_frames_that_will_be_refused(
+    home, tiny_folder, monkeypatch, capsys, options, message
+):
+    monkeypatch.setattr("masa.invert", lambda *given, **more: pytest.fail("the minutes are spent"))
+    start = [] if options[0] in ("--start-step", "--no-control") else ["--start-step", "1"]
+    used = ["--steps", "2", "--height", "128", "--width", "128", "-q", *start]
+    command = ["video", SOURCE, PROMPT, "poses", *FULL, "--image", "photo.png", *used, *options, "-c", str(tiny_folder)]
+    assert main(command) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_frames_of_an_empty_prompt_have_masactrl_too(home, tiny_folder):
+    command = ["video", SOURCE, "", "poses", *FULL, *USED, "-c", str(tiny_folder), "-o", "out.gif"]
+    assert main(command) == 0
+    settings, _ = read_run("out.gif")
+    assert [control["kind"] for control in settings["controls"]] == ["MasaCtrl"]
+
+
+def test_one_frame_behind_any_anchor(video, poses):
+    made = [video(conditions=poses[:1], anchor=anchor, frames_at_once=1) for anchor in ("first", "both")]
+    assert [len(frames) for frames in made] == [1, 1]
+
+
 VIDEO = ["video", SOURCE, PROMPT, "poses"]
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
+        (["video", "photo.png", PROMPT, "poses", *FULL], "photo.png is a file and stands where a prompt belongs"),
         (VIDEO, "frames get their layout from an adapter; give --t2i-adapter FILE"),
         ([*VIDEO, "--t2i-adapter", "gone.safetensors"], "no T2I-Adapter at gone.safetensors"),
         (["video", SOURCE, PROMPT, "gone", *FULL], "conditions: gone is not there"),

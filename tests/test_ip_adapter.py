@@ -301,6 +301,16 @@ def test_pictures_go_through_the_encoder(tiny, files, encoder_folder, kind):
         run(tiny, masa.IPAdapter(path, target=shown, image_encoder=path.parent))
 
 
+def test_an_encoder_without_its_projection_is_refused(tiny, files, encoder_folder, tmp_path):
+    """transformers fills what is missing with random numbers, and two runs differ."""
+    from transformers import CLIPVisionModel
+
+    CLIPVisionModel.from_pretrained(encoder_folder).save_pretrained(tmp_path / "encoder")
+    shown = (picture(0).permute(1, 2, 0) * 255).byte().numpy()
+    with pytest.raises(masa.CheckpointError, match=r"is no whole image encoder: .*visual_projection"):
+        run(tiny, masa.IPAdapter(files[0]["plain"], target=shown, image_encoder=tmp_path / "encoder"))
+
+
 def test_a_run_is_repeated_from_its_picture(tiny, files, encoder_folder, tmp_path):
     import shutil
 

@@ -38,6 +38,7 @@ from published import Control, MutualAttention
 
 import masa
 from masa.config import T2IAdapterConfig, UNetConfig
+from masa.controls.conditions import load_condition
 from masa.edits import Residuals
 from masa.models.t2i_adapter import T2IAdapterNetwork
 from masa.runtime import adapters
@@ -355,8 +356,6 @@ def test_every_kind_of_picture_is_the_same(tiny, files, tmp_path):
 
 
 def test_shaded_pictures_are_averaged_and_cropped_in_the_middle(tiny):
-    from masa.controls.conditions import load_condition
-
     ramp = torch.linspace(0, 1, 256)[:, None].expand(256, 256)
     small = load_condition("it", ramp, (16, 16))[0, 0]
     assert torch.allclose(small[1:-1, 0], ramp.reshape(128, 2, 256)[1:-1, :, 0].mean(1), atol=2e-3)
@@ -482,3 +481,11 @@ def test_the_plain_loop_is_the_oracles(tiny, tiny_folder, generator):
     ref = SteeredOracle(tiny_folder, tiny.tokenizer, STEPS).sample([SOURCE, TARGETS[0]], noise, STEPS, 5.0, Control())
     same(run(tiny, [], TARGETS[0], latents=noise), ref[-1])
     assert T2IAdapterConfig().in_channels == 192
+
+
+def test_a_condition_of_another_shape_is_said_to_be_cut():
+    with pytest.warns(UserWarning, match="has 300x70 pixels and the run 64x64: 77% of it are cut away"):
+        load_condition("T2IAdapter", Image.new("L", (300, 70)), (8, 8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_condition("T2IAdapter", Image.new("L", (72, 64)), (8, 8))

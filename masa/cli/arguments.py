@@ -114,7 +114,7 @@ def build_parser() -> Parser:
         ],
     )
     video.add_argument("source", help="the source's prompt")
-    video.add_argument("target", metavar="prompt", help="the frames' prompt")
+    video.add_argument("target", nargs=1, metavar="prompt", help="the frames' prompt")
     text = "a picture for each frame: a folder, an animated GIF, WebP or PNG, or a film (which needs imageio-ffmpeg)"
     video.add_argument("conditions", help=text)
     group = video.add_argument_group("frames")

@@ -203,14 +203,15 @@ def run_edit(args: argparse.Namespace) -> None:
 def run_video(args: argparse.Namespace) -> None:
     import masa
     from masa.output.frames import check_form, check_fps
-    from masa.workflows.frames import read_conditions
+    from masa.workflows.frames import Video, as_adapters, check_before_inversion, read_conditions
 
+    check_prompts(args)
     out = Path(args.out) if args.out else take_folder(args, []) / "frames.gif"
     check_form(out, args.overwrite)
     check_fps(8.0 if args.fps is None else args.fps)
     adapters, conditions = build_frame_adapters(args)
     sets: Any = conditions[0] if len(conditions) == 1 else conditions
-    read_conditions(sets, adapters)  # what cannot be read is refused before the model's minutes
+    shown = read_conditions(sets, adapters)  # what cannot be read is refused before the model's minutes
     settings = sampling_settings(args)
     trajectory = masa.Trajectory.load(args.trajectory) if args.trajectory else None
     if args.image:
@@ -221,6 +222,10 @@ def run_video(args: argparse.Namespace) -> None:
         chosen = {{"invert_guidance": "guidance_scale"}.get(name, name): value for name, value in chosen.items()}
         # Null-text is fitted to the guidance that the frames have.
         chosen |= {"edit_guidance_scale": args.guidance, "steps": args.steps or 50, "tiled": args.tiled}
+        plain = {name: value for name, value in settings.items() if name != "progress"}
+        asked = RunSettings(source=args.source, target=tuple(args.target), **plain)
+        video = Video(as_adapters(adapters), shown, args.anchor, args.frames_at_once)
+        check_before_inversion(sd, args.image, asked, video, args.method or "ddim", args.steps or 50)
         of_source = [c for c in (*adapters, *settings["controls"]) if getattr(c, "source", None) is not None]
         chosen |= {"controls": of_source} if of_source else {}
         trajectory = masa.invert(sd, args.image, args.source, **chosen, **size_and_seed(args))
@@ -228,7 +233,7 @@ def run_video(args: argparse.Namespace) -> None:
     frames = masa.sample_frames(
         sd,
         args.source,
-        args.target,
+        *args.target,
         sets,
         adapter=adapters,
         anchor=args.anchor,

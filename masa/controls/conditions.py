@@ -31,6 +31,8 @@ PIXELS = 8  # of a picture's side, per position of the latents
 SHADED = 0.2
 # A share of pixels that are neither near black nor near white, above which a picture is not made of lines.
 GREY = 0.2
+# The share of a condition that is cut away without a word where its shape is not the run's.
+CUT = 0.2
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,6 +157,13 @@ def load_condition(name: str, picture: ImageLike, grid: Grid) -> Tensor:
         return x[None]
     scale = max(height / x.shape[1], width / x.shape[2])
     rows, columns = min(x.shape[1], round(height / scale)), min(x.shape[2], round(width / scale))
+    lost = 1.0 - rows * columns / (x.shape[1] * x.shape[2])
+    if lost > CUT:
+        warnings.warn(
+            f"a condition of {name} has {x.shape[2]}x{x.shape[1]} pixels and the run {width}x{height}: {lost:.0%} of "
+            "it are cut away at its edges; give it the run's shape",
+            stacklevel=2,
+        )
     top, left = (x.shape[1] - rows) // 2, (x.shape[2] - columns) // 2
     x = x[None, :, top : top + rows, left : left + columns]
     if is_shaded(x):

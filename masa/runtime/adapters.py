@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 from weakref import WeakValueDictionary
 
 import torch
@@ -125,9 +125,8 @@ def digest(weights: Weights) -> str:
 
 
 def locate_adapter(path: str | Path) -> Path:
-    """The file or folder that a T2I-Adapter's path means: what lies there, else the shipped adapter for "demo"."""
-    found = Path(path)
-    return DEMO_ADAPTER if str(path) == "demo" and not found.exists() else found
+    """The file or folder that a T2I-Adapter's path means: "demo" is the shipped adapter, "./demo" what lies there."""
+    return DEMO_ADAPTER if path == "demo" else Path(path)
 
 
 def read_adapter(path: Path, unet: UNetConfig, dtype: torch.dtype, device: torch.device) -> T2IAdapterNetwork:
@@ -218,13 +217,23 @@ def read_encoder(path: Path, unet: UNetConfig, dtype: torch.dtype, device: torch
     from transformers import CLIPVisionModelWithProjection  # slow to import
 
     try:
-        encoder: nn.Module = CLIPVisionModelWithProjection.from_pretrained(str(path), local_files_only=True)
+        encoder, found = CLIPVisionModelWithProjection.from_pretrained(
+            str(path), local_files_only=True, output_loading_info=True
+        )
     except (OSError, ValueError) as error:
         raise MasaError(
             f"{path} is no image encoder that transformers can read ({' '.join(str(error).split())[:150]}); give the "
             "folder of CLIP ViT-H/14, such as IP-Adapter's models/image_encoder"
         ) from error
-    return encoder.to(device, dtype).eval().requires_grad_(False)
+    lacking = sorted(str(name) for kind in ("missing_keys", "mismatched_keys") for name in found[kind])
+    if lacking:  # which transformers would fill with random numbers
+        raise CheckpointError(
+            f"{path} is no whole image encoder: {len(lacking)} tensors are missing or of another shape, such as "
+            f"{lacking[0]}; give the folder of CLIP ViT-H/14 with its projection, such as IP-Adapter's "
+            "models/image_encoder"
+        )
+    encoder = encoder.to(device, dtype).eval().requires_grad_(False)
+    return cast(nn.Module, encoder)
 
 
 def _filled(

@@ -27,12 +27,13 @@ from masa.denoising import denoise
 from masa.errors import MasaError
 from masa.guidance import Guidance
 from masa.io.movies import Movie, read_movie
+from masa.io.pictures import ImageLike
 from masa.output.frames import Frames
 from masa.output.result import Picture, Result
 from masa.pipeline import StableDiffusion
 from masa.samplers import choose_sampler
 from masa.samplers.base import Sampler
-from masa.sampling import Given, collect, prepare
+from masa.sampling import Given, check_edit, collect, prepare
 from masa.schedule import Schedule
 from masa.settings import RunSettings, describe, restore
 from masa.trajectory import Trajectory
@@ -146,10 +147,12 @@ class Video:
     def chunks(self) -> list[tuple[int, ...]]:
         """The frames of each call of the network; behind another anchor than the source, the first is in each."""
         at_once, every = self.at_once or AT_ONCE, tuple(range(len(self)))
+        if len(every) == 1:
+            return [every]
         if self.anchor == "source":
             return [every[i : i + at_once] for i in range(0, len(every), at_once)]
         others = [every[i : i + at_once - 1] for i in range(1, len(every), at_once - 1)]
-        return [(0, *some) for some in others] or [(0,)]
+        return [(0, *some) for some in others]
 
     def showing(self, frames: Sequence[int]) -> tuple[Control, ...]:
         """The adapters of a run whose targets are these frames."""
@@ -323,6 +326,18 @@ def _check(sd: StableDiffusion, asked: RunSettings, video: Video, trajectory: Tr
     steps = range(first_step, levels.steps)
     edits = (edit for step in steps for control in active for edit in control.edits(step, branches).values())
     return any(part != "maps" for edit in edits for part in edit.reads_cached(len(branches))), first_step
+
+
+def check_before_inversion(
+    sd: StableDiffusion, image: ImageLike, asked: RunSettings, video: Video, method: str, steps: int
+) -> None:
+    """MasaError for what frames of a picture's trajectory would be refused, before the minutes of its inversion."""
+    first = video.chunks()[0]
+    controls = _controls(asked, video, first)
+    of_first = replace(
+        asked, target=asked.target * len(first), controls=controls, sampler=asked.sampler or choose_sampler("ddim")
+    )
+    check_edit(sd, image, of_first, method, steps, asked.schedule or sd.schedule, (asked.height, asked.width))
 
 
 def _controls(asked: RunSettings, video: Video, chunk: Sequence[int]) -> tuple[Control, ...]:
