@@ -897,6 +897,14 @@ SEAMS: Mutations = {
 }
 
 CONDITIONS: Mutations = {
+    "condition_pictures joints_that_are_none_are_refused": [
+        ("all(abs(value) <= sys.float_info.max for value in joint)", "True"),
+        ("if all(_is_person(one) for one in joints) else [joints]", "if joints[0] is not None else [joints]"),
+    ],
+    "condition_pictures joints_may_be_arrays": [
+        ("return [_plain(one) for one in joints] if", "return joints if"),
+    ],
+    "condition_pictures bad_values_are_refused": [("not 8 <= side <= LARGEST_SIDE:", "not 8 <= side:")],
     "condition_pictures canny_is_its_definition": [
         ("across, down = ay < ax * TANGENT,", "across, down = ay <= ax,"),
         ("falling = (dx ^ dy) >= 0", "falling = (dx ^ dy) < 0"),
@@ -921,6 +929,15 @@ CONDITIONS: Mutations = {
 }
 
 LORA: Mutations = {
+    "lora an_alpha_may_be_a_whole_number": [
+        ("served = {kind: ALPHA_DTYPES if kind ==", "served = {kind: ALPHA_DTYPES if kind !="),
+    ],
+    "lora values_that_are_not_finite_are_refused": [("if alpha is not None and not isfinite(alpha):", "if False:")],
+    "embeddings accents_of_their_own_are_those_of_their_letters": [
+        ("if text != prompt and found:", "if False:"),
+        ('text = unicodedata.normalize("NFC", prompt)', "text = prompt"),
+        (" if start is not None and end is not None]", "]"),
+    ],
     "lora every_layout_equals_diffusers": [
         ("loras[i].weights[layer[0]] * change.scale * delta", "change.scale * delta"),
         ("loras[i].weights[layer[0]] * change.scale * delta", "loras[i].weights[layer[0]] * delta"),
@@ -1129,6 +1146,11 @@ PIEBENCH: Mutations = {
 
 
 BATCH: Mutations = {
+    "batch pictures_of_controls_lie_beside_the_job_file": [
+        ("found = beside if beside.exists() else find_near(path, self.near)", "found = find_near(path, self.near)"),
+        ("return replace(control, mask=_with_pictures(control.mask, find))", "return control"),
+        ("target=each(control.target))", "target=control.target)"),
+    ],
     "folders": [
         ("if rename is not None and rename(HERE", "if rename is None and rename(HERE"),
         ("gone = {*names, *dropped}", "gone = {*names}"),
@@ -1285,6 +1307,12 @@ DRAWN_POSES: dict[str, tuple[tuple[str, str], ...]] = {
 
 
 VIDEO: Mutations = {
+    "frames frames_that_are_held_count_as_often": [
+        ("unit = math.gcd(*told)", "unit = min(told, default=0)"),
+        ('"loop": 0, "duration": round(1000.0 / fps)}', '"loop": 0, "duration": 1000.0 / fps}'),
+    ],
+    "frames durations_that_were_rounded_hold_no_frame": [("if told and unit < FASTEST:", "if not told:")],
+    "frames an_animation_is_not_held_for_ever": [("if sum(held) > MOST_FRAMES:", "if sum(held) >= MOST_FRAMES:")],
     "frames no_call_of_the_network_takes_more_frames_than_asked": [
         ("[every[i : i + at_once] for i in range(0, len(every), at_once)]", "[every]"),
         ("cache = _record(sd, asked, video, trajectory, store, progress) if reads else None", "cache = None"),
