@@ -380,6 +380,31 @@ def test_python_s_own_jobs_hold_controls_and_trajectories(tiny, home):
     assert torch.allclose(Result.load("out/a").latents, expected.latents, atol=1e-4)
 
 
+def test_pictures_of_controls_lie_beside_the_job_file(home):
+    """Also where a file of the same name is in the working folder; a missing one is named."""
+    for name in ("a.png", "b.png"):
+        Image.new("L", (8, 8)).save(home / "data" / name)
+    Image.new("L", (8, 8), 255).save(home / "a.png")
+    drawn = {"kind": "T2IAdapter", "path": "demo", "source": "a.png", "target": ["b.png", None]}
+    masked = {"kind": "MasaCtrl", "mask": {"kind": "GivenMasks", "source": "a.png", "target": ["b.png", "a.png"]}}
+    blended = {"kind": "BlendedLatents", "mask": "b.png"}
+    lost = {"kind": "BlendedLatents", "mask": "c.png"}
+    job = {"target": ["a cat", "a dog"], **SMALL}
+    found, missing = read_jobs(
+        write_jobs(
+            home / "data" / "jobs.jsonl",
+            [{"id": "1", **job, "controls": [drawn, masked, blended]}, {"id": "2", **job, "controls": lost}],
+        )
+    )
+    a, b = home / "data" / "a.png", home / "data" / "b.png"
+    adapter, control, blend = found.arguments()["controls"]
+    assert (adapter.source, adapter.target) == (a, (b, None))
+    assert (control.mask.source, control.mask.target) == (a, (b, a))
+    assert blend.mask == b
+    with pytest.raises(masa.MasaError, match=r"no c\.png, which BlendedLatents names; paths are relative to the job"):
+        missing.arguments()
+
+
 def test_shards_are_parts_that_make_the_whole(home):
     jobs = [{"id": f"{n}", "image": f"pictures/{n % 3}.png", "target": "a cat", **SMALL} for n in range(10)]
     ordered = in_order(read_jobs(jobs))

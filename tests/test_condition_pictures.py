@@ -202,7 +202,13 @@ def test_keypose_has_cocos_joints_and_colours():
         ([*BODY[:17], [600, 3]], r"the left ear is at \(600, 3\), outside a picture 512 wide"),
         ([*BODY[:17], [-1, 3]], "outside a picture"),
         ([[[1, 2, 3], *BODY[1:]]], "the nose is .* expected .x, y. in pixels"),
-        ([[float("nan"), 2], *BODY[1:]], "the nose is|a person of 2 joints"),
+        ([[float("nan"), 2], *BODY[1:]], r"the nose is \[nan, 2\]; expected .x, y. in pixels"),
+        ([BODY[0], [1e400, 2], *BODY[2:]], r"the neck is \[inf, 2\]"),
+        ([BODY[0], [10**400, 2], *BODY[2:]], r"the neck is \[10000"),
+        ([["a", 1]] * 18, r"the nose is \['a', 1\]"),
+        ([BODY, [["a", 1]] * 18], r"the nose is \['a', 1\]"),
+        (np.full((18, 2), np.nan), r"the nose is \[nan, nan\]"),
+        (np.zeros((3, 17, 2)), "a person of 17 joints"),
         ([[0.5, 0.25]] * 18, "within 1 pixel; expected pixels"),
         ([None] * 18, "all None"),
     ],
@@ -210,6 +216,15 @@ def test_keypose_has_cocos_joints_and_colours():
 def test_joints_that_are_none_are_refused(joints, message):
     with pytest.raises(masa.MasaError, match=message):
         masa.conditions.openpose(joints)
+
+
+def test_joints_may_be_arrays():
+    people = np.array([[[100 + 10 * k, 60 + 20 * k] for k in range(18)], [[300, 60 + 20 * k] for k in range(18)]])
+    expected = np.asarray(masa.conditions.openpose(people.tolist()))
+    for given in (people, people.astype(np.float32), list(people), [[*person] for person in people]):
+        assert np.array_equal(np.asarray(masa.conditions.openpose(given)), expected)
+    one = np.asarray(masa.conditions.keypose(people[0, :17]))
+    assert np.array_equal(one, np.asarray(masa.conditions.keypose(people[0, :17].tolist())))
 
 
 # ---------------------------------------------------------------------------------------------------------- given maps
@@ -265,7 +280,11 @@ def test_colours_are_opencvs_patches():
         (lambda x: masa.conditions.sketch(x, 0), "threshold is 0"),
         (lambda x: masa.conditions.sketch(x[:1, :1] * 0), "a drawing of one colour"),
         (lambda x: masa.conditions.canny(x / 255.0), r"the array is float64"),
-        (lambda x: masa.conditions.canny(torch.zeros(3, 8, 8)), "a picture cannot be a Tensor"),
+        (
+            lambda x: masa.conditions.canny(torch.zeros(3, 8, 8)),
+            r"cannot be a Tensor here; .* or uint8 array \(h, w, 3\)$",
+        ),
+        (lambda x: masa.conditions.openpose(BODY, 1_000_000), "height is 1000000; expected pixels, 8 to 8192"),
         (lambda x: masa.conditions.openpose(BODY, height="a"), "height is 'a'"),
     ],
 )
@@ -318,6 +337,7 @@ def test_the_command_equals_the_library(home, options, make, capsys):
 def test_mistakes_are_one_line(home, capsys):
     (home / "broken.json").write_text("[1")
     (home / "other.json").write_text("{}")
+    (home / "large.json").write_text(json.dumps([["x", 1], *BODY[1:]]).replace('"x"', "1e400"))
     for options, message in (
         (["canny", "gone.png"], "gone.png"),
         (["canny", "cat.png", "-o", "a.jpg"], "must end in .png"),
@@ -328,6 +348,8 @@ def test_mistakes_are_one_line(home, capsys):
         (["openpose", "broken.json"], "broken.json is not JSON"),
         (["openpose", "other.json"], "holds no list of joints"),
         (["openpose", "cat.png"], "is not JSON"),
+        (["openpose", "large.json"], "the nose is [inf, 1]; expected [x, y] in pixels, or None"),
+        (["openpose", "joints.json", "--width", "8193"], "width is 8193; expected pixels, 8 to 8192"),
         (["keypose", "joints.json"], "a person of 18 joints; expected 17"),
     ):
         assert main(["condition", *options]) == 2

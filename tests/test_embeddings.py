@@ -154,6 +154,21 @@ def test_spans_and_positions_are_of_the_whole_word(tokenizer):
     assert aligned.words == (("a", (1,)), ("<cat>", (2, 3)), ("toy", (2, 3)))
 
 
+def test_accents_of_their_own_are_those_of_their_letters(tokenizer):
+    """Typed as letter and accent the word is the same, and so is all behind it."""
+    composed, apart = "Man\u0303ana, an ünï dog", "Man\u0303ana, an u\u0308ni\u0308 dog"
+    ids, spans = tokenizer.encode(apart)
+    assert ids == tokenizer.encode(composed)[0]
+    assert [apart[start:end] for start, end in spans[-3:]] == ["an", "u\u0308ni\u0308", "dog"]
+    for word, own in (("ünï", [49412]), ("u\u0308ni\u0308", [49412]), ("dog", ids[-1:])):
+        positions = tokenizer.token_positions(apart, word)
+        assert [ids[position - 1] for position in positions] == own
+    aligned = TokenizedPrompt.of(apart, tokenizer.encode)
+    assert aligned.words[-2:] == (("u\u0308ni\u0308", (len(ids) - 1,)), ("dog", (len(ids),)))
+    assert 49411 not in tokenizer.encode("a cat\u0327 here")[0]  # another letter, not the word "cat"
+    assert 49412 in tokenizer.encode("\u0958 u\u0308ni\u0308")[0]  # one character, which is two when composed
+
+
 def test_a_word_cut_in_half_is_named(tokenizer):
     fits = "a " * 73 + "<cat> toy"
     assert tokenizer([fits])[0, 74:76].tolist() == [49409, 49410]

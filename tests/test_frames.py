@@ -309,6 +309,44 @@ def test_conditions_in_every_form(poses, tmp_path, form):
         assert np.abs(array.astype(int) - ref).mean() <= tolerance / 10, form
 
 
+@pytest.mark.parametrize("form", ["gif", "webp", "png"])
+@pytest.mark.parametrize("saved", ["by Pillow", "by masa"])
+@pytest.mark.parametrize("fps", [5, 12, 50])
+def test_frames_that_are_held_count_as_often(made, tmp_path, form, saved, fps):
+    """Files keep equal neighbours as one frame that lasts longer."""
+    a, d = Image.new("RGB", (16, 16), (255, 0, 0)), Image.new("RGB", (16, 16), (0, 0, 255))
+    frames, path = [a, a, a, d, d], tmp_path / f"held.{form}"
+    if saved == "by masa":
+        replace(made, images=frames).save(path, fps=fps)
+    else:
+        duration = 10 * round(100 / fps)
+        frames[0].save(path, save_all=True, append_images=frames[1:], duration=duration, lossless=True)
+    with Image.open(path) as animation:
+        assert animation.n_frames == 2
+    found = read_movie(path, "conditions")
+    assert len(found) == 5
+    for one, frame in zip(found, frames, strict=True):
+        assert np.abs(np.asarray(one).astype(int) - np.asarray(frame)).max() <= 8  # a GIF's palette
+
+
+def test_durations_that_were_rounded_hold_no_frame(tmp_path):
+    """At 30 frames a second a GIF's frames last 3 or 4 hundredths: each is one frame."""
+    frames = [Image.new("L", (8, 8), 50 * i) for i in range(4)]
+    path = tmp_path / "rounded.gif"
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=[30, 40, 30, 70])
+    assert [np.asarray(one).max() for one in read_movie(path, "conditions")] == [0, 50, 100, 150, 150]
+
+
+def test_an_animation_is_not_held_for_ever(tmp_path):
+    frames = [Image.new("L", (8, 8), 50 * i) for i in range(2)]
+    path = tmp_path / "long.gif"
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=[20, 199_980])
+    assert len(read_movie(path, "conditions")) == 10_000
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=[20, 200_000])
+    with pytest.raises(masa.MasaError, match=r"long\.gif has 10,001 frames, .* expected 10,000 at most"):
+        read_movie(path, "conditions")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -567,6 +605,23 @@ def test_files_without_settings_are_refused_by_a_rerun(tiny, tmp_path):
         masa.rerun(tmp_path / "a.mp4", tiny)
     with pytest.raises(masa.MasaError, match=r"holds no settings.json"):
         masa.rerun(tmp_path, tiny)
+    for name in ("gone.gif", "gone.png", "gone.mp4", "gone"):
+        with pytest.raises(FileNotFoundError, match=rf"^nothing at .*{name}; give the path of a picture, a video or"):
+            masa.rerun(tmp_path / name, tiny)
+
+
+def test_mistakes_of_the_command_that_reruns_are_one_line(made, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("masa.rerun", lambda *args, **settings: pytest.fail("ran first"))
+    monkeypatch.chdir(tmp_path)
+    made.save("v.webp")
+    for argv, message in (
+        (["gone.gif"], "masa: nothing at gone.gif; give the path"),
+        (["v.webp", "-o", "v.webp"], "v.webp is already there; give another path, or overwrite it (--overwrite, "),
+    ):
+        assert main(["rerun", *argv]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert message in error
 
 
 def test_a_sheet_shows_all_frames(made):

@@ -304,6 +304,16 @@ def test_an_alpha_of_nought_or_none_is_the_rank(tiny, pairs, tmp_path, alpha):
     agree(ours(tiny.with_lora(save(tmp_path / "l.safetensors", kohya(pairs, alpha)))), by_hand(tiny, pairs, 1.0))
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8], ids=str)
+def test_an_alpha_may_be_a_whole_number(tiny, pairs, tmp_path, dtype):
+    state = kohya(pairs, 2.0)
+    whole = {key: value.to(dtype) if key.endswith(".alpha") else value for key, value in state.items()}
+    agree(ours(tiny.with_lora(save(tmp_path / "l.safetensors", whole))), by_hand(tiny, pairs, 2.0 / RANK))
+    factor = {key: value.to(dtype) if key.endswith("lora_down.weight") else value for key, value in state.items()}
+    with pytest.raises(masa.CheckpointError, match=r"lora_down\.weight is [IU]\d+"):
+        tiny.with_lora(save(tmp_path / "whole.safetensors", factor))
+
+
 def test_weights_scale_each_part(tiny, pairs, path):
     unet, text = ({k: v for k, v in pairs.items() if (k[0] == "unet") == own} for own in (True, False))
     agree(ours(tiny.with_lora(path, -2)), by_hand(tiny, pairs, -2 * ALPHA / RANK))
@@ -478,6 +488,9 @@ def test_values_that_are_not_finite_are_refused(tiny, tiny_folder, pairs, tmp_pa
     broken = {layer: (down, up * float("nan")) for layer, (down, up) in pairs.items()}
     with pytest.raises(masa.CheckpointError, match="not finite"):
         tiny.with_lora(save(tmp_path / "nan.safetensors", kohya(broken)))
+    for alpha in (float("nan"), float("inf")):
+        with pytest.raises(masa.CheckpointError, match=rf"\.alpha is {alpha}, and should be a number"):
+            tiny.with_lora(save(tmp_path / "alpha.safetensors", kohya(pairs, alpha)))
     with warnings.catch_warnings(action="ignore"):  # float16 is emulated
         half = masa.load(tiny_folder, device="cpu", dtype="fp16")
     with pytest.raises(masa.CheckpointError, match=r"not finite in torch\.float16"):

@@ -7,7 +7,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import sqrt
+from math import isfinite, sqrt
 from pathlib import Path
 
 from safetensors import safe_open
@@ -38,6 +38,7 @@ ENDS = {
     ":down": "down",
     ":up": "up",
 }
+ALPHA_DTYPES = (*DTYPES, "I64", "I32", "I16", "I8", "U8")  # an alpha is one number, often whole
 # What a key of other kinds of files matches.
 OTHER_KINDS = (
     (r"dora_scale|lora_magnitude_vector", "a DoRA, whose norms loaders disagree on"),
@@ -101,7 +102,7 @@ def open_lora(path: str | Path, layers: Layers) -> OpenedLora:
     with safe_open(file, framework="pt") as opened:
         metadata = opened.metadata() or {}
         scalars = [key for key, entry in entries.items() if key.endswith(".alpha") and entry.count == 1]
-        alphas = {key: float(opened.get_tensor(key)) for key in scalars if entries[key].dtype in DTYPES}
+        alphas = {key: float(opened.get_tensor(key)) for key in scalars if entries[key].dtype in ALPHA_DTYPES}
     words = tuple(key for key in entries if metadata.get(key) == "<embed>")
     own = {key: entry for key, entry in entries.items() if key not in words}
     names = layer_names(layers) | numbered_names(own, layers, metadata, path)
@@ -112,10 +113,13 @@ def open_lora(path: str | Path, layers: Layers) -> OpenedLora:
     changes = []
     for layer, keys in found.items():
         wrong = _misshapen(layer, keys, own, layers[layer], path)
+        alpha = alphas.get(keys.get("alpha", ""))
+        if alpha is not None and not isfinite(alpha):
+            wrong.append(f"{keys['alpha']} is {alpha}, and should be a number such as the rank")
         problems += wrong
         if not wrong:
             rank = own[keys["down"]].shape[0]
-            scale = _scale(alphas.get(keys.get("alpha", "")), settings.get(layer[0], {}), layer, rank)
+            scale = _scale(alpha, settings.get(layer[0], {}), layer, rank)
             changes.append(Change(layer, keys["down"], keys["up"], keys.get("mid"), scale))
     if problems:
         raise CheckpointError(
@@ -219,8 +223,9 @@ def _misshapen(layer: Layer, keys: Mapping[str, str], entries: Entries, weight: 
         expected = {"down": (rank, inner, 1, 1), "mid": (to_rank, rank, *kernel), "up": (out, to_rank, 1, 1)}
     wrong = [kind for kind, shape in expected.items() if shapes[kind] != shape]
     wrong += ["alpha"] if "alpha" in keys and entries[keys["alpha"]].count != 1 else []
+    served = {kind: ALPHA_DTYPES if kind == "alpha" else tuple(DTYPES) for kind in keys}
     told = {kind: f"{keys[kind]} is {list(entries[keys[kind]].shape)}, for a weight {list(weight)}" for kind in wrong}
-    typed = [f"{key} is {entries[key].dtype}" for key in keys.values() if entries[key].dtype not in DTYPES]
+    typed = [f"{key} is {entries[key].dtype}" for kind, key in keys.items() if entries[key].dtype not in served[kind]]
     return [*told.values(), *typed]
 
 

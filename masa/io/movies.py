@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +19,9 @@ Movie = Sequence[ImageLike] | np.ndarray | Tensor | str | Path
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 FILMS = (".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm")
+
+MOST_FRAMES = 10_000  # of an animation, with those that are held
+FASTEST = 16  # milliseconds of a frame: what is less, at over 60 frames a second, comes of rounded durations
 
 
 def read_movie(movie: Movie, name: str) -> list[ImageLike]:
@@ -57,14 +61,34 @@ def _by_number(file: Path) -> tuple[list[tuple[int, str]], str]:
 
 
 def _read_animation(path: Path, name: str) -> Iterator[Image.Image]:
+    """Frames as often as they are held: files keep equal neighbours as one frame of a longer duration."""
+    frames, durations = [], []
     try:
         with Image.open(path) as animation:
             for frame in ImageSequence.Iterator(animation):
-                yield flatten(frame.copy(), "black")
+                frames.append(flatten(frame.copy(), "black"))
+                durations.append(round(animation.info.get("duration") or 0))
     except UnidentifiedImageError as error:
         raise MasaError(f"{name}: {path} is not a picture that Pillow can read; expected GIF, WebP, PNG, ..") from error
     except (OSError, SyntaxError) as error:  # what Pillow raises for a file that ends early
         raise MasaError(f"{name}: {path} cannot be read as pictures ({error}); take another copy") from error
+    held = _times_held(durations)
+    if sum(held) > MOST_FRAMES:
+        raise MasaError(
+            f"{name}: {path} has {sum(held):,} frames, counted as long as each is held; expected {MOST_FRAMES:,} at "
+            "most: give a shorter one, or a folder of pictures"
+        )
+    for frame, times in zip(frames, held, strict=True):
+        yield from [frame] * times
+
+
+def _times_held(durations: Sequence[int]) -> list[int]:
+    """How many frames each of an animation's is, by durations in milliseconds (0: one frame)."""
+    told = [duration for duration in durations if duration]
+    unit = math.gcd(*told)
+    if told and unit < FASTEST:
+        unit = min(told)
+    return [max(1, round(duration / unit)) if unit else 1 for duration in durations]
 
 
 def ffmpeg():  # type: ignore[no-untyped-def]

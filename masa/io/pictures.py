@@ -114,6 +114,8 @@ def as_picture(image: ImageLike) -> Image.Image:
             raise MasaError(f"the array is {image.dtype} {image.shape}; expected uint8 (h, w, 3)")
         _check_not_empty(image.shape)
         return Image.fromarray(image).convert("RGB")
+    if isinstance(image, Tensor):
+        raise MasaError("a picture cannot be a Tensor here; give a path, PIL picture or uint8 array (h, w, 3)")
     raise MasaError(f"a picture cannot be a {type(image).__name__}; give a path, PIL picture, array or tensor")
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 from numbers import Real
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -13,7 +14,8 @@ from masa.errors import MasaError
 
 # [x, y] in pixels from the upper left corner, or None for a joint that is not seen.
 Joint = Sequence[float] | None
-Person = Sequence[Joint]
+Person = Sequence[Joint] | np.ndarray
+Joints = Sequence[Person] | Person
 
 OPENPOSE_JOINTS = (
     *("nose", "neck", "right shoulder", "right elbow", "right wrist", "left shoulder", "left elbow", "left wrist"),
@@ -42,18 +44,20 @@ KEYPOSE_LIMBS = (
 )
 MIDDLE, LEFT, RIGHT = "ff9933", "00ff00", "0080ff"
 TRAINED_SIDE = 512  # of the pictures whose lines have the published widths
+LARGEST_SIDE = 8192
 
 
-def openpose(joints: Sequence[Person] | Person, height: int = 512, width: int = 512) -> Image.Image:
+def openpose(joints: Joints, height: int = 512, width: int = 512) -> Image.Image:
     """OpenPose's skeletons, for openpose adapters and ControlNets: (height, width) pixels, RGB on black.
 
     joints: of one person or several, each a list of 18: nose, neck, right shoulder, elbow, wrist, left shoulder, elbow,
     wrist, right hip, knee, ankle, left hip, knee, ankle, right eye, left eye, right ear, left ear; [x, y] in pixels
     from the upper left, None for one that is not seen: what it links to is left out. Right and left are the person's.
-    Discs and limbs are 4 pixels in radius where the short side has 512, and in proportion.
+    Lists, or arrays (18, 2) or (n, 18, 2). height, width: 8 to 8192. Discs and limbs are 4 pixels in radius where the
+    short side has 512, and in proportion.
 
-    MasaError for another number of joints, or one outside the picture. The drawing of 2302.05543's code, colours and
-    order; edges of shapes differ by a pixel.
+    MasaError for another size or number of joints, and one that is no point of the picture. The drawing of 2302.05543's
+    code, colours and order; edges of shapes differ by a pixel.
     """
     canvas = _canvas(height, width)
     radius = 4.0 * min(height, width) / TRAINED_SIDE
@@ -72,15 +76,15 @@ def openpose(joints: Sequence[Person] | Person, height: int = 512, width: int = 
     return _picture(canvas)
 
 
-def keypose(joints: Sequence[Person] | Person, height: int = 512, width: int = 512) -> Image.Image:
+def keypose(joints: Joints, height: int = 512, width: int = 512) -> Image.Image:
     """COCO's skeletons, for the keypose adapter: (height, width) pixels, RGB on black.
 
     joints: of one person or several, each a list of COCO's 17: nose, left eye, right eye, left ear, right ear, left
     shoulder, right shoulder, elbows, wrists, hips, knees, ankles, the left one first; [x, y] or None as in `openpose`.
     Lines are 2 pixels wide, joints 2 in radius, where the short side has 512, and in proportion.
 
-    MasaError for another number of joints, or one outside the picture. The drawing of T2I-Adapter's code (2302.08453),
-    whose colours are those of its pictures as read in RGB.
+    MasaError for another size or number of joints, and one that is no point of the picture. The drawing of
+    T2I-Adapter's code (2302.08453), whose colours are those of its pictures as read in RGB.
     """
     canvas = _canvas(height, width)
     scale = min(height, width) / TRAINED_SIDE
@@ -108,19 +112,19 @@ def _keypose_limb(one: int, other: int) -> str:
 
 
 def _people(
-    name: str, joints: Sequence[Person] | Person, names: Sequence[str], height: int, width: int
+    name: str, joints: Joints, names: Sequence[str], height: int, width: int
 ) -> list[list[tuple[float, float] | None]]:
     """One person or several as several, each joint checked."""
-    if not isinstance(joints, list | tuple) or not joints:
+    joints = _plain(joints)
+    if not isinstance(joints, list) or not joints:
         raise MasaError(
             f"{name} joints are {joints!r}; expected a list of {len(names)} joints, or of several such lists"
         )
-    people = [joints] if all(joint is None or _is_point(joint) for joint in joints) else joints
+    people = joints if all(_is_person(one) for one in joints) else [joints]
     found = []
     for person in people:
-        if not isinstance(person, list | tuple) or len(person) != len(names):
-            count = len(person) if isinstance(person, list | tuple) else repr(person)
-            raise MasaError(f"{name} has a person of {count} joints; expected {len(names)}: {', '.join(names)}")
+        if len(person) != len(names):
+            raise MasaError(f"{name} has a person of {len(person)} joints; expected {len(names)}: {', '.join(names)}")
         found.append([_point(name, joint, names[i], height, width) for i, joint in enumerate(person)])
     seen = [value for person in found for joint in person if joint is not None for value in joint]
     if len(seen) > 2 and max(seen) <= 1.0:
@@ -146,17 +150,29 @@ def _point(name: str, joint: Joint, which: str, height: int, width: int) -> tupl
     return x, y
 
 
+def _plain(joints: Any) -> Any:
+    """Lists in the place of arrays, which may be in lists."""
+    if isinstance(joints, np.ndarray):
+        return joints.tolist()
+    return [_plain(one) for one in joints] if isinstance(joints, list | tuple) else joints
+
+
+def _is_person(given: object) -> bool:
+    """Whether it is a list of joints, good or bad, and not a joint."""
+    return isinstance(given, list) and all(joint is None or isinstance(joint, list) for joint in given)
+
+
 def _is_point(joint: object) -> bool:
-    if not isinstance(joint, list | tuple | np.ndarray) or len(joint) != 2:
+    if not isinstance(joint, list) or len(joint) != 2:
         return False
     numbers = all(isinstance(value, Real) and not isinstance(value, bool) for value in joint)
-    return numbers and all(math.isfinite(float(value)) for value in joint)
+    return numbers and all(abs(value) <= sys.float_info.max for value in joint)
 
 
 def _canvas(height: int, width: int) -> np.ndarray:
     for name, side in (("height", height), ("width", width)):
-        if not isinstance(side, int) or isinstance(side, bool) or side < 8:
-            raise MasaError(f"{name} is {side!r}; expected pixels, 8 or more")
+        if not isinstance(side, int) or isinstance(side, bool) or not 8 <= side <= LARGEST_SIDE:
+            raise MasaError(f"{name} is {side!r}; expected pixels, 8 to {LARGEST_SIDE}")
     return np.zeros((height, width, 3))
 
 

@@ -134,12 +134,21 @@ class Tokenizer:
         return ids, spans
 
     def _find_names(self, prompt: str) -> list[tuple[int, int, tuple[int, ...]]]:
-        """Where known words stand, in order, and their ids; none overlaps a longer one."""
+        """Where known words stand, in order, and their ids; none overlaps a longer one.
+
+        They are looked for in composed characters, as `fold` has them, and told in the prompt's own.
+        """
+        text = unicodedata.normalize("NFC", prompt)
         found: list[tuple[int, int, tuple[int, ...]]] = []
         for pattern, ids in self._names:
-            for start, end in (match.span() for match in pattern.finditer(prompt)):
+            for start, end in (match.span() for match in pattern.finditer(text)):
                 if all(end <= other_start or start >= other_end for other_start, other_end, _ in found):
                     found.append((start, end, ids))
+        if text != prompt and found:
+            ends = {unicodedata.normalize("NFC", prompt[:i]): i for i in range(len(prompt) + 1)}
+            places = [(ends.get(text[:start]), ends.get(text[:end]), ids) for start, end, ids in found]
+            # None: a word does not begin or end within a character of the prompt.
+            found = [(start, end, ids) for start, end, ids in places if start is not None and end is not None]
         return sorted(found)
 
     def check_words(self, prompt: str) -> None:

@@ -27,6 +27,7 @@ SETTINGS = "settings.json"  # in a folder of frames
 DESCRIPTION = 0x010E  # of EXIF: ImageDescription, where a WebP holds its settings
 # Characters of settings that a GIF carries, in pieces of 255 bytes; longer ones lie beside it.
 MOST_IN_GIF = 500_000
+REPLACE = "give another path, or overwrite it (--overwrite, overwrite=True)"
 FORMS = "a name that ends in .gif, .webp, .png or .mp4, or in nothing for a folder of PNGs"
 
 
@@ -95,7 +96,7 @@ class Frames:
 
     def _write_animation(self, file: BinaryIO, suffix: str, fps: float, text: str) -> None:
         pictures: list[Image.Image] = [Image.Image.copy(picture) for picture in self.images]
-        options: dict[str, Any] = {"save_all": True, "loop": 0, "duration": 1000.0 / fps}
+        options: dict[str, Any] = {"save_all": True, "loop": 0, "duration": round(1000.0 / fps)}
         if suffix == ".gif":
             pictures = one_palette(pictures)
             # Without palette= Pillow would write it again with each frame.
@@ -109,7 +110,7 @@ class Frames:
         elif suffix == ".webp":
             exif = Image.Exif()
             exif[DESCRIPTION] = text
-            options |= {"duration": round(1000.0 / fps), "lossless": True, "exif": exif}
+            options |= {"lossless": True, "exif": exif}
         else:
             options |= {"pnginfo": png_info(self.settings)}
         first, *others = pictures
@@ -160,7 +161,7 @@ def check_form(path: Path, overwrite: bool) -> None:
         elif path.exists():
             raise MasaError(f"{path} is a file; expected {FORMS}")
         if not overwrite and taken:
-            raise MasaError(f"{path} already holds {', '.join(taken)}; give another path, or overwrite=True")
+            raise MasaError(f"{path} already holds {', '.join(taken)}; {REPLACE}")
         return
     if suffix not in (*ANIMATIONS, ".mp4"):
         raise MasaError(f"frames cannot be saved as {path.name}; expected {FORMS}")
@@ -168,7 +169,7 @@ def check_form(path: Path, overwrite: bool) -> None:
         ffmpeg()
     for one in (path, _beside(path)) if suffix == ".mp4" else (path,):
         if one.exists() and not overwrite and not one.is_dir():
-            raise MasaError(f"{one} is already there; give another path, or overwrite=True")
+            raise MasaError(f"{one} is already there; {REPLACE}")
         check_free(one, True, "path")
 
 
@@ -193,13 +194,15 @@ def _beside(path: Path) -> Path:
 def read_run(path: str | Path) -> tuple[dict[str, Any], Path]:
     """The settings of whatever masa saved, and the file that holds them: a PNG, animation, film, or folder of frames.
 
-    MasaError where there are none.
+    MasaError where there are none, FileNotFoundError where nothing is.
     """
     path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"nothing at {path}; give the path of a picture, a video or a folder that masa saved")
     remedy = "expected a picture, an animation, a film or a folder saved by masa and not edited since"
     if path.is_dir():
         return _read_json(path / SETTINGS, f"{path} holds no {SETTINGS}; {remedy}"), path / SETTINGS
-    if path.suffix.lower() in FILMS and path.exists():
+    if path.suffix.lower() in FILMS:
         return _read_json(_beside(path), f"{path} has no {_beside(path).name} beside it; {remedy}"), path
     if path.suffix.lower() not in (".gif", ".webp"):
         return read_settings(path), path

@@ -8,8 +8,8 @@ import inspect
 import json
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args
@@ -17,6 +17,10 @@ from typing import Any, get_args
 from masa.attention import Backend
 from masa.checks import as_controls, as_prompts, check_schedule, check_targets_at_once, check_tiled, choose_first_step
 from masa.controls.base import FileControl
+from masa.controls.blended import BlendedLatents
+from masa.controls.conditions import PictureControl
+from masa.controls.masactrl import MasaCtrl
+from masa.controls.masks import GivenMasks
 from masa.errors import MasaError
 from masa.guidance import check_guidance, check_guidance_scale
 from masa.inversion import METHODS, check_method
@@ -143,15 +147,33 @@ class Job:
         return found
 
     def _find(self, control: Any) -> Any:
-        """A control with its files where they are: under their own paths, or beside the job file or above it."""
+        """A control with its files and pictures where they are: beside the job file, else as find_near looks."""
 
         def find(path: str | Path) -> Path:
-            found = find_near(path, self.near)
+            beside = Path(self.near).parent / path
+            found = beside if beside.exists() else find_near(path, self.near)
             if found is None:
                 raise MasaError(f"no {path}, which {type(control).__name__} names; paths are relative to the job file")
             return found
 
-        return control.found(find) if isinstance(control, FileControl) else control
+        return _with_pictures(control.found(find) if isinstance(control, FileControl) else control, find)
+
+
+def _with_pictures(control: Any, find: Callable[[str | Path], Path]) -> Any:
+    """A control whose pictures and masks, where they are paths, are what `find` makes of these."""
+
+    def each(given: Any) -> Any:
+        if isinstance(given, list | tuple):
+            return tuple(each(one) for one in given)
+        return find(given) if isinstance(given, str | Path) else given
+
+    if isinstance(control, PictureControl | GivenMasks):
+        return replace(control, source=each(control.source), target=each(control.target))  # type: ignore[type-var]
+    if isinstance(control, BlendedLatents):
+        return replace(control, mask=each(control.mask))
+    if isinstance(control, MasaCtrl):
+        return replace(control, mask=_with_pictures(control.mask, find))
+    return control
 
 
 def read_jobs(jobs: str | Path | Sequence[Mapping[str, Any]]) -> list[Job]:
