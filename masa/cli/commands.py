@@ -235,7 +235,7 @@ def run_video(args: argparse.Namespace) -> None:
     frames = masa.sample_frames(
         sd,
         args.source,
-        *args.target,
+        args.target[0],
         sets,
         adapter=adapters,
         anchor=args.anchor,
