@@ -1300,7 +1300,7 @@ DRAWN_POSES: dict[str, tuple[tuple[str, str], ...]] = {
             "return self if locate_adapter(self.path) == DEMO_ADAPTER else super().found(find)",
             "return super().found(find)",
         ),
-        ('str(path) == "demo" and not found.exists() else found', 'str(path) == "demo" else found'),
+        ('DEMO_ADAPTER if path == "demo" else Path(path)', "Path(path)"),
     ),
     "demo_adapter demo_pose_takes_a_drawing": (("facing=pose is not None)", "facing=True)"),),
 }

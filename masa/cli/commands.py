@@ -135,6 +135,8 @@ def run_demo(args: argparse.Namespace) -> None:
 Next, with the demo model:
   masa sample "a cat sitting" "a cat standing" --guidance 4 --start-step 2 --start-layer 0 --steps 20
   masa rerun {folder / "synthesis.png"}
+  masa demo --pose
+  masa demo --video
 With Stable Diffusion v1.5 (any v1.x .safetensors file or diffusers folder):
   masa edit photo.jpg "a photo of a running corgi" -c v1-5-pruned-emaonly.safetensors
 In Python:
@@ -233,7 +235,7 @@ def run_video(args: argparse.Namespace) -> None:
     frames = masa.sample_frames(
         sd,
         args.source,
-        *args.target,
+        args.target[0],
         sets,
         adapter=adapters,
         anchor=args.anchor,

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -217,7 +217,7 @@ def read_encoder(path: Path, unet: UNetConfig, dtype: torch.dtype, device: torch
     from transformers import CLIPVisionModelWithProjection  # slow to import
 
     try:
-        encoder, found = CLIPVisionModelWithProjection.from_pretrained(
+        loaded: Any = CLIPVisionModelWithProjection.from_pretrained(
             str(path), local_files_only=True, output_loading_info=True
         )
     except (OSError, ValueError) as error:
@@ -225,6 +225,7 @@ def read_encoder(path: Path, unet: UNetConfig, dtype: torch.dtype, device: torch
             f"{path} is no image encoder that transformers can read ({' '.join(str(error).split())[:150]}); give the "
             "folder of CLIP ViT-H/14, such as IP-Adapter's models/image_encoder"
         ) from error
+    encoder, found = loaded
     lacking = sorted(str(name) for kind in ("missing_keys", "mismatched_keys") for name in found[kind])
     if lacking:  # which transformers would fill with random numbers
         raise CheckpointError(
@@ -232,8 +233,7 @@ def read_encoder(path: Path, unet: UNetConfig, dtype: torch.dtype, device: torch
             f"{lacking[0]}; give the folder of CLIP ViT-H/14 with its projection, such as IP-Adapter's "
             "models/image_encoder"
         )
-    encoder = encoder.to(device, dtype).eval().requires_grad_(False)
-    return cast(nn.Module, encoder)
+    return encoder.to(device, dtype).eval().requires_grad_(False)
 
 
 def _filled(
